@@ -1,0 +1,13 @@
+"""VoVNet and VoVNetV2 backbones: every published architecture, one drop-in class.
+
+>>> import torch, vovnet_fast
+>>> model = vovnet_fast.VoVNet("V-39-eSE", out_features=("stage4", "stage5"))
+>>> stage4, stage5 = model(torch.randn(1, 3, 224, 224))
+"""
+
+from . import checkpoints, specs
+from ._version import __version__
+from .model import VoVNet
+from .specs import VoVNetSpec
+
+__all__ = ["VoVNet", "VoVNetSpec", "__version__", "checkpoints", "specs"]

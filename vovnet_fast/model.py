@@ -1,0 +1,256 @@
+"""VoVNet: a stem, four OSA stages, features out.
+
+"An Energy and GPU-Computation Efficient Backbone Network for Real-Time Object
+Detection" (arXiv:1904.09730) and "CenterMask: Real-Time Anchor-Free Instance
+Segmentation" (arXiv:1911.06667).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from . import specs
+from .layers import NormCfg, OSABlock, OSAStage, Stem
+from .specs import FIRST_STAGE, NUM_STAGES, VoVNetSpec
+
+STAGE_NAMES = tuple(f"stage{FIRST_STAGE + i}" for i in range(NUM_STAGES))
+
+_DEFAULT_SPEC = "V-39-eSE"
+
+
+class VoVNet(nn.Module):
+    """VoVNet backbone of any published architecture.
+
+    Args:
+        spec_name: an architecture's name (:func:`vovnet_fast.specs.names`), or
+            a :class:`~vovnet_fast.specs.VoVNetSpec` of your own.
+        input_ch: channels of the image.
+        out_features: names of the features to return, out of ``stem_2`` (the
+            second stem layer, timm's first feature), ``stem`` and ``stage2`` to
+            ``stage5``. They are returned in network order, whatever order is
+            given. Stages after the last one named are not run.
+        frozen_stages: -1 freezes nothing, 0 the stem, k the stem and stages 2
+            to k + 1: no gradients, and evaluation mode whatever :meth:`train`
+            is told.
+        norm_eval: keep all batch norms in evaluation mode during training, so
+            that running statistics stay as loaded.
+        norm_cfg: normalisation in mmdet's form, ``dict(type='BN' | 'SyncBN' |
+            'FrozenBN' | 'GN', requires_grad=...)``; None is ``dict(type='BN')``.
+        with_cp: activation checkpointing of every OSA block in training.
+        out_indices: the features in mmdet's form: 0 to 3 for stages 2 to 5.
+            Takes the place of ``out_features``.
+        model_name: takes the place of ``spec_name``, as configs of the
+            mmdet 1.2 port write it.
+
+    Attributes:
+        spec: the architecture.
+        out_features: names of the returned features, in network order.
+        feature_channels: their channels, in the same order (FPN's ``in_channels``).
+        feature_strides: their strides, in the same order.
+
+    Raises:
+        UnknownSpecError: no architecture has that name.
+        ValueError: an argument is out of range or contradicts another; the
+            message says which and what is possible.
+    """
+
+    def __init__(
+        self,
+        spec_name: str | VoVNetSpec = _DEFAULT_SPEC,
+        input_ch: int = 3,
+        out_features: Sequence[str] = STAGE_NAMES,
+        frozen_stages: int = -1,
+        norm_eval: bool = True,
+        norm_cfg: NormCfg | None = None,
+        with_cp: bool = False,
+        *,
+        out_indices: Sequence[int] | None = None,
+        model_name: str | None = None,
+    ) -> None:
+        super().__init__()
+        spec = _choose_spec(spec_name, model_name)
+        if input_ch < 1:
+            raise ValueError(f"input_ch must be at least 1, got {input_ch}")
+        if not -1 <= frozen_stages <= NUM_STAGES:
+            raise ValueError(
+                f"frozen_stages must be -1 (none), 0 (stem) or 1 to {NUM_STAGES} (stem and "
+                f"stages 2 to frozen_stages + 1), got {frozen_stages}"
+            )
+        self.spec = spec
+        self.input_ch = input_ch
+        self.out_features = _choose_features(spec, out_features, out_indices)
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.with_cp = with_cp
+
+        self.stem = Stem(
+            input_ch,
+            spec.stem_channels,
+            spec.stem_strides,
+            spec.depthwise,
+            spec.pointwise_bias,
+            norm_cfg,
+        )
+        blocks = [
+            OSABlock(plan, spec.gate, spec.pointwise_bias, norm_cfg, with_cp)
+            for plan in spec.blocks()
+        ]
+        for number, name in enumerate(STAGE_NAMES, start=FIRST_STAGE):
+            stage = OSAStage(
+                [block for block in blocks if block.plan.stage == number],
+                pool=spec.pool if number >= spec.first_pooled_stage else None,
+            )
+            self.add_module(name, stage)
+
+        self.reset_parameters()
+        self._freeze_stages()
+
+    @property
+    def feature_channels(self) -> tuple[int, ...]:
+        """Channels of the returned features."""
+        channels = self.spec.feature_channels()
+        return tuple(channels[name] for name in self.out_features)
+
+    @property
+    def feature_strides(self) -> tuple[int, ...]:
+        """Strides of the returned features."""
+        strides = self.spec.feature_strides()
+        return tuple(strides[name] for name in self.out_features)
+
+    def reset_parameters(self) -> None:
+        """Initialise as the original of the dialect does.
+
+        Convolution weights are Kaiming-normal: by fan in in vovnet-detectron2,
+        by fan out in timm and in the seed. The eSE bias is PyTorch's default,
+        in the seed zero. Norms keep PyTorch's defaults, one and zero.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                if self.spec.init == "fan_in":
+                    nn.init.kaiming_normal_(module.weight)
+                else:
+                    nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+                if module.bias is not None and self.spec.dialect == "seed":
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute the features of a batch of images.
+
+        Args:
+            x: ``[N, input_ch, H, W]``, of the parameters' dtype and device.
+                ``channels_last`` is the faster layout.
+
+        Returns:
+            One ``[N, C, H', W']`` tensor for each of :attr:`out_features`.
+
+        Raises:
+            ValueError: wrong rank or channels, or an image too small for the
+                deepest feature that was asked for.
+            TypeError: the dtype does not match the parameters' (and autocast is off).
+        """
+        self._check_input(x)
+        wanted, features = self.out_features, []
+        stem_2, x = self.stem(x)
+        features += [f for name, f in (("stem_2", stem_2), ("stem", x)) if name in wanted]
+        del stem_2  # A feature that nobody asked for must not live through the stages.
+        for name in STAGE_NAMES:
+            if len(features) == len(wanted):
+                break
+            stage = getattr(self, name)
+            if stage.pool == "ceil" and min(x.shape[-2:]) < 2:
+                raise ValueError(
+                    f"the image is too small: {name} of {self.spec.name} would pool a feature "
+                    f"map of {x.shape[-2]}x{x.shape[-1]}; all four stages need images of at "
+                    "least 29x29 (pad the image, or ask for fewer features)"
+                )
+            x = stage(x)
+            if name in wanted:
+                features.append(x)
+        return tuple(features)
+
+    def train(self, mode: bool = True) -> VoVNet:
+        """Set training mode, except in frozen stages and, with ``norm_eval``, in norms."""
+        super().train(mode)
+        self._freeze_stages()
+        if mode and self.norm_eval:
+            for module in self.modules():
+                if isinstance(module, _BatchNorm):
+                    module.eval()
+        return self
+
+    def _freeze_stages(self) -> None:
+        if self.frozen_stages >= 0:
+            for name in ("stem", *STAGE_NAMES[: self.frozen_stages]):
+                getattr(self, name).eval().requires_grad_(False)
+
+    def _check_input(self, x: Tensor) -> None:
+        if x.ndim != 4:
+            raise ValueError(
+                f"VoVNet takes a batch of images [N, {self.input_ch}, H, W], "
+                f"got a tensor of {x.ndim} dimensions: {list(x.shape)}"
+            )
+        if x.shape[1] != self.input_ch:
+            hint = (
+                "; this looks like [N, H, W, C]: permute(0, 3, 1, 2) first"
+                if x.shape[3] == self.input_ch
+                else "; build the model with input_ch to match"
+            )
+            raise ValueError(
+                f"VoVNet was built for {self.input_ch} input channels, got {list(x.shape)}{hint}"
+            )
+        weight = self.stem.first_weight
+        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise TypeError(
+                f"the image is {x.dtype} and the parameters are {weight.dtype}: convert one of "
+                "them, or run under torch.autocast"
+            )
+
+    def extra_repr(self) -> str:
+        return f"{self.spec.name}, out_features={self.out_features}"
+
+
+def _choose_spec(spec_name: str | VoVNetSpec, model_name: str | None) -> VoVNetSpec:
+    if model_name is None:
+        return specs.get(spec_name)
+    spec = specs.get(model_name)
+    if spec_name != _DEFAULT_SPEC and specs.get(spec_name) != spec:
+        raise ValueError(
+            f"spec_name={spec_name!r} and model_name={model_name!r} name different "
+            "architectures: give one of the two"
+        )
+    return spec
+
+
+def _choose_features(
+    spec: VoVNetSpec, out_features: Sequence[str], out_indices: Sequence[int] | None
+) -> tuple[str, ...]:
+    if out_indices is not None:
+        if tuple(out_features) != STAGE_NAMES:
+            raise ValueError(
+                f"out_indices={tuple(out_indices)} and out_features={tuple(out_features)} both "
+                "choose the returned features: give one of the two"
+            )
+        wrong = [i for i in out_indices if not 0 <= i < NUM_STAGES]
+        if wrong:
+            raise ValueError(
+                f"out_indices counts the stages as mmdet does, 0 to {NUM_STAGES - 1} for stage2 "
+                f"to stage5, got {tuple(out_indices)} (timm counts its stem as 0: subtract one)"
+            )
+        out_features = [STAGE_NAMES[i] for i in out_indices]
+    if isinstance(out_features, str):
+        raise ValueError(
+            f"out_features must be a sequence of names, got the string {out_features!r}: "
+            f"write ({out_features!r},)"
+        )
+    known = spec.feature_channels()
+    unknown = [name for name in out_features if name not in known]
+    if unknown or not out_features or len(set(out_features)) != len(out_features):
+        raise ValueError(
+            f"out_features must name one or more of {', '.join(known)}, each once, "
+            f"got {tuple(out_features)}"
+        )
+    return tuple(name for name in known if name in out_features)
