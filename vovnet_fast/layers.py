@@ -302,7 +302,7 @@ class OSABlock(nn.Module):
                 x,
                 use_reentrant=False,
                 preserve_rng_state=False,  # Nothing in a block draws random numbers.
-                context_fn=lambda: (contextlib.nullcontext(), _frozen_statistics(self)),
+                context_fn=lambda: (contextlib.nullcontext(), _spare_statistics(self)),
             )
         return self._aggregate(x)
 
@@ -318,20 +318,28 @@ class OSABlock(nn.Module):
 
 
 @contextlib.contextmanager
-def _frozen_statistics(module: nn.Module) -> Iterator[None]:
-    """Normalise by batch statistics as before, but leave running statistics alone.
+def _spare_statistics(module: nn.Module) -> Iterator[None]:
+    """Let batch norms update copies of their running statistics, thrown away at the end.
 
     Entered around the second forward pass of activation checkpointing, which
     would otherwise update running statistics a second time with the same batch.
+    Copies, and not ``track_running_stats=False``: that pass must save the very
+    tensors that the first one saved, and batch norm saves its statistics.
     """
-    tracking = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    for norm in tracking:
-        norm.track_running_stats = False
+    kept = [
+        (m, name, buffer)
+        for m in module.modules()
+        if isinstance(m, _BatchNorm) and m.training
+        for name, buffer in m._buffers.items()
+        if buffer is not None
+    ]
+    for norm, name, buffer in kept:
+        norm._buffers[name] = buffer.clone()
     try:
         yield
     finally:
-        for norm in tracking:
-            norm.track_running_stats = True
+        for norm, name, buffer in kept:
+            norm._buffers[name] = buffer
 
 
 class OSAStage(nn.Module):
