@@ -61,7 +61,7 @@ def test_init_cfg_inside_a_detector(net, tmp_path):
             neck=dict(type="FPN", in_channels=[112, 256, 384, 512], out_channels=16, num_outs=5),
             rpn_head=dict(type="RPNHead", in_channels=16, feat_channels=16),
             train_cfg=None,
-            test_cfg=dict(),
+            test_cfg=dict(rpn=dict()),
         )
     )
     detector.init_weights()
