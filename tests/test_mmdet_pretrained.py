@@ -4,6 +4,7 @@ import pytest
 import torch
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
+from mmengine.model.weight_init import PretrainedInit
 from mmengine.runner import load_checkpoint
 
 import vovnet_fast.mmdet  # noqa: F401  (registers VoVNetFast)
@@ -38,6 +39,7 @@ def test_init_cfg(net, tmp_path, layout, prefix):
     for options in (
         dict(init_cfg=dict(type="Pretrained", checkpoint=str(tmp_path / "w.pth"))),
         dict(init_cfg=[dict(type="Pretrained", checkpoint=str(tmp_path / "w.pth"), prefix=prefix)]),
+        dict(init_cfg=dict(type=PretrainedInit, checkpoint=str(tmp_path / "w.pth"))),
         dict(pretrained=str(tmp_path / "w.pth")),
     ):
         backbone = build(**options)

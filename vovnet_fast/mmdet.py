@@ -20,7 +20,7 @@ try:
     import mmdet.registry
     import mmengine.registry
     from mmengine.model import BaseModule
-    from mmengine.model.weight_init import update_init_info
+    from mmengine.model.weight_init import PretrainedInit, update_init_info
 except ImportError as error:
     raise ImportError(
         f"vovnet_fast.mmdet needs mmdetection 3.x, and importing it failed with: {error}. "
@@ -99,7 +99,8 @@ class VoVNetFast(VoVNet, BaseModule):
             return
         cfgs = self.init_cfg or []
         cfgs = [cfgs] if isinstance(cfgs, dict) else list(cfgs)
-        pretrained = [cfg for cfg in cfgs if cfg["type"] in ("Pretrained", "PretrainedInit")]
+        names = ("Pretrained", "PretrainedInit", PretrainedInit)  # Lazy configs hold the class.
+        pretrained = [cfg for cfg in cfgs if cfg["type"] in names]
         self.init_cfg = [cfg for cfg in cfgs if cfg not in pretrained] or None
         super().init_weights()
         for cfg in pretrained:

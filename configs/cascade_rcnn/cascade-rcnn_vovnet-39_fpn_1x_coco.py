@@ -1,0 +1,8 @@
+_base_ = [
+    "../_base_/models/cascade-rcnn_vovnet_fpn.py",
+    "mmdet::_base_/datasets/coco_detection.py",
+    "../_base_/schedules/schedule_1x.py",
+    "mmdet::_base_/default_runtime.py",
+]
+
+model = dict(backbone=dict(model_name="vovnet-39"))

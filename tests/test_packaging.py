@@ -1,0 +1,99 @@
+"""What pip gets, and what importing it costs."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from vovnet_fast import __version__
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tracked(*patterns):
+    """The files that git tracks, relative to the root."""
+    words = ["git", "ls-files", "-z", *patterns]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    return [name for name in done.stdout.split("\0") if name]
+
+
+def pip(*words, **options):
+    subprocess.run([sys.executable, "-m", "pip", *words], check=True, **options)
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory):
+    """The wheel, built where no compiler can be found."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = tmp_path_factory.mktemp("source") / "repo"
+    # A clean copy of what git tracks: leftovers of earlier builds must not help.
+    for name in tracked():
+        target = source / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if (ROOT / name).is_symlink():
+            target.symlink_to(os.readlink(ROOT / name))
+        elif (ROOT / name).exists():
+            target.write_bytes((ROOT / name).read_bytes())
+    environment = {**os.environ, "PATH": str(folder), "CC": "/bin/false", "CXX": "/bin/false"}
+    options = ("-q", "--no-deps", "--no-build-isolation", "-w", folder)
+    pip("wheel", *options, source, env=environment)
+    return next(folder.glob("*.whl"))
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    assert wheel.name.startswith(f"vovnet_fast-{__version__}-")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {n.split("/")[0] for n in names} == {
+        "vovnet_fast",
+        f"vovnet_fast-{__version__}.dist-info",
+    }
+    for needed in ("vovnet_fast/py.typed", "vovnet_fast/model.py", "vovnet_fast/mmdet.py"):
+        assert needed in names
+    assert set(tracked("vovnet_fast/*.py")) <= set(names)
+    metadata = next(n for n in names if n.endswith("METADATA"))
+    text = zipfile.ZipFile(wheel).read(metadata).decode()
+    for line in ("License-Expression: Apache-2.0", "Requires-Python: >=3.10", "Extra: mmdet"):
+        assert line in text.replace("Provides-Extra", "Extra")
+    assert any(n.endswith("licenses/LICENSE") for n in names)
+
+
+def test_wheel_works_where_it_is_installed(wheel, tmp_path):
+    pip("install", "-q", "--no-deps", "--no-compile", "--target", tmp_path / "site", wheel)
+    code = (
+        "import torch, vovnet_fast, sys; "
+        "assert vovnet_fast.__file__.startswith(sys.argv[1]), vovnet_fast.__file__; "
+        "print([tuple(f.shape) for f in vovnet_fast.VoVNet('V-19-slim-dw-eSE').eval()"
+        "(torch.zeros(1, 3, 64, 64))])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / "site")],
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "(1, 512, 2, 2)" in done.stdout
+
+
+def test_importing_needs_neither_mmdet_nor_a_gpu_stack():
+    code = (
+        "import sys, vovnet_fast, vovnet_fast.cli; "
+        "heavy = {'mmdet', 'mmcv', 'mmengine', 'triton', 'torchvision', 'matplotlib', 'onnx'}; "
+        "print(sorted(heavy & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_mmdet_missing_is_one_clear_error(tmp_path):
+    code = (
+        "import sys; sys.modules['mmdet'] = None; import vovnet_fast\n"
+        "try: import vovnet_fast.mmdet\n"
+        "except ImportError as e: print(e)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert 'pip install "vovnet-fast[mmdet]"' in done.stdout
