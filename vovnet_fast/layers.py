@@ -18,6 +18,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from . import reference
+from .backends import BackendError
+from .ops import BlockParams, ConvParams, fold
 from .specs import BlockPlan, Gate, Pool
 
 NormCfg = Mapping[str, Any]
@@ -149,6 +151,43 @@ def _run_conv_norm_relu(owner: nn.Module, name: str, x: Tensor) -> Tensor:
     return reference.conv_norm_relu(x, convs, parts[f"{name}/pw_norm"])
 
 
+def _fold_conv_norm(owner: nn.Module, name: str, dtype: torch.dtype) -> ConvParams:
+    """The layer ``name`` of ``owner`` as the fused path takes it.
+
+    Raises:
+        BackendError: a part is no plain convolution, or its norm has no fixed statistics.
+    """
+    parts: dict[str, Any] = owner._modules
+    depthwise = parts.get(f"{name}/dw_conv3x3")
+    conv = parts[f"{name}/conv" if depthwise is None else f"{name}/pw_conv1x1"]
+    norm = parts[f"{name}/norm" if depthwise is None else f"{name}/pw_norm"]
+    for part in (conv,) if depthwise is None else (depthwise, conv):
+        if type(part) is not nn.Conv2d:
+            raise BackendError(f"{name}: the fused path knows nn.Conv2d, not {type(part).__name__}")
+    kinds = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+    if type(norm) not in kinds or norm.running_mean is None:
+        raise BackendError(
+            f"{name}: the fused path knows batch norms with running statistics, not {norm}"
+        )
+    if norm.training and type(norm) is not FrozenBatchNorm2d:
+        raise BackendError(
+            f"{name}: its batch norm is in training mode; the fused path has no batch statistics "
+            "yet: call eval(), or set norm_eval=True"
+        )
+    return fold(
+        conv.weight,
+        conv.bias,
+        norm.weight,
+        norm.bias,
+        norm.running_mean,
+        norm.running_var,
+        norm.eps,
+        stride=(conv if depthwise is None else depthwise).stride[0],
+        depthwise=None if depthwise is None else depthwise.weight,
+        dtype=dtype,
+    )
+
+
 class ConvNormReLU(nn.Module):
     """Convolution, normalisation, ReLU, under the keys ``<name>/conv`` and ``<name>/norm``.
 
@@ -172,6 +211,14 @@ class ConvNormReLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C_in, H, W]`` to ``[N, C_out, H', W']``."""
         return _run_conv_norm_relu(self, self.name, x)
+
+    def fold(self, dtype: torch.dtype) -> ConvParams:
+        """Parameters of the fused path for activations of ``dtype``.
+
+        Raises:
+            BackendError: the layer cannot be folded; the message says why.
+        """
+        return _fold_conv_norm(self, self.name, dtype)
 
 
 class Stem(nn.Module):
@@ -223,6 +270,15 @@ class Stem(nn.Module):
         """``[N, C, H, W]`` to the outputs of the second and of the third layer."""
         stem_2 = _run_conv_norm_relu(self, "stem_2", _run_conv_norm_relu(self, "stem_1", x))
         return stem_2, _run_conv_norm_relu(self, "stem_3", stem_2)
+
+    def fold(self, dtype: torch.dtype) -> tuple[ConvParams, ...]:
+        """Parameters of the fused path for activations of ``dtype``.
+
+        Raises:
+            BackendError: a layer cannot be folded; the message says why.
+        """
+        names = ("stem_1", "stem_2", "stem_3")
+        return tuple(_fold_conv_norm(self, name, dtype) for name in names)
 
 
 class ESE(nn.Module):
@@ -306,6 +362,23 @@ class OSABlock(nn.Module):
             )
         return self._aggregate(x)
 
+    def fold(self, dtype: torch.dtype) -> BlockParams:
+        """Parameters of the fused path for activations of ``dtype``.
+
+        Raises:
+            BackendError: a layer cannot be folded; the message says why.
+        """
+        layers: Any = self.layers
+        return BlockParams(
+            tuple(layer.fold(dtype) for layer in layers),
+            self.concat.fold(dtype),
+            None if self.conv_reduction is None else self.conv_reduction.fold(dtype),
+            None if self.ese is None else self.ese.fc.weight.flatten(1),
+            None if self.ese is None else self.ese.fc.bias,
+            "hard_sigmoid" if self.ese is None else self.ese.gate,
+            self.plan.identity,
+        )
+
     def _aggregate(self, x: Tensor) -> Tensor:
         return reference.osa_block(
             x,
@@ -363,6 +436,10 @@ class OSAStage(nn.Module):
         for block in self.children():
             x = block(x)
         return x
+
+    def blocks(self) -> list[OSABlock]:
+        """The OSA blocks in the order in which they run."""
+        return [block for block in self.children() if isinstance(block, OSABlock)]
 
     def extra_repr(self) -> str:
         return f"pool={self.pool}"

@@ -8,12 +8,13 @@ Segmentation" (arXiv:1911.06667).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import specs
+from . import backends, ops, specs
 from .layers import NormCfg, OSABlock, OSAStage, Stem
 from .specs import FIRST_STAGE, NUM_STAGES, VoVNetSpec
 
@@ -81,6 +82,7 @@ class VoVNet(nn.Module):
                 f"stages 2 to frozen_stages + 1), got {frozen_stages}"
             )
         self.spec = spec
+        self._encoded_spec = spec.encode()  # Here, because torch.compile cannot trace it.
         self.input_ch = input_ch
         self.out_features = _choose_features(spec, out_features, out_indices)
         self.frozen_stages = frozen_stages
@@ -153,6 +155,49 @@ class VoVNet(nn.Module):
             TypeError: the dtype does not match the parameters' (and autocast is off).
         """
         self._check_input(x)
+        self._check_size(x)
+        if backends.fused(x.device):
+            return self._fused_forward(x)
+        return self._eager_forward(x)
+
+    def fold(self, dtype: torch.dtype) -> ops.NetworkParams:
+        """Parameters for :func:`vovnet_fast.ops.features`: norms folded, weights packed.
+
+        Args:
+            dtype: of the activations.
+
+        Raises:
+            BackendError: a part of the network cannot be folded; the message says which.
+        """
+        for name, module in self.named_modules():
+            if name and (module._forward_hooks or module._forward_pre_hooks):
+                raise backends.BackendError(
+                    f"{name} has forward hooks, and the fused path runs no submodule: remove "
+                    "them, or use the reference backend"
+                )
+        blocks = [
+            block for name in STAGE_NAMES for block in cast(OSAStage, getattr(self, name)).blocks()
+        ]
+        return ops.NetworkParams(
+            self.spec,
+            self._encoded_spec,
+            self.stem.fold(dtype),
+            tuple(block.fold(dtype) for block in blocks),
+        )
+
+    def _fused_forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled() and (
+            x.requires_grad or any(p.requires_grad for p in self.parameters())
+        ):
+            raise backends.BackendError(
+                f"the {backends.chosen()} backend has no backward pass yet: run under "
+                "torch.no_grad() or torch.inference_mode(), or use the reference backend"
+            )
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        return tuple(ops.features(x.to(dtype), self.fold(dtype), self.out_features))
+
+    def _eager_forward(self, x: Tensor) -> tuple[Tensor, ...]:
         wanted, features = self.out_features, []
         stem_2, x = self.stem(x)
         features += [f for name, f in (("stem_2", stem_2), ("stem", x)) if name in wanted]
@@ -160,14 +205,7 @@ class VoVNet(nn.Module):
         for name in STAGE_NAMES:
             if len(features) == len(wanted):
                 break
-            stage = getattr(self, name)
-            if stage.pool == "ceil" and min(x.shape[-2:]) < 2:
-                raise ValueError(
-                    f"the image is too small: {name} of {self.spec.name} would pool a feature "
-                    f"map of {x.shape[-2]}x{x.shape[-1]}; all four stages need images of at "
-                    "least 29x29 (pad the image, or ask for fewer features)"
-                )
-            x = stage(x)
+            x = getattr(self, name)(x)
             if name in wanted:
                 features.append(x)
         return tuple(features)
@@ -208,6 +246,23 @@ class VoVNet(nn.Module):
                 f"the image is {x.dtype} and the parameters are {weight.dtype}: convert one of "
                 "them, or run under torch.autocast"
             )
+
+    def _check_size(self, x: Tensor) -> None:
+        """Refuse images of which a ceil-mode pool would get a map of one pixel."""
+        if self.spec.pool != "ceil" or self.out_features[-1] not in STAGE_NAMES:
+            return
+        stride = self.spec.feature_strides()["stem"]
+        size = [(side + stride - 1) // stride for side in x.shape[-2:]]
+        run = STAGE_NAMES[: STAGE_NAMES.index(self.out_features[-1]) + 1]
+        for number, name in enumerate(run, start=FIRST_STAGE):
+            if number >= self.spec.first_pooled_stage:
+                if min(size) < 2:
+                    raise ValueError(
+                        f"an image of {x.shape[-2]}x{x.shape[-1]} is too small: {name} of "
+                        f"{self.spec.name} would pool a map of {size[0]}x{size[1]}. All four "
+                        "stages need 29x29; pad the image, or ask for fewer features"
+                    )
+                size = [side // 2 for side in size]
 
     def extra_repr(self) -> str:
         return f"{self.spec.name}, out_features={self.out_features}"

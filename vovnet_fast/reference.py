@@ -32,7 +32,12 @@ def conv_norm_relu(x: Tensor, convs: Sequence[nn.Conv2d], norm: nn.Module) -> Te
     return F.relu(norm(x))
 
 
-def ese(x: Tensor, weight: Tensor, bias: Tensor, gate: Gate = "hard_sigmoid") -> Tensor:
+def gate(z: Tensor, kind: Gate) -> Tensor:
+    """relu6(z + 3) / 6 for ``hard_sigmoid``, or the logistic ``sigmoid``."""
+    return F.relu6(z + 3.0) / 6.0 if kind == "hard_sigmoid" else torch.sigmoid(z)
+
+
+def ese(x: Tensor, weight: Tensor, bias: Tensor, kind: Gate = "hard_sigmoid") -> Tensor:
     """Effective Squeeze-Excitation: x * gate(fc(global_average_pool(x))).
 
     CenterMask (arXiv:1911.06667), section 3.2 and eq. 3: one fully connected
@@ -42,13 +47,13 @@ def ese(x: Tensor, weight: Tensor, bias: Tensor, gate: Gate = "hard_sigmoid") ->
         x: ``[N, C, H, W]``.
         weight: ``[C, C, 1, 1]``, the fully connected layer as a 1x1 convolution.
         bias: ``[C]``.
-        gate: ``hard_sigmoid``, relu6(z + 3) / 6, or ``sigmoid``.
+        kind: of the gate, see :func:`gate`.
 
     Returns:
         ``[N, C, H, W]``.
     """
     z = F.conv2d(F.adaptive_avg_pool2d(x, 1), weight, bias)  # [N, C, 1, 1]
-    return x * (F.relu6(z + 3.0) / 6.0 if gate == "hard_sigmoid" else torch.sigmoid(z))
+    return x * gate(z, kind)
 
 
 def max_pool(x: Tensor, mode: Pool = "ceil") -> Tensor:

@@ -26,9 +26,10 @@ Efficient Backbone Network for Real-Time Object Detection" (arXiv:1904.09730),
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal, get_args
 
 Dialect = Literal["detectron2", "timm", "seed"]
 ESEPlacement = Literal["every", "last", "none"]
@@ -170,6 +171,18 @@ class VoVNetSpec:
                 f"spec {self.name!r}: a depthwise stem needs three equal widths, "
                 f"got stem_channels={self.stem_channels}"
             )
+
+    def encode(self) -> str:
+        """The spec as a line of JSON; :meth:`decode` is the inverse."""
+        return json.dumps(asdict(self))
+
+    @staticmethod
+    def decode(text: str) -> VoVNetSpec:
+        """The spec that :meth:`encode` wrote."""
+        fields: dict[str, Any] = json.loads(text)
+        for name, value in fields.items():
+            fields[name] = tuple(value) if isinstance(value, list) else value
+        return VoVNetSpec(**fields)
 
     def blocks(self) -> Iterator[BlockPlan]:
         """All OSA blocks in the order in which the network runs them."""

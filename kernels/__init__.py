@@ -1,0 +1,20 @@
+"""Triton kernels and their launchers, one file an op.
+
+========================  ====================================================
+:mod:`.conv`              3x3 and 1x1 convolution, scale, shift, ReLU, pool partials
+:mod:`.depthwise`         depthwise 3x3 convolution
+:mod:`.epilogue`          scale, shift, ReLU, pool partials after another library's convolution
+:mod:`.ese`               finish the pool, FC, gate; apply the gate, add the identity
+:mod:`.max_pool`          3x3 stride 2 max pool
+========================  ====================================================
+
+Tensors are passed as views ``[N, H, W, C]`` with channel stride 1 and any batch,
+row and pixel stride, so that a slot of a concat buffer, ``buffer[..., a:b]``, is a
+legal input and output. Launchers write into the ``out`` that they are given,
+synchronise with nothing, and return at once when there is nothing to compute.
+They assert their own invariants only: arguments of users are checked one floor
+up, in :mod:`vovnet_fast.ops`.
+
+Importing these modules needs Triton and no GPU. With ``TRITON_INTERPRET=1`` set
+before Triton is imported, every kernel runs on the CPU.
+"""

@@ -1,0 +1,256 @@
+"""What the launchers share: launch plans, index widths, small device functions."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INT32_LIMIT = 2**31
+PARTS = 3
+"""A CTA computes its output channels in at most this many accumulators."""
+
+_ASSUMED_PROCESSORS = {"cpu": 3, "meta": 132}
+# Interpreted runs are tiny: three programs make persistent ones loop. Compile-only runs
+# on meta tensors take an H100.
+
+
+def interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, which was decided when it was imported."""
+    return triton.knobs.runtime.interpret
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch, fully decided, so that it can be run or only compiled.
+
+    Attributes:
+        kernel: the ``triton.jit`` function.
+        grid: number of programs along each axis.
+        args: run-time arguments by name. None stands for an absent tensor.
+        constants: ``tl.constexpr`` arguments by name.
+        num_warps: warps a program.
+        num_stages: depth of the software pipeline.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    args: dict[str, Any]
+    constants: dict[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def run(self, device: torch.device) -> None:
+        """Enqueue on the current stream of ``device``, or note it for :func:`recording`."""
+        recorded = _recorded.get()
+        if recorded is not None:
+            recorded.append(self)
+            return
+        assert device.type == "cuda" or interpreted(), (
+            f"Triton kernels need tensors on a CUDA device, got one on {device}"
+        )
+        on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+        with on_device:
+            self.kernel[self.grid](
+                **self.args,
+                **self.constants,
+                num_warps=self.num_warps,
+                num_stages=self.num_stages,
+            )
+
+
+_recorded: ContextVar[list[Launch] | None] = ContextVar("recorded", default=None)
+
+
+@contextlib.contextmanager
+def recording() -> Iterator[list[Launch]]:
+    """Collect the launches of this thread, in order, and run none: outputs stay unwritten.
+
+    On meta tensors this says, on any machine, what a network would launch.
+    """
+    launches: list[Launch] = []
+    token = _recorded.set(launches)
+    try:
+        yield launches
+    finally:
+        _recorded.reset(token)
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """Compute capability of ``device``; that of Hopper where no GPU is involved."""
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+
+
+@functools.cache
+def processors(device: torch.device) -> int:
+    """Streaming multiprocessors of ``device``."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return _ASSUMED_PROCESSORS[device.type]
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """Dtype of sums, scales and shifts for activations of ``dtype``."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def triton_accumulator(dtype: torch.dtype) -> tl.dtype:
+    """:func:`accumulator` as a constant for kernels."""
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def soft_bf16(dtype: torch.dtype) -> bool:
+    """Whether kernels must work around Triton's interpreter, which is wrong about bf16.
+
+    Its ``tl.dot`` multiplies the bits as integers, and its conversion from fp32
+    truncates instead of rounding to nearest.
+    """
+    return interpreted() and dtype == torch.bfloat16
+
+
+def assert_nhwc(name: str, tensor: Tensor, *shape: int | None) -> None:
+    """Assert a ``[N, H, W, C]`` view of the given sizes (None: any), channels adjacent."""
+    assert tensor.ndim == 4, f"{name} must be [N, H, W, C], got {tuple(tensor.shape)}"
+    for size, wanted in zip(tensor.shape, shape, strict=False):
+        assert wanted is None or size == wanted, (
+            f"{name} must have shape {shape}, got {tuple(tensor.shape)}"
+        )
+    assert tensor.shape[3] == 1 or tensor.stride(3) == 1, (
+        f"{name} must have channel stride 1, got strides {tensor.stride()}"
+    )
+
+
+def assert_packed(name: str, tensor: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Assert a contiguous tensor of exactly this shape and dtype."""
+    found = (tuple(tensor.shape), tensor.dtype, tensor.is_contiguous())
+    assert found == (shape, dtype, True), (
+        f"{name} must be a contiguous {dtype} tensor of shape {shape}, "
+        f"got {tensor.dtype}, {tuple(tensor.shape)}, strides {tensor.stride()}"
+    )
+
+
+def assert_same(name: str, tensor: Tensor, like: Tensor) -> None:
+    """Assert the dtype and the device of another tensor."""
+    assert (tensor.dtype, tensor.device) == (like.dtype, like.device), (
+        f"{name} must be {like.dtype} on {like.device}, got {tensor.dtype} on {tensor.device}"
+    )
+
+
+def in_raster_order(*tensors: Tensor) -> bool:
+    """Whether the rows of every ``[N, H, W, C]`` view follow each other at the pixel stride."""
+    return all(t.shape[1] == 1 or t.stride(1) == t.shape[2] * t.stride(2) for t in tensors)
+
+
+def collapse_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """View ``[N, H, W, C]`` tensors as ``[N, 1, H*W, C]``, if that is possible for all.
+
+    An operation on single pixels then needs no row arithmetic, and its tiles end
+    only where the image ends. Otherwise the tensors are returned as they are.
+    """
+    if not in_raster_order(*tensors):
+        return tensors
+    return tuple(
+        t.as_strided(
+            (t.shape[0], 1, t.shape[1] * t.shape[2], t.shape[3]),
+            (t.stride(0), t.shape[1] * t.shape[2] * t.stride(2), t.stride(2), t.stride(3)),
+        )
+        for t in tensors
+    )
+
+
+def needs_int64(*tensors: Tensor) -> bool:
+    """Whether offsets inside one image of ``[N, H, W, C]`` views may leave 32 bits.
+
+    The batch offset is computed in 64 bits always. A border of one pixel around
+    the image is counted in: masked loads compute its offsets as well.
+    """
+    for t in tensors:
+        _, height, width, channels = t.shape
+        assert (height + 2) * (width + 2) < INT32_LIMIT, f"image too large: {height} x {width}"
+        reach = (height + 1) * t.stride(1) + (width + 1) * t.stride(2) + channels
+        if reach >= INT32_LIMIT:
+            return True
+    return False
+
+
+def strides(name: str, tensor: Tensor) -> dict[str, int]:
+    """Batch, row and pixel stride in elements, as kernel arguments ``<name>_stride_[nhw]``."""
+    return {f"{name}_stride_{axis}": tensor.stride(i) for i, axis in enumerate("nhw")}
+
+
+def channel_block(channels: int) -> int:
+    """Channels of a tile in the elementwise kernels: a power of two, 16 to 128.
+
+    The largest one that divides the channels, so that no lane idles; where that
+    is less than 16 (as for 56), the tile covers the channels and masks the rest.
+    """
+    divisor = min(channels & -channels, 128)
+    return divisor if divisor >= 16 else min(max(triton.next_power_of_2(channels), 16), 128)
+
+
+@triton.jit
+def program_tile(tiles, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(image, tile, first channel) of this program, of ``tiles`` an image.
+
+    Programs that differ in channels only are neighbours: what they share of the
+    input is then found in L2.
+    """
+    groups: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    image_tile = tl.program_id(0) // groups
+    first = (tl.program_id(0) % groups) * BLOCK_C
+    return image_tile // tiles, image_tile % tiles, first
+
+
+@triton.jit
+def inside_image(h, w, height, width):
+    """Whether pixels lie inside the image."""
+    return (h >= 0) & (h < height) & (w >= 0) & (w < width)
+
+
+@triton.jit
+def relu(y):
+    """max(y, 0), NaN for NaN."""
+    return tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def scale_shift_relu(y, scale, shift, RELU: tl.constexpr):
+    """The epilogue of every convolution: relu(y * scale + shift)."""
+    y = y * scale + shift
+    if RELU:
+        y = relu(y)
+    return y
+
+
+@triton.jit
+def pixel_offsets(h, w, stride_h, stride_w, WIDE: tl.constexpr):
+    """Offsets of pixels inside their image, in elements; in 64 bits if WIDE."""
+    if WIDE:
+        h = h.to(tl.int64)
+        w = w.to(tl.int64)
+    return h * stride_h + w * stride_w
+
+
+@triton.jit
+def batch_offset(n, stride_n):
+    """Offset of image n in elements, always in 64 bits."""
+    return n.to(tl.int64) * stride_n
+
+
+@triton.jit
+def narrow(y, dtype: tl.constexpr, SOFT_BF16: tl.constexpr):
+    """Round to nearest even in ``dtype``."""
+    if SOFT_BF16:
+        bits = y.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        y = tl.where(y == y, rounded, bits).to(tl.float32, bitcast=True)
+    return y.to(dtype)

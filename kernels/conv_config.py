@@ -1,0 +1,247 @@
+"""Tile configurations of the convolution kernels, and which of them fit which layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import triton
+
+from ._common import PARTS
+
+Form = Literal["tma", "pointer"]
+
+MIN_SPLIT = 16
+"""Smallest block of output channels of the pointer form (the smallest ``tl.dot``)."""
+
+
+@dataclass(frozen=True)
+class ConvConfig:
+    """How one program of a convolution kernel tiles its work.
+
+    Attributes:
+        form: ``tma``, bulk copies and warpgroup MMA on sm_90 and newer, or ``pointer``.
+        tile_h: rows of the tile of output pixels.
+        tile_w: columns of the tile. The pointer form takes tile_h * tile_w pixels in
+            raster order instead; its tile_h is 1.
+        block_out: output channels of a program, as the sizes of its accumulators.
+        block_k: input channels of one step.
+        num_warps: warps a program.
+        num_stages: depth of the software pipeline.
+        persistent: as many programs as processors, each looping over tiles (``tma`` only).
+    """
+
+    form: Form
+    tile_h: int
+    tile_w: int
+    block_out: tuple[int, ...]
+    block_k: int
+    num_warps: int
+    num_stages: int
+    persistent: bool = False
+
+    @property
+    def pixels(self) -> int:
+        """Output pixels of a tile."""
+        return self.tile_h * self.tile_w
+
+    @property
+    def name(self) -> str:
+        """Short and unique, for tables: ``tma-8x16-128+64-k64-w8-s3-p``."""
+        tile = f"{self.tile_h}x{self.tile_w}"
+        blocks = "+".join(map(str, self.block_out))
+        suffix = "-p" if self.persistent else ""
+        return (
+            f"{self.form}-{tile}-{blocks}-k{self.block_k}-w{self.num_warps}-s{self.num_stages}"
+            f"{suffix}"
+        )
+
+
+def pointer_blocks(c_out: int, limit: int) -> tuple[int, ...]:
+    """Split output channels into accumulators that waste none of them, if possible.
+
+    The channels are divided evenly among as few programs as have at most ``limit``
+    each, and each share is a sum of at most three powers of two from 16 up:
+    80 is (64, 16), 224 is twice (64, 32, 16), 384 is twice (128, 64). Widths that
+    cannot be split so (56) get one power of two with a masked tail.
+    """
+    for groups in range(triton.cdiv(c_out, limit), c_out // MIN_SPLIT + 1):
+        share = c_out // groups
+        parts = tuple(1 << bit for bit in reversed(range(share.bit_length())) if share >> bit & 1)
+        if c_out % groups == 0 and len(parts) <= PARTS and parts[-1] >= MIN_SPLIT:
+            return parts
+    return (min(max(triton.next_power_of_2(c_out), MIN_SPLIT), 128),)
+
+
+POINTER_LIMIT = 192
+"""Output channels of a program: 128 pixels by 224 channels spill registers on sm_80."""
+
+_TMA_SHAPES: dict[tuple[int, ...], tuple[tuple[int, int, int, bool], ...]] = {
+    # Accumulators: (pixels, warps, stages, persistent), largest tile first.
+    (256,): ((128, 8, 3, False), (128, 8, 3, True)),
+    (128, 64): ((256, 8, 3, False), (128, 8, 3, False), (128, 8, 3, True)),
+    (128,): (
+        (256, 8, 3, False),
+        (128, 8, 3, False),
+        (64, 4, 4, False),
+        (256, 8, 3, True),
+        (128, 8, 4, True),
+    ),
+    (64,): ((256, 8, 3, False), (128, 4, 4, False), (64, 4, 4, False), (256, 8, 3, True)),
+}
+
+
+def tma_blocks(c_out: int) -> list[tuple[int, ...]]:
+    """The two largest splits of output channels into accumulators with the least waste.
+
+    A warpgroup multiplies 64 output channels at a time, so that 192 is (128, 64)
+    exactly, and 80 cannot do better than (128,).
+    """
+    waste = {blocks: -c_out % sum(blocks) for blocks in _TMA_SHAPES}
+    return [blocks for blocks in waste if waste[blocks] == min(waste.values())][:2]
+
+
+def tile_shape(pixels: int, size: tuple[int, int], kernel: int) -> tuple[int, int]:
+    """Height and width of the tile of ``pixels`` pixels that covers an image with least waste.
+
+    Of equally good ones the squarest, whose taps overlap most. A 1x1 convolution
+    has no overlap, and usually sees the image as a single row.
+    """
+    if kernel == 1:
+        return 1, pixels
+    heights = [1 << i for i in range(pixels.bit_length() - 2)]  # Down to 4 columns.
+
+    def cost(height: int) -> tuple[int, int]:
+        width = pixels // height
+        return triton.cdiv(size[0], height) * triton.cdiv(size[1], width), height + width
+
+    best = min(heights, key=cost)
+    return best, pixels // best
+
+
+def _persistent_is_shipped(capability: tuple[int, int], kernel: int, accumulated: int) -> bool:
+    """Whether the persistent variant of a half-precision tile exists."""
+    if kernel == 3:
+        return True
+    # With pool partials, the largest tiles would need more registers than there are,
+    # and for sm_100 Triton 3.7 fails to compile any.
+    return accumulated <= 128 * 128 and capability < (10, 0)
+
+
+def _tma_candidates(
+    capability: tuple[int, int],
+    c_in: int,
+    c_out: int,
+    kernel: int,
+    size: tuple[int, int],
+    itemsize: int,
+) -> list[ConvConfig]:
+    # 128 bytes of channels a step; half of that where it leaves less of the last step empty.
+    block_k, depth = 128 // itemsize, 1
+    if itemsize == 2 and -c_in % (block_k // 2) < -c_in % block_k:
+        block_k, depth = block_k // 2, 2
+    found = []
+    for blocks in tma_blocks(c_out)[: 2 if itemsize == 2 else 1]:
+        for pixels, warps, stages, persistent in _TMA_SHAPES[blocks]:
+            if persistent and (
+                itemsize == 4  # The output tile, in shared memory too, takes twice as much.
+                or not _persistent_is_shipped(capability, kernel, pixels * sum(blocks))
+            ):
+                continue
+            if persistent and depth == 2:
+                stages -= 1
+            tile = tile_shape(pixels, size, kernel)
+            found.append(
+                ConvConfig("tma", *tile, blocks, block_k, warps, stages * depth, persistent)
+            )
+    return found
+
+
+_POINTER_SHAPES: dict[str, tuple[tuple[int, int, int, int], ...]] = {
+    # (pixels, channels a step, warps, stages), largest tile first.
+    "half": ((128, 64, 8, 3), (128, 32, 8, 4), (64, 64, 4, 3), (64, 32, 4, 4)),
+    "half, few channels": ((128, 32, 8, 2), (64, 32, 4, 2)),  # Little to pipeline.
+    "tf32": ((128, 32, 8, 3), (64, 32, 4, 3)),
+    "exact": ((128, 16, 8, 2), (64, 16, 4, 2)),  # FMA: the operands live in registers.
+}
+
+
+def _pointer_candidates(c_in: int, c_out: int, kind: str) -> list[ConvConfig]:
+    blocks = pointer_blocks(c_out, POINTER_LIMIT if kind == "half" else 128)
+    if kind == "half" and c_in < 32:
+        kind = "half, few channels"
+    shapes = _POINTER_SHAPES[kind]
+    return [
+        ConvConfig("pointer", 1, pixels, blocks, block_k, warps, stages)
+        for pixels, block_k, warps, stages in shapes
+    ]
+
+
+def candidates(
+    capability: tuple[int, int],
+    c_in: int,
+    c_out: int,
+    *,
+    kernel: int = 3,
+    dtype: torch.dtype = torch.float16,
+    tf32: bool = False,
+    size: tuple[int, int] = (200, 336),
+    tma: bool = True,
+) -> list[ConvConfig]:
+    """The shipped configurations for a layer: largest tiles first within a form.
+
+    Args:
+        capability: compute capability of the GPU.
+        c_in: input channels.
+        c_out: output channels.
+        kernel: 3 or 1.
+        dtype: of the activations.
+        tf32: fp32 products may be rounded to TF32.
+        size: height and width of the output. It decides the shape of the tiles.
+        tma: whether :func:`.conv_tma.legal` holds for the tensors; false for stride 2.
+    """
+    kind = "half" if dtype.itemsize == 2 else "tf32" if tf32 else "exact"
+    found = _pointer_candidates(c_in, c_out, kind)
+    if capability >= (9, 0):
+        found = [c for c in found if c.block_k == max(f.block_k for f in found)]
+    if tma and kind != "exact" and capability >= (9, 0):
+        found = _tma_candidates(capability, c_in, c_out, kernel, size, dtype.itemsize) + found
+    return found
+
+
+def programs(config: ConvConfig, c_out: int, batch: int, size: tuple[int, int]) -> int:
+    """Number of tiles of a launch."""
+    rows, columns = size
+    if config.form == "pointer":
+        rows, columns = 1, rows * columns
+    rectangles = triton.cdiv(rows, config.tile_h) * triton.cdiv(columns, config.tile_w)
+    return batch * rectangles * triton.cdiv(c_out, sum(config.block_out))
+
+
+def default_config(
+    capability: tuple[int, int],
+    c_in: int,
+    c_out: int,
+    *,
+    processors: int,
+    batch: int,
+    size: tuple[int, int],
+    **layer,
+) -> ConvConfig:
+    """A sensible configuration without measurement.
+
+    Of the preferred form, the largest tile that gives every processor one; where the
+    image is too small for that, the one with the most tiles.
+
+    Args:
+        processors: streaming multiprocessors of the GPU.
+        batch: images.
+        capability, c_in, c_out, size, layer: as in :func:`candidates`.
+    """
+    found = candidates(capability, c_in, c_out, size=size, **layer)
+    eligible = [c for c in found if c.form == found[0].form and not c.persistent]
+    for config in eligible:
+        if programs(config, c_out, batch, size) >= processors:
+            return config
+    return max(eligible, key=lambda config: programs(config, c_out, batch, size))

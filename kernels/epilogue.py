@@ -1,0 +1,143 @@
+"""Scale, shift and ReLU of another library's convolution output, into a slot."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import (
+    Launch,
+    accumulator,
+    assert_nhwc,
+    assert_packed,
+    assert_same,
+    batch_offset,
+    channel_block,
+    collapse_rows,
+    narrow,
+    needs_int64,
+    pixel_offsets,
+    program_tile,
+    scale_shift_relu,
+    soft_bf16,
+    strides,
+    triton_accumulator,
+)
+
+TILE_PIXELS = 256
+"""Pixels of a pool partial."""
+
+_STEP_ELEMENTS = 4096  # What a program holds in registers at a time.
+
+
+@triton.jit(do_not_specialize=["height", "width", "tiles"])
+def epilogue_kernel(
+    z_ptr, scale_ptr, shift_ptr, out_ptr, pool_ptr, height, width, tiles,
+    z_stride_n, z_stride_h, z_stride_w, out_stride_n, out_stride_h, out_stride_w,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, TILE: tl.constexpr,
+    RELU: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr, SOFT_BF16: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """One program: TILE pixels of an image by BLOCK_C channels, BLOCK_P pixels at a time."""
+    n, tile, first = program_tile(tiles, C, BLOCK_C)
+    c = first + tl.arange(0, BLOCK_C)
+    z_ptr += batch_offset(n, z_stride_n)
+    out_ptr += batch_offset(n, out_stride_n)
+    scale = tl.load(scale_ptr + c, mask=c < C, other=0.0)[None, :]
+    shift = tl.load(shift_ptr + c, mask=c < C, other=0.0)[None, :]
+    sums = tl.zeros((BLOCK_C,), dtype=ACC)
+    for step in tl.range(0, TILE // BLOCK_P):
+        pixel = tile * TILE + step * BLOCK_P + tl.arange(0, BLOCK_P)
+        h = pixel // width
+        w = pixel % width
+        mask = (pixel < height * width)[:, None] & (c < C)[None, :]
+        z_offsets = pixel_offsets(h, w, z_stride_h, z_stride_w, WIDE)[:, None] + c[None, :]
+        z = tl.load(z_ptr + z_offsets, mask=mask, other=0.0).to(ACC)
+        y = scale_shift_relu(z, scale, shift, RELU)
+        if POOL:
+            sums += tl.sum(tl.where(mask, y, 0.0), axis=0)
+        out_offsets = pixel_offsets(h, w, out_stride_h, out_stride_w, WIDE)[:, None] + c[None, :]
+        tl.store(out_ptr + out_offsets, narrow(y, out_ptr.dtype.element_ty, SOFT_BF16), mask=mask)
+    if POOL:
+        tl.store(pool_ptr + batch_offset(n * tiles + tile, C) + c, sums, mask=c < C)
+
+
+def pool_tiles(out: Tensor) -> int:
+    """Number of pool partials an image for an ``out`` of ``[N, H, W, C]``."""
+    return triton.cdiv(out.shape[1] * out.shape[2], TILE_PIXELS)
+
+
+def plan(
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    out: Tensor,
+    *,
+    relu: bool = True,
+    pool_partials: Tensor | None = None,
+) -> Launch:
+    """Decide the launch of :func:`epilogue` without running it. Nothing may be empty."""
+    n, _, _, c = z.shape
+    assert_nhwc("z", z)
+    assert_nhwc("out", out, *z.shape)
+    assert_same("out", out, z)
+    assert_packed("scale", scale, (c,), accumulator(z.dtype))
+    assert_packed("shift", shift, (c,), accumulator(z.dtype))
+    tiles = pool_tiles(out)
+    if pool_partials is not None:
+        assert_packed("pool_partials", pool_partials, (n, tiles, c), accumulator(z.dtype))
+    z, out = collapse_rows(z, out)
+    block_c = channel_block(c)
+    return Launch(
+        epilogue_kernel,
+        grid=(n * tiles * triton.cdiv(c, block_c),),
+        args=dict(
+            z_ptr=z,
+            scale_ptr=scale,
+            shift_ptr=shift,
+            out_ptr=out,
+            pool_ptr=pool_partials,
+            height=z.shape[1],
+            width=z.shape[2],
+            tiles=tiles,
+            **strides("z", z),
+            **strides("out", out),
+        ),
+        constants=dict(
+            C=c,
+            BLOCK_C=block_c,
+            BLOCK_P=min(_STEP_ELEMENTS // block_c, TILE_PIXELS),
+            TILE=TILE_PIXELS,
+            RELU=relu,
+            POOL=pool_partials is not None,
+            ACC=triton_accumulator(z.dtype),
+            SOFT_BF16=soft_bf16(z.dtype),
+            WIDE=needs_int64(z, out),
+        ),
+    )
+
+
+def epilogue(
+    z: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    out: Tensor,
+    *,
+    relu: bool = True,
+    pool_partials: Tensor | None = None,
+) -> None:
+    """out = relu(z * scale + shift), computed in fp32 (fp64 for fp64).
+
+    Args:
+        z: ``[N, H, W, C]`` view, a convolution's raw output.
+        scale: ``[C]``, fp32 (fp64 for fp64).
+        shift: as ``scale``.
+        out: as ``z``, same dtype; may be ``z`` itself.
+        relu: apply it; NaN stays NaN.
+        pool_partials: ``[N, T, C]``, dtype of ``scale``, contiguous, with T from
+            :func:`pool_tiles`: sums over pixels as in :func:`.conv.conv`.
+    """
+    if out.numel() == 0:
+        return
+    plan(z, scale, shift, out, relu=relu, pool_partials=pool_partials).run(z.device)

@@ -1,0 +1,138 @@
+"""3x3 max pool with stride 2, from a slot into a slot."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import triton
+import triton.language as tl
+from torch import Tensor, uint8
+
+from ._common import (
+    Launch,
+    assert_nhwc,
+    assert_packed,
+    assert_same,
+    batch_offset,
+    channel_block,
+    inside_image,
+    needs_int64,
+    pixel_offsets,
+    program_tile,
+    strides,
+    triton_accumulator,
+)
+
+Mode = Literal["ceil", "padded"]
+
+_ELEMENTS = 2048
+_WARPS = 8  # Two vectors a thread: the nine loads of each are all in flight at once.
+
+
+@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "tiles"])
+def max_pool_kernel(
+    x_ptr, out_ptr, argmax_ptr, height, width, out_height, out_width, tiles,
+    x_stride_n, x_stride_h, x_stride_w, out_stride_n, out_stride_h, out_stride_w,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, PAD: tl.constexpr,
+    ARGMAX: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_P output pixels of an image by BLOCK_C channels."""
+    n, tile, first = program_tile(tiles, C, BLOCK_C)
+    c = first + tl.arange(0, BLOCK_C)
+    pixel = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    oh = pixel // out_width
+    ow = pixel % out_width
+    mask = (pixel < out_height * out_width)[:, None] & (c < C)[None, :]
+    x_ptr += batch_offset(n, x_stride_n)
+
+    best = tl.full((BLOCK_P, BLOCK_C), float("-inf"), dtype=ACC)
+    # Where nothing exceeds -inf, the first tap inside the image wins, as in torch.
+    first_tap = tl.where(oh * 2 < PAD, 3, 0) + tl.where(ow * 2 < PAD, 1, 0)
+    winner = tl.broadcast_to(first_tap[:, None], (BLOCK_P, BLOCK_C))
+    for tap in tl.static_range(9):
+        h = oh * 2 - PAD + tap // 3
+        w = ow * 2 - PAD + tap % 3
+        here = mask & inside_image(h, w, height, width)[:, None]
+        offsets = pixel_offsets(h, w, x_stride_h, x_stride_w, WIDE)
+        x = tl.load(x_ptr + offsets[:, None] + c[None, :], mask=here, other=0.0).to(ACC)
+        better = here & ((x > best) | (x != x))  # A NaN wins, and nothing exceeds it.
+        best = tl.where(better, x, best)
+        winner = tl.where(better, tap, winner)
+
+    out_ptr += batch_offset(n, out_stride_n)
+    out_offsets = pixel_offsets(oh, ow, out_stride_h, out_stride_w, WIDE)
+    tl.store(
+        out_ptr + out_offsets[:, None] + c[None, :], best.to(out_ptr.dtype.element_ty), mask=mask
+    )
+    if ARGMAX:
+        argmax_ptr += batch_offset(n, out_height * out_width) * C
+        offsets = pixel.to(tl.int64)[:, None] * C + c[None, :]
+        tl.store(argmax_ptr + offsets, winner.to(tl.uint8), mask=mask)
+
+
+def output_size(height: int, width: int, mode: Mode) -> tuple[int, int]:
+    """Height and width of the output.
+
+    ``ceil`` rounds up and pads nothing, but the last window starts inside the image;
+    ``padded`` pads every side by one. 0 where torch raises: a size of 1 with ``ceil``.
+    """
+    if mode == "padded":
+        return (height - 1) // 2 + 1, (width - 1) // 2 + 1
+    return height // 2, width // 2
+
+
+def plan(x: Tensor, out: Tensor, mode: Mode, argmax: Tensor | None = None) -> Launch:
+    """Decide the launch of :func:`max_pool` without running it. Nothing may be empty."""
+    assert mode in ("ceil", "padded"), f"unknown mode {mode!r}"
+    n, height, width, c = x.shape
+    out_height, out_width = output_size(height, width, mode)
+    assert_nhwc("x", x)
+    assert_nhwc("out", out, n, out_height, out_width, c)
+    assert_same("out", out, x)
+    if argmax is not None:
+        assert_packed("argmax", argmax, tuple(out.shape), uint8)
+    block_c = channel_block(c)
+    block_p = _ELEMENTS // block_c
+    tiles = triton.cdiv(out_height * out_width, block_p)
+    return Launch(
+        max_pool_kernel,
+        grid=(n * tiles * triton.cdiv(c, block_c),),
+        args=dict(
+            x_ptr=x,
+            out_ptr=out,
+            argmax_ptr=argmax,
+            height=height,
+            width=width,
+            out_height=out_height,
+            out_width=out_width,
+            tiles=tiles,
+            **strides("x", x),
+            **strides("out", out),
+        ),
+        constants=dict(
+            C=c,
+            BLOCK_C=block_c,
+            BLOCK_P=block_p,
+            PAD=1 if mode == "padded" else 0,
+            ARGMAX=argmax is not None,
+            ACC=triton_accumulator(x.dtype),
+            WIDE=needs_int64(x, out),
+        ),
+        num_warps=_WARPS,
+    )
+
+
+def max_pool(x: Tensor, out: Tensor, mode: Mode, argmax: Tensor | None = None) -> None:
+    """3x3 max pool, stride 2. A NaN in a window makes its output NaN.
+
+    Args:
+        x: ``[N, H, W, C]`` view.
+        out: ``[N, H', W', C]`` view, dtype of ``x``; see :func:`output_size`.
+        mode: ``ceil`` or ``padded``.
+        argmax: ``[N, H', W', C]``, uint8, contiguous: receives the position of the
+            maximum in its window, 3 * row + column, 0 to 8; of equal values the first,
+            of several NaN the last, as torch does.
+    """
+    if out.numel() == 0:
+        return
+    plan(x, out, mode, argmax).run(x.device)

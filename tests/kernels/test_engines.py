@@ -1,0 +1,96 @@
+"""Every engine of a convolution leaves the same result, and the measured one is taken."""
+
+import pytest
+import torch
+
+from vovnet_fast import tuning
+from vovnet_fast.backends import triton as backend
+
+ON_GPU = torch.cuda.is_available()
+
+
+def layer(kernel, c_in, c_out, stride, dtype, device):
+    x = torch.randn(2, 9, 11, c_in + 16, device=device).to(dtype)[..., 8 : 8 + c_in]
+    weight = (torch.randn(c_out, kernel, kernel, c_in, device=device) / c_in**0.5).to(dtype)
+    high = torch.float64 if dtype == torch.float64 else torch.float32
+    scale, shift = torch.rand(2, c_out, dtype=high, device=device)
+    size = [(side - 1) // stride + 1 for side in (9, 11)]
+    buffer = torch.full((2, *size, c_out + 32), float("nan"), dtype=dtype, device=device)
+    return x, weight, scale, shift, buffer
+
+
+def expected(x, weight, scale, shift, stride):
+    x, weight, scale, shift = (t.double() for t in (x, weight, scale, shift))
+    z = torch.nn.functional.conv2d(
+        x.permute(0, 3, 1, 2),
+        weight.permute(0, 3, 1, 2),
+        stride=stride,
+        padding=weight.shape[1] // 2,
+    )
+    return (z.permute(0, 2, 3, 1) * scale + shift).relu()
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 1)])
+@pytest.mark.parametrize("pool", [False, True])
+@pytest.mark.parametrize(("c_in", "c_out"), [(32, 80), (80, 64)])
+def test_engines_agree(kernel, stride, pool, c_in, c_out, dtype, device):
+    x, weight, scale, shift, buffer = layer(kernel, c_in, c_out, stride, dtype, device)
+    right = expected(x, weight, scale, shift, stride)
+    out = buffer[..., 16:-16]
+    found, static = backend._kernels().conv.choices(x, weight, out, stride=stride)
+    assert static in found
+    tolerance = {2: 2e-2, 4: 1e-5, 8: 1e-12}[dtype.itemsize]
+    for engine in [backend.ATEN, *(config.name for config in found)]:
+        buffer.fill_(float("nan"))
+        partials = backend.run_engine(
+            engine, x, weight, scale, shift, out, stride=stride, relu=True, pool=pool
+        )
+        torch.testing.assert_close(
+            out.double(), right, rtol=tolerance, atol=tolerance, msg=lambda m, e=engine: f"{e} {m}"
+        )
+        assert buffer[..., :16].isnan().all()
+        assert buffer[..., -16:].isnan().all()
+        if pool:
+            sums = right.sum((1, 2))
+            torch.testing.assert_close(partials.sum(1).double(), sums, rtol=tolerance, atol=1e-2)
+        else:
+            assert partials is None
+
+
+def test_the_measured_engine_runs(monkeypatch, tmp_path, device):
+    """Measuring replaced by a preference: what is fastest differs from machine to machine."""
+    monkeypatch.setenv("VOVNET_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "may_measure", lambda device: True)
+    x, weight, scale, shift, buffer = layer(3, 32, 64, 1, torch.float32, device)
+    options = dict(stride=1, relu=True, pool=True)
+    ran = []
+    run_engine = backend.run_engine
+
+    def watch(engine, *args, **kwargs):
+        ran.append(engine)
+        return run_engine(engine, *args, **kwargs)
+
+    monkeypatch.setattr(backend, "run_engine", watch)
+
+    def timer(work):
+        work()
+        return 1.0 if ran[-1] == backend.ATEN else 2.0
+
+    monkeypatch.setattr(tuning, "_device_timer", lambda device: timer)
+    tuning._table.cache_clear()
+    backend.conv(x, weight, scale, shift, buffer[..., 16:-16], **options)
+    assert ran[0] == ran[-1] == backend.ATEN
+    assert len(set(ran)) == len(ran) - 1 > 1
+    ran.clear()
+    backend.conv(x, weight, scale, shift, buffer[..., 16:-16], **options)
+    assert ran == [backend.ATEN]
+    tuning._table.cache_clear()
+
+
+@pytest.mark.skipif(ON_GPU, reason="a GPU may be measured")
+def test_the_static_choice_runs_where_nothing_can_be_measured(monkeypatch, device):
+    x, weight, scale, shift, buffer = layer(1, 32, 64, 1, torch.float32, device)
+    out = buffer[..., 16:-16]
+    _, static = backend._kernels().conv.choices(x, weight, out)
+    engine = backend.choose_engine(x, weight, scale, shift, out, stride=1, relu=True, pool=False)
+    assert engine == static.name

@@ -1,0 +1,219 @@
+"""Every Triton kernel in every shipped configuration compiles, and to what it should.
+
+Compilation needs no GPU, but a process in which Triton does not interpret: each
+architecture gets one, and they run at the same time.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the Triton backend is optional")
+
+import vovnet_fast
+
+SMEM_OF_ADA = 99 << 10  # Bytes a program may use on sm_86 and sm_89, which run what sm_80 does.
+
+
+def start(*command):
+    """Start Python with this package on its path and Triton's compiler in charge."""
+    root = str(Path(vovnet_fast.__file__).parent.parent)
+    path = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "PYTHONPATH": path}
+    env.pop("TRITON_INTERPRET", None)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(
+        [sys.executable, *command], env=env, stdout=pipe, stderr=pipe, text=True
+    )
+
+
+def finish(process):
+    out, err = process.communicate()
+    assert process.returncode == 0, err[-4000:]
+    return [json.loads(line) for line in out.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def tables():
+    """Rows by architecture, compiled side by side."""
+    running = {
+        arch: start("-m", "vovnet_fast.aot", "--json", "--arch", arch)
+        for arch in ("sm_90", "sm_80")
+    }
+    return {arch: finish(process) for arch, process in running.items()}
+
+
+def named(rows, wrong):
+    """Readable list of the rows for which ``wrong`` holds."""
+    return [f"{r['kernel']} {r['layer']} {r['config']}: {r}" for r in rows if wrong(r)]
+
+
+def check_limits(rows):
+    assert not named(rows, lambda r: r["spilled"] or {"STL", "LDL"} & set(r["instructions"]))
+    assert not named(rows, lambda r: r["registers"] > 255 or r["ctas"] < 1)
+    # The elementwise kernels live from having many loads in flight.
+    elementwise = [r for r in rows if r["kernel"] != "conv"]
+    assert not named(elementwise, lambda r: r["ctas"] * r["warps"] < 16)
+
+
+def check_bulk_copies(rows, multiply):
+    tma = [r for r in rows if r["config"].startswith("tma")]
+    assert tma
+    for name in (multiply, "UTMALDG", "UTMASTG"):
+        assert not named(tma, lambda r, name=name: not r["instructions"].get(name))
+    # Nothing reaches HGMMA through registers. (UTCHMMA has no such form.)
+    through_registers = {"LDSM", "HGMMA(R)", "HMMA"}
+    hopper = [r for r in tma if r["arch"] == "sm_90"]
+    assert not named(hopper, lambda r: through_registers & set(r["instructions"]))
+
+
+def is_pipelined(row):
+    """Whether a pointer loop has more than one step, and loads of at least four bytes."""
+    c_in, taps = re.match(r"(\d+)>\d+ (\d)x", row["layer"]).groups()
+    block_k = re.search(r"-k(\d+)-", row["config"])[1]
+    return c_in != "3" and int(c_in) * int(taps) ** 2 > int(block_k)
+
+
+def check_async_copies(rows):
+    pipelined = [r for r in rows if "pointer" in r["config"] and is_pipelined(r)]
+    assert pipelined
+    assert not named(pipelined, lambda r: not r["instructions"].get("LDGSTS"))
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_limits(tables, arch):
+    check_limits(tables[arch])
+
+
+def test_sm_80(tables):
+    rows = tables["sm_80"]
+    assert {r["config"].split("-")[0] for r in rows if r["kernel"] == "conv"} == {"pointer"}
+    check_async_copies(rows)
+    assert not named(rows, lambda r: r["shared"] > SMEM_OF_ADA)
+    tensor_cores = [r for r in rows if r["kernel"] == "conv" and "float32" not in r["layer"]]
+    assert not named(tensor_cores, lambda r: not r["instructions"].get("HMMA"))
+
+
+def test_sm_90(tables):
+    check_bulk_copies(tables["sm_90"], "HGMMA")
+    check_async_copies(tables["sm_90"])
+
+
+SHIPPED = """
+import json
+from vovnet_fast import specs
+from vovnet_fast.kernels.conv_config import candidates
+
+def layers(spec):
+    stem = (3, *spec.stem_channels)
+    for c_in, c_out, stride in zip(stem, stem[1:], spec.stem_strides):
+        if spec.depthwise and c_in != 3:
+            yield c_in, c_out, 1, 1
+        else:
+            yield c_in, c_out, 3, stride
+    for block in spec.blocks():
+        kernel = 1 if block.depthwise else 3
+        mid = block.mid_channels
+        yield block.in_channels, mid, 1 if block.reduction else kernel, 1
+        yield mid, mid, kernel, 1
+        yield block.concat_channels, block.out_channels, 1, 1
+
+for c_in, c_out, kernel, stride in {layer for s in specs.SPECS.values() for layer in layers(s)}:
+    for capability, arch in (((8, 0), "sm_80"), ((9, 0), "sm_90")):
+        tma = stride == 1 and c_in > 3
+        for config in candidates(capability, c_in, c_out, kernel=kernel, tma=tma):
+            print(json.dumps([arch, config.name, f"{c_in}>{c_out} {kernel}x{kernel}/{stride}"]))
+"""
+
+
+def test_tables_hold_every_configuration_of_every_published_network(tables):
+    compiled = {(arch, r["config"]) for arch, rows in tables.items() for r in rows}
+    shipped = finish(start("-c", SHIPPED))
+    assert len(shipped) > 100
+    assert not [row for row in shipped if (row[0], row[1]) not in compiled]
+
+
+OFFSETS = """
+import json
+import torch
+from vovnet_fast import aot
+from vovnet_fast.kernels import conv, depthwise, ese, max_pool
+from vovnet_fast.kernels.conv_config import ConvConfig
+
+def view(*strides):
+    return torch.empty(1, dtype=torch.float16, device="meta").as_strided((2, 5, 7, 16), strides)
+
+def meta(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+config = ConvConfig("pointer", 1, 64, (16,), 16, 4, 2)
+for wide, x in ((False, view(2**31, 112, 16, 1)), (True, view(2**34, 2**30, 16, 1))):
+    weight, vector = meta(16, 3, 3, 16, dtype=torch.float16), meta(16)
+    launches = dict(
+        conv=conv.plan(x, weight, vector, vector, x, config=config),
+        depthwise=depthwise.plan(x, meta(3, 3, 16, dtype=torch.float16), x),
+        apply=ese.plan_apply(x, meta(2, 16), x, x),
+        max_pool=max_pool.plan(x, x[:, :2, :3], "ceil"),
+    )
+    for name, launch in launches.items():
+        ir = aot.compile_launch(launch, "sm_90").asm["ttir"]
+        print(json.dumps([name, wide, ir]))
+"""
+
+
+def test_offsets_are_wide_enough():
+    """Between images always 64 bits; inside one, as the launcher found necessary."""
+    rows = finish(start("-c", OFFSETS))
+    assert len(rows) == 8
+    for name, wide, ir in rows:
+        products = [line for line in ir.splitlines() if "arith.muli" in line]
+        types = [line.split(" : ")[1].split(" loc")[0].strip() for line in products]
+        assert "i64" in types, f"{name}: no 64-bit batch offset among {types}"
+        tensor_is_wide = any("tensor" in kind and "i64" in kind for kind in types)
+        assert tensor_is_wide == wide, f"{name}: {types}"
+
+
+BLACKWELL = """
+import dataclasses
+import json
+from vovnet_fast import aot
+
+for job in aot.jobs("sm_100"):
+    if job.layer in ("128>128 3x3/1 float16", "768>256 1x1/1 float16") and job.essential:
+        print(json.dumps(dataclasses.asdict(aot.compile_job(job, "sm_100"))))
+"""
+
+
+def test_sm_100():
+    rows = finish(start("-c", BLACKWELL))
+    check_limits(rows)
+    check_bulk_copies(rows, "UTCHMMA")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90", "sm_100"])
+def test_every_layer_in_every_configuration(arch):
+    rows = finish(start("-m", "vovnet_fast.aot", "--json", "--all", "--arch", arch))
+    check_limits(rows)
+    if arch != "sm_80":
+        check_bulk_copies(rows, "HGMMA" if arch == "sm_90" else "UTCHMMA")
+
+
+def test_table_is_printed():
+    """The command of the README, up to the first compilation."""
+    process = start("-m", "vovnet_fast.aot", "--help")
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert "--arch" in out
+
+
+def test_importing_the_package_imports_no_triton():
+    code = "import sys, vovnet_fast, vovnet_fast.aot; assert 'triton' not in sys.modules"
+    process = start("-c", code)
+    _, err = process.communicate()
+    assert process.returncode == 0, err

@@ -1,0 +1,398 @@
+"""Compile every Triton kernel in every shipped configuration, without a GPU.
+
+``python -m vovnet_fast.aot --arch sm_90`` prints what each compilation needs: a
+configuration that spills, or a main loop that lost its bulk copies, is visible
+before any GPU runs it. The tests hold the same rows against limits.
+
+Launch plans are made from meta tensors by the very code that makes them for real
+ones, and their arguments are specialised as Triton's launcher does it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from .kernels._common import Launch
+    from .kernels.conv_config import ConvConfig
+
+ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+
+INSTRUCTIONS = {
+    "HGMMA": r"\bHGMMA\b",  # Warpgroup MMA.
+    "HGMMA(R)": r"\bHGMMA\S* R\d+, R\d+, gdesc",  # Of these, first operand from registers.
+    "UTCHMMA": r"\bUTCHMMA\b",  # MMA of sm_100.
+    "HMMA": r"\bHMMA\b",  # Warp MMA.
+    "UTMALDG": r"\bUTMALDG\b",  # Bulk copy to shared memory.
+    "UTMASTG": r"\bUTMASTG\b",  # Bulk copy from shared memory.
+    "LDGSTS": r"\bLDGSTS\b",  # cp.async.
+    "LDSM": r"\bLDSM\b",  # Shared memory to registers, for an MMA operand.
+    "STL": r"\bSTL\b",  # Store of a spilled register.
+    "LDL": r"\bLDL\b",  # Load of a spilled register.
+}
+"""SASS instructions that are counted, by the pattern that finds them."""
+
+_SHARED_PER_SM = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
+_SHARED_RESERVED = 1 << 10  # Per resident CTA, by the driver.
+_REGISTERS_PER_SM = 1 << 16
+_THREADS_PER_SM = 2048
+_CTAS_PER_SM = 32
+
+
+@dataclass(frozen=True)
+class Job:
+    """One kernel to compile.
+
+    Attributes:
+        kernel: name of the operation.
+        layer: the representative shape, in words.
+        config: name of the configuration.
+        launch: what to compile.
+        essential: one of the jobs that together show every kernel and configuration once.
+    """
+
+    kernel: str
+    layer: str
+    config: str
+    launch: Launch
+    essential: bool = True
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one compilation needs.
+
+    Attributes:
+        kernel, layer, config: as in :class:`Job`.
+        arch: ``sm_80`` and so on.
+        warps: warps a program.
+        registers: registers a thread.
+        spilled: bytes of local memory a thread, 0 where nothing spills.
+        shared: bytes of shared memory a program.
+        ctas: programs that fit on a processor at a time.
+        instructions: counts of those of :data:`INSTRUCTIONS` that occur.
+        essential: as in :class:`Job`.
+    """
+
+    kernel: str
+    layer: str
+    config: str
+    arch: str
+    warps: int
+    registers: int
+    spilled: int
+    shared: int
+    ctas: int
+    instructions: dict[str, int]
+    essential: bool
+
+
+def _meta(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _conv_job(
+    config: ConvConfig,
+    c_in: int,
+    c_out: int,
+    *,
+    kernel: int = 3,
+    stride: int = 1,
+    dtype: torch.dtype = torch.float16,
+    tf32: bool = False,
+    essential: bool = True,
+) -> Job:
+    """A convolution of a slot of a concat buffer into the next; a 1x1 pools, as in a block."""
+    from .kernels import conv
+
+    height, width = 50, 84
+    buffer = _meta(2, height, width, c_in + 5 * max(c_out, 16), dtype=dtype)
+    x = buffer[..., :c_in] if c_in > 3 else _meta(2, height, width, c_in, dtype=dtype)
+    out_size = conv.output_size(height, width, kernel, stride)
+    out = _meta(2, *out_size, c_in + 5 * max(c_out, 16), dtype=dtype)[..., c_in : c_in + c_out]
+    if c_in == 3:
+        out = _meta(2, *out_size, c_out, dtype=dtype)
+    weight = _meta(c_out, kernel, kernel, c_in, dtype=dtype)
+    vector = _meta(c_out, dtype=torch.float32)
+    pool = None
+    if kernel == 1:
+        tiles = conv.pool_tiles(x, weight, out, stride=stride, tf32=tf32, config=config)
+        pool = _meta(2, tiles, c_out, dtype=torch.float32)
+    launch = conv.plan(
+        x, weight, vector, vector, out,
+        stride=stride, pool_partials=pool, tf32=tf32, config=config,
+    )  # fmt: skip
+    precision = "tf32" if tf32 else str(dtype).removeprefix("torch.")
+    layer = f"{c_in}>{c_out} {kernel}x{kernel}/{stride} {precision}"
+    return Job("conv", layer, config.name, launch, essential)
+
+
+_LAYERS: tuple[tuple[int, int, int, int], ...] = (
+    # C_in, C_out, kernel, stride: layers of the specs that together meet every configuration.
+    (3, 64, 3, 2),
+    (64, 64, 3, 1),
+    (128, 128, 3, 1),
+    (192, 192, 3, 1),
+    (160, 160, 3, 1),
+    (224, 224, 3, 1),
+    (768, 256, 1, 1),
+    (1056, 512, 1, 1),
+    (80, 80, 3, 1),
+    (96, 96, 3, 1),
+    (112, 112, 3, 1),
+    (64, 128, 3, 2),
+    (496, 256, 1, 1),
+    (672, 384, 1, 1),
+    (1472, 768, 1, 1),
+    (1888, 1024, 1, 1),
+    (768, 224, 3, 1),
+    (64, 64, 1, 1),
+    (80, 80, 1, 1),
+)
+
+
+def _conv_jobs(capability: tuple[int, int]) -> Iterator[Job]:
+    from .kernels.conv_config import candidates
+
+    halves = (torch.float16, torch.bfloat16)
+    variants = [(dtype, False) for dtype in halves] + [(torch.float32, t) for t in (True, False)]
+    seen = set()
+    for dtype, tf32 in variants:
+        for c_in, c_out, kernel, stride in _LAYERS:
+            tma = stride == 1 and c_in >= 16
+            for config in candidates(
+                capability, c_in, c_out, kernel=kernel, dtype=dtype, tf32=tf32, tma=tma
+            ):
+                # The two half precisions compile to the same code but for the type.
+                key = (config, kernel, dtype.itemsize, tf32)
+                yield _conv_job(
+                    config, c_in, c_out,
+                    kernel=kernel, stride=stride, dtype=dtype, tf32=tf32,
+                    essential=key not in seen,
+                )  # fmt: skip
+                seen.add(key)
+
+
+def _elementwise_jobs() -> Iterator[Job]:
+    from .kernels import depthwise, epilogue, ese, max_pool
+
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        kind = str(dtype).removeprefix("torch.")
+        for channels in (112, 56, 64, 160, 256):
+            essential = dtype == torch.float16 and channels == 112
+
+            def job(kernel, launch, config, width=channels, kind=kind, essential=essential):
+                return Job(kernel, f"{width} {kind}", config, launch, essential)
+
+            z, slot = (
+                _meta(2, 50, 84, channels, dtype=dtype),
+                _meta(2, 50, 84, 5 * channels, dtype=dtype)[..., :channels],
+            )
+            small = _meta(2, 25, 42, 5 * channels, dtype=dtype)[..., :channels]
+            vector = _meta(channels, dtype=torch.float32)
+            gates = _meta(2, channels, dtype=torch.float32)
+            pool = _meta(2, epilogue.pool_tiles(z), channels, dtype=torch.float32)
+            launch = epilogue.plan(z, vector, vector, slot, pool_partials=pool)
+            yield job("epilogue", launch, "pool")
+            yield job("epilogue", epilogue.plan(z, vector, vector, slot), "")
+            yield job("ese apply", ese.plan_apply(z, gates, slot, slot), "identity")
+            yield job("ese apply", ese.plan_apply(z, gates, None, slot), "")
+            yield job("ese apply", ese.plan_apply(z, None, slot, slot), "identity, no gate")
+            fc = _meta(channels, channels, dtype=dtype)
+            bias = _meta(channels, dtype=dtype)
+            for gate in ("hard_sigmoid", "sigmoid"):
+                finish, gated = ese.plan_gates(pool, 4200, fc, bias, gate, gates, gates)
+                yield job("ese gates", gated, gate)
+            yield job("ese pool", finish, "")
+            argmax = _meta(2, 25, 42, channels, dtype=torch.uint8)
+            yield job("max pool", max_pool.plan(slot, small, "ceil"), "ceil")
+            yield job("max pool", max_pool.plan(slot, small, "padded", argmax), "padded argmax")
+            taps = _meta(3, 3, channels, dtype=dtype)
+            yield job("depthwise", depthwise.plan(z, taps, slot), "stride 1")
+            yield job("depthwise", depthwise.plan(z, taps, small, stride=2), "stride 2")
+
+
+def jobs(arch: str) -> list[Job]:
+    """Everything that is shipped for ``arch``, over the layers of the published networks."""
+    number = int(arch.removeprefix("sm_"))
+    return [*_conv_jobs((number // 10, number % 10)), *_elementwise_jobs()]
+
+
+_TRITON_TYPES = {
+    torch.float16: "fp16",
+    torch.bfloat16: "bf16",
+    torch.float32: "fp32",
+    torch.uint8: "u8",
+}
+_DIVISIBLE_BY_16 = [["tt.divisibility", 16]]
+
+
+def _specialise(value: Any, by_value: bool) -> tuple[str, list]:
+    """Type of a run-time argument for the compiler, and what it may assume of it."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TRITON_TYPES[value.base.dtype]}{value.block_shape}>", []
+    if isinstance(value, torch.Tensor):
+        return f"*{_TRITON_TYPES[value.dtype]}", _DIVISIBLE_BY_16
+    if value is None or (by_value and value == 1):
+        return "constexpr", []
+    width = "i32" if -(2**31) <= value < 2**31 else "i64"
+    return width, _DIVISIBLE_BY_16 if by_value and value % 16 == 0 else []
+
+
+def compile_launch(launch: Launch, arch: str) -> Any:
+    """Compile one launch plan for ``arch``; returns Triton's compiled kernel.
+
+    Raises:
+        RuntimeError: the process runs Triton's interpreter.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if triton.knobs.runtime.interpret:
+        raise RuntimeError(
+            "nothing is compiled while Triton interprets: unset TRITON_INTERPRET and start anew"
+        )
+    signature, constants, attributes = {}, dict(launch.constants), {}
+    for i, parameter in enumerate(launch.kernel.params):
+        name = parameter.name
+        if parameter.is_constexpr:
+            signature[name] = "constexpr"
+            continue
+        value = launch.args[name]
+        signature[name], assumed = _specialise(value, not parameter.do_not_specialize)
+        if signature[name] == "constexpr":
+            constants[name] = value
+        if assumed:
+            attributes[(i,)] = assumed
+    source = ASTSource(launch.kernel, signature, constants, attributes)
+    return triton.compile(
+        source,
+        target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),
+        options=dict(num_warps=launch.num_warps, num_stages=launch.num_stages),
+    )
+
+
+def _tool(name: str, *arguments: str) -> str:
+    """Run one of the CUDA tools that come with Triton."""
+    import triton
+
+    path = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    done = subprocess.run([path, *arguments], capture_output=True, text=True, check=True)
+    return done.stdout + done.stderr
+
+
+def disassemble(cubin: bytes) -> tuple[int, int, str]:
+    """Registers a thread, bytes of stack a thread, and SASS of a compiled kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "-res-usage", file.name))
+        sass = _tool("nvdisasm", "-c", file.name)
+    assert usage is not None, "cuobjdump printed no resource usage"
+    return int(usage[1]), int(usage[2]), sass
+
+
+def _count(sass: str) -> dict[str, int]:
+    counts = {name: len(re.findall(pattern, sass)) for name, pattern in INSTRUCTIONS.items()}
+    return {name: count for name, count in counts.items() if count}
+
+
+def _resident(arch: str, warps: int, registers: int, shared: int) -> int:
+    """Programs that fit on a processor, by registers, shared memory and threads."""
+    allocated = -(-registers // 8) * 8 * 32 * warps  # Registers come by 8 a thread.
+    return min(
+        _REGISTERS_PER_SM // allocated,
+        _SHARED_PER_SM[arch] // (shared + _SHARED_RESERVED),
+        _THREADS_PER_SM // (32 * warps),
+        _CTAS_PER_SM,
+    )
+
+
+def compile_job(job: Job, arch: str) -> Row:
+    """Compile ``job`` for ``arch`` and read what it needs."""
+    compiled = compile_launch(job.launch, arch)
+    registers, spilled, sass = disassemble(compiled.asm["cubin"])
+    warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
+    return Row(
+        job.kernel,
+        job.layer,
+        job.config,
+        arch,
+        warps,
+        registers,
+        spilled,
+        shared,
+        _resident(arch, warps, registers, shared),
+        _count(sass),
+        job.essential,
+    )
+
+
+def rows(arch: str, *, all_layers: bool = False) -> Iterator[Row]:
+    """Compile what is shipped for ``arch``, one by one.
+
+    Args:
+        arch: one of :data:`ARCHITECTURES`.
+        all_layers: every layer and dtype in every configuration. Otherwise every
+            kernel in every configuration, with one layer each.
+    """
+    if arch not in ARCHITECTURES:
+        raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
+    for job in jobs(arch):
+        if job.essential or all_layers:
+            yield compile_job(job, arch)
+
+
+def _print_table(table: Iterable[Row], arch: str) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    view = Table(title=f"Triton kernels for {arch}")
+    for heading in ("kernel", "layer", "configuration"):
+        view.add_column(heading, no_wrap=True)
+    for heading in ("warps", "registers", "spilled B", "shared B", "CTAs/SM"):
+        view.add_column(heading, justify="right")
+    view.add_column("instructions")
+    for row in table:
+        numbers = (row.warps, row.registers, row.spilled, row.shared, row.ctas)
+        counts = " ".join(f"{name}:{count}" for name, count in row.instructions.items())
+        view.add_row(row.kernel, row.layer, row.config, *map(str, numbers), counts)
+    # A pipe has no width to fit into.
+    Console(width=None if sys.stdout.isatty() else 200).print(view)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry of ``python -m vovnet_fast.aot``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m vovnet_fast.aot", description="Compile the Triton kernels without a GPU."
+    )
+    parser.add_argument("--arch", choices=ARCHITECTURES, default="sm_90")
+    parser.add_argument("--all", action="store_true", help="every layer and dtype, not one each")
+    parser.add_argument("--json", action="store_true", help="print JSON, one row a line")
+    options = parser.parse_args(arguments)
+    table = rows(options.arch, all_layers=options.all)
+    if options.json:
+        for row in table:
+            print(json.dumps(dataclasses.asdict(row)), flush=True)
+    else:
+        _print_table(table, options.arch)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
