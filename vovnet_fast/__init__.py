@@ -5,9 +5,23 @@
 >>> stage4, stage5 = model(torch.randn(1, 3, 224, 224))
 """
 
-from . import checkpoints, specs
+from . import checkpoints, ops, specs
 from ._version import __version__
+from .backends import BackendError, available_backends, use_backend
+from .freeze import FrozenVoVNet, freeze
 from .model import VoVNet
 from .specs import VoVNetSpec
 
-__all__ = ["VoVNet", "VoVNetSpec", "__version__", "checkpoints", "specs"]
+__all__ = [
+    "BackendError",
+    "FrozenVoVNet",
+    "VoVNet",
+    "VoVNetSpec",
+    "__version__",
+    "available_backends",
+    "checkpoints",
+    "freeze",
+    "ops",
+    "specs",
+    "use_backend",
+]

@@ -1,0 +1,561 @@
+"""A VoVNet for inference: batch norms folded, weights packed, buffers planned.
+
+>>> import torch, vovnet_fast
+>>> model = vovnet_fast.VoVNet("V-19-slim-dw-eSE")
+>>> stage2, stage3, stage4, stage5 = vovnet_fast.freeze(model)(torch.randn(1, 3, 224, 224))
+
+In a detector: ``detector.backbone = vovnet_fast.freeze(detector.backbone)``.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from itertools import chain
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import backends, reference
+from .model import STAGE_NAMES, VoVNet
+from .ops import BlockParams, ConvParams, NetworkParams, _checks
+from .ops import features as run_op
+from .ops.features import plan, rebuild, run, sizes
+from .ops.memory import Arena, Memory
+from .ops.osa import unflatten
+from .specs import FIRST_STAGE
+
+KEPT_SHAPES = 8
+"""Input shapes whose arena, or graph, is kept. Detection has many; memory is finite."""
+
+_WARM_UP = 3
+"""Calls before a capture: kernels are compiled and libraries choose their algorithms."""
+
+
+def freeze(
+    model: VoVNet,
+    dtype: torch.dtype | None = None,
+    memory_format: torch.memory_format = torch.channels_last,
+    graph: bool = False,
+    *,
+    out_dtype: torch.dtype | None = None,
+) -> FrozenVoVNet:
+    """Make an inference module of a VoVNet, which is left as it is and shares no memory.
+
+    Batch norms take their running statistics, whatever mode the model is in, and are
+    folded in fp32 (fp64 for fp64).
+
+    Args:
+        model: any :class:`vovnet_fast.VoVNet`, with checkpoints already loaded.
+        dtype: fp16, bf16, fp32 or fp64, of the weights and of all activations. That of
+            the model by default.
+        memory_format: of the returned features, ``torch.channels_last`` or
+            ``torch.contiguous_format``. Computed is in channels_last always.
+        graph: on NVIDIA GPUs, capture a CUDA graph for each input shape and replay it.
+        out_dtype: of the returned features; ``dtype`` by default. The neck of a detector
+            that stays in fp32 wants ``torch.float32``.
+
+    Returns:
+        a :class:`FrozenVoVNet` on the device of the model.
+
+    Raises:
+        TypeError: ``model`` is no VoVNet, or a dtype is not among those.
+        ValueError: another memory format.
+        BackendError: a part cannot be folded, such as a group norm; the message names it.
+    """
+    if not isinstance(model, VoVNet):
+        raise TypeError(f"freeze takes a vovnet_fast.VoVNet, got {type(model).__name__}")
+    dtype = dtype or model.stem.first_weight.dtype
+    out_dtype = out_dtype or dtype
+    for name, value in (("dtype", dtype), ("out_dtype", out_dtype)):
+        if value not in _checks.DTYPES:
+            raise TypeError(
+                f"freeze: {name} must be float16, bfloat16, float32 or float64, got {value}"
+            )
+    if memory_format not in (torch.channels_last, torch.contiguous_format):
+        raise ValueError(
+            "freeze: memory_format must be torch.channels_last or torch.contiguous_format, "
+            f"got {memory_format}"
+        )
+    with torch.inference_mode(False), torch.no_grad():
+        params = _fold(model, dtype)
+        return FrozenVoVNet(params, model.out_features, memory_format, graph, out_dtype)
+
+
+def _fold(model: VoVNet, dtype: torch.dtype) -> NetworkParams:
+    """The network as the ops take it: in fp32 and fp64 with all scales one.
+
+    There they are folded into the weights. Half-precision weights would be rounded once
+    more by that, which doubles the error of a network that was fp16 already: they keep
+    their scale apart, in fp32.
+    """
+    # A twin whose modes can be changed. Its tensors are the model's: nothing is copied.
+    tensors = chain(model.parameters(), model.buffers())
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    nn.Module.train(twin, False)  # Not VoVNet.train, which would freeze stages.
+    exact = _checks.accumulator(dtype)
+    if dtype != exact:
+        return twin.fold(dtype)
+    params = twin.fold(torch.promote_types(dtype, model.stem.first_weight.dtype))
+
+    def fold(layer: ConvParams) -> ConvParams:
+        weight = layer.weight * layer.scale[:, None, None, None]
+        return layer._replace(weight=weight.to(dtype), scale=torch.ones_like(layer.scale))
+
+    def fold_block(block: BlockParams) -> BlockParams:
+        return block._replace(
+            layers=tuple(fold(layer) for layer in block.layers),
+            concat=fold(block.concat),
+            reduction=None if block.reduction is None else fold(block.reduction),
+        )
+
+    return params._replace(
+        stem=tuple(fold(layer) for layer in params.stem),
+        blocks=tuple(fold_block(block) for block in params.blocks),
+    )
+
+
+class _Arenas:
+    """Arenas that no call is using at the moment, by key.
+
+    A call takes its arena out, so that no other thread finds it.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._spare: OrderedDict[Hashable, Arena] = OrderedDict()
+
+    def take(self, key: Hashable) -> Arena | None:
+        with self._lock:
+            return self._spare.pop(key, None)
+
+    def give(self, key: Hashable, arena: Arena) -> None:
+        """Keep an arena; those used longest ago go."""
+        with self._lock:
+            self._spare[key] = arena
+            while len(self._spare) > KEPT_SHAPES:
+                self._spare.popitem(last=False)
+
+
+class _Captured(NamedTuple):
+    """A CUDA graph, and the tensors that it reads and writes."""
+
+    graph: torch.cuda.CUDAGraph
+    image: Tensor
+    features: list[Tensor]
+
+
+class _Graphs:
+    """Captured graphs by key.
+
+    Attributes:
+        lock: held from copying the image in to copying the features out.
+        done: recorded when the features of the last replay have been copied.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.done: torch.cuda.Event | None = None
+        self._kept: OrderedDict[Hashable, _Captured] = OrderedDict()
+
+    def get(self, key: Hashable, capture: Callable[[], _Captured]) -> _Captured:
+        """The graph of ``key``, captured if there is none; those used longest ago go."""
+        captured = self._kept.pop(key, None)
+        if captured is None:
+            while len(self._kept) >= KEPT_SHAPES:
+                self.wait()
+                self._kept.popitem(last=False)
+            captured = capture()
+        self._kept[key] = captured
+        return captured
+
+    def wait(self) -> None:
+        """Until no graph is running, so that graphs can be dropped."""
+        if self.done is not None:
+            self.done.synchronize()
+
+    def pool(self) -> Any:
+        """The memory pool of the graphs that there are, None for a new one.
+
+        They can share it: none leaves anything in it that another replay could spoil
+        before it was copied out.
+        """
+        return next(iter(self._kept.values())).graph.pool() if self._kept else None
+
+
+class _Caches:
+    """What is made when it is first needed, and not part of a copy or a pickle."""
+
+    def __init__(self) -> None:
+        self.arenas = _Arenas()
+        self.graphs = _Graphs()
+        self.params: NetworkParams | None = None
+
+    def __reduce__(self) -> tuple[type[_Caches], tuple[()]]:
+        return _Caches, ()
+
+
+class FrozenVoVNet(nn.Module):
+    """An inference module that :func:`freeze` makes.
+
+    Without a fused backend (:mod:`vovnet_fast.backends`) it runs PyTorch's convolutions
+    with a bias, or in half precision with a scale and a shift, and in-place ReLUs. With
+    one it runs :func:`vovnet_fast.ops.features` in an arena, planned once for each input
+    shape and used again by later calls. What it returns is never part of an arena:
+    results stay as they are for as long as they are kept. Arenas of the last
+    ``KEPT_SHAPES`` shapes are kept; threads do not share one.
+
+    All tensors are buffers. ``to(device)``, ``state_dict``, ``deepcopy`` and ``pickle``
+    work; the dtype is fixed, :meth:`train` changes nothing, and autocast is ignored.
+
+    Attributes:
+        spec: the architecture.
+        out_features: names of the returned features, in network order.
+        feature_channels: their channels, in the same order (FPN's ``in_channels``).
+        feature_strides: their strides, in the same order.
+        dtype: of weights and activations. Images of another floating dtype are converted.
+        out_dtype: of the returned features.
+        memory_format: of the returned features.
+        graph: whether CUDA graphs are captured and replayed.
+    """
+
+    weight_0: Tensor
+    scale: Tensor
+    shift: Tensor
+    zeros: Tensor
+    ones: Tensor
+
+    def __init__(
+        self,
+        params: NetworkParams,
+        out_features: tuple[str, ...],
+        memory_format: torch.memory_format,
+        graph: bool,
+        out_dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        layers, fcs = params.convs(), params.fcs()
+        channels, strides = params.spec.feature_channels(), params.spec.feature_strides()
+        self.spec, self._encoded_spec = params.spec, params.encoded_spec
+        self.out_features = out_features
+        self.feature_channels = tuple(channels[name] for name in out_features)
+        self.feature_strides = tuple(strides[name] for name in out_features)
+        self.dtype, self.out_dtype = layers[0].weight.dtype, out_dtype
+        self.graph = graph
+        # Not the format itself, which cannot be pickled.
+        self._channels_last = memory_format == torch.channels_last
+
+        def hold(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
+            own = tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+            self.register_buffer(name, own)
+
+        for i, layer in enumerate(layers):
+            hold(f"weight_{i}", layer.weight, self.dtype)
+            if layer.depthwise is not None:
+                hold(f"depthwise_{i}", layer.depthwise, self.dtype)
+        for i, fc in enumerate(fcs):
+            hold(f"fc_{i}", fc, self.dtype)
+        exact = _checks.accumulator(self.dtype)
+        hold("scale", torch.cat([layer.scale for layer in layers]), exact)
+        hold("shift", torch.cat([layer.shift for layer in layers]), exact)
+        self._widths = [layer.shift.numel() for layer in layers]
+        hold("zeros", self.shift.new_zeros(max(self._widths)), exact)
+        hold("ones", self.shift.new_ones(max(self._widths)), exact)
+        # Strides as ops.osa.flatten writes them: negative for a depthwise layer.
+        self._strides = [
+            layer.stride if layer.depthwise is None else -layer.stride for layer in layers
+        ]
+        self._num_fcs = len(fcs)
+
+        self._caches = _Caches()
+        self.register_load_state_dict_post_hook(_forget)
+        self.eval()
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Layout of the returned features."""
+        return torch.channels_last if self._channels_last else torch.contiguous_format
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute the features of a batch of images.
+
+        Args:
+            x: ``[N, C, H, W]`` on the module's device, of any layout and of dtype fp16,
+                bf16, fp32 or fp64, which is converted to :attr:`dtype`.
+
+        Returns:
+            One ``[N, C', H', W']`` tensor of :attr:`out_dtype` and :attr:`memory_format`
+            for each of :attr:`out_features`, in memory of its own.
+
+        Raises:
+            ValueError: wrong rank, channels or device, or too small an image.
+            TypeError: no such dtype.
+            RuntimeError: a gradient would be needed; ``graph`` without a CUDA device.
+            BackendError: the backend that was asked for cannot run.
+        """
+        self._check(x)
+        if torch.is_autocast_enabled(x.device.type):  # The dtypes were chosen in freezing.
+            with torch.autocast(x.device.type, enabled=False):
+                return self.forward(x)
+        if torch.compiler.is_compiling():
+            return tuple(self._deliver(feature) for feature in self._trace(x))
+        if x.is_cuda and torch.cuda.is_current_stream_capturing():
+            # Someone else's graph: memory is that graph's, and no arena of later calls.
+            found = self._compute(x, Memory())
+        elif self.graph:
+            return self._replay(x)
+        else:
+            found = self._run(x)
+        return tuple(self._deliver(feature) for feature in found)
+
+    def workspace_bytes(self, shape: tuple[int, int, int, int]) -> int:
+        """Bytes of the arena of a fused backend for images of ``[N, C, H, W]``.
+
+        Returned features are not in it, nor are the eSE pool's partial sums and the gates.
+        """
+        needed = plan(shape, self._params(), self.out_features)
+        return self.dtype.itemsize * sum(needed.values())
+
+    def train(self, mode: bool = True) -> FrozenVoVNet:
+        """Do nothing: there is no training mode. Detectors call it on all their parts."""
+        return super().train(False)
+
+    def extra_repr(self) -> str:
+        return f"{self.spec.name}, out_features={self.out_features}, dtype={self.dtype}"
+
+    def _check(self, x: Tensor) -> None:
+        _checks.activations("a frozen VoVNet", "x", x, self.weight_0.shape[3])
+        if x.device != self.shift.device:
+            raise ValueError(
+                f"the image is on {x.device} and the frozen VoVNet on {self.shift.device}: move one"
+            )
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError(
+                "a frozen VoVNet has no backward pass: call it under torch.no_grad(), detach "
+                "the image, or use the model that it was made of"
+            )
+        found = sizes(self.spec, x.shape[2], x.shape[3])
+        last = self.out_features[-1]
+        if min(found[last]) < 1:
+            raise ValueError(
+                f"an image of {x.shape[2]}x{x.shape[3]} is too small: {last} of "
+                f"{self.spec.name} would have no pixel; pad the image, or ask for fewer features"
+            )
+
+    def _deliver(self, feature: Tensor, *, clone: bool = False) -> Tensor:
+        return feature.to(self.out_dtype, copy=clone, memory_format=self.memory_format)
+
+    def _params(self) -> NetworkParams:
+        """The buffers as the ops take them."""
+        if torch.compiler.is_compiling():  # The graph must begin at the buffers themselves.
+            return self._unpack()
+        if self._caches.params is None:
+            with torch.inference_mode(False):
+                self._caches.params = self._unpack()
+        return self._caches.params
+
+    def _unpack(self) -> NetworkParams:
+        layers = unflatten(
+            [getattr(self, f"weight_{i}") for i in range(len(self._widths))],
+            list(self.scale.split(self._widths)),
+            list(self.shift.split(self._widths)),
+            [getattr(self, f"depthwise_{i}") for i, s in enumerate(self._strides) if s < 0],
+            self._strides,
+        )
+        fcs = [getattr(self, f"fc_{i}") for i in range(self._num_fcs)]
+        return rebuild(layers, fcs, self.spec, self._encoded_spec)
+
+    # ----------------------------------------------------------------------------------
+    # Ways to run
+    # ----------------------------------------------------------------------------------
+
+    def _trace(self, x: Tensor) -> list[Tensor]:
+        """Under torch.compile and torch.export, which plan memory themselves."""
+        if backends.fused(x.device):
+            return run_op(x.to(self.dtype), self._params(), self.out_features)
+        return self._compute(x, Memory())
+
+    def _run(self, x: Tensor) -> list[Tensor]:
+        """In an arena, where the backend is fused."""
+        if not backends.fused(x.device):
+            return self._compute(x, Memory())
+        # What a stream is given it does in order: only there can memory be used again
+        # before the work on it is done.
+        stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+        key = (x.shape, x.device, stream)
+        arena = self._caches.arenas.take(key)
+        if arena is None:
+            n, c, h, w = x.shape
+            needed = plan((n, c, h, w), self._params(), self.out_features)
+            arena = Arena(needed, self.dtype, x.device)
+        found = self._compute(x, arena)
+        self._caches.arenas.give(key, arena)
+        return found
+
+    def _compute(self, x: Tensor, memory: Memory) -> list[Tensor]:
+        """On the backend that was chosen, with memory for what is fused."""
+        if not backends.fused(x.device):
+            x = x.to(self.dtype, memory_format=torch.channels_last)
+            statistics = (self.zeros, self.ones)
+            return folded_forward(x, self._params(), self.out_features, statistics)
+        view = x.permute(0, 2, 3, 1)
+        if x.dtype != self.dtype or (x.shape[1] > 1 and view.stride(3) != 1):
+            view = memory.scratch("image", self.weight_0, *view.shape).copy_(view)
+        backend = backends.get(x.device)
+        found = run(backend, view, self._params(), self.out_features, memory)
+        return [_checks.nchw(feature) for feature in found]
+
+    def _replay(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Copy the image in, replay the graph of its shape, copy the features out."""
+        if not x.is_cuda:
+            raise RuntimeError(
+                f"freeze(graph=True) captures CUDA graphs, and this module is on {x.device}: "
+                "move it to an NVIDIA GPU, or freeze with graph=False"
+            )
+        key = (x.shape, x.device, backends.chosen())
+        graphs = self._caches.graphs
+        # All graphs of a module share one memory pool: only one may be running.
+        with graphs.lock, torch.cuda.device(x.device):
+            captured = graphs.get(key, lambda: self._capture(x, graphs.pool()))
+            stream = torch.cuda.current_stream()
+            if graphs.done is not None:
+                stream.wait_event(graphs.done)
+            captured.image.copy_(x)
+            captured.graph.replay()
+            found = tuple(self._deliver(feature, clone=True) for feature in captured.features)
+            graphs.done = stream.record_event()
+        return found
+
+    def _capture(self, x: Tensor, pool: Any) -> _Captured:
+        # Not in inference mode: a later call outside it could not copy its image in.
+        with torch.inference_mode(False), torch.no_grad():
+            image = torch.empty(
+                x.shape, dtype=self.dtype, device=x.device, memory_format=torch.channels_last
+            ).copy_(x)
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(_WARM_UP):
+                    self._compute(image, Memory())
+            torch.cuda.current_stream().wait_stream(side)
+            graph = torch.cuda.CUDAGraph()
+            # Other threads, a data loader's say, may go on allocating: thread_local.
+            with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+                features = self._compute(image, Memory())
+        return _Captured(graph, image, features)
+
+    # ----------------------------------------------------------------------------------
+    # What modules can do
+    # ----------------------------------------------------------------------------------
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenVoVNet:
+        """Move to a device. Layouts stay packed, and scales and shifts in fp32."""
+        dtype = fn(self.weight_0.new_empty(0)).dtype
+        if dtype != self.dtype:
+            raise TypeError(
+                f"this VoVNet is frozen in {self.dtype} and cannot be converted to {dtype}: "
+                f"freeze the original again, with dtype={dtype}"
+            )
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype != tensor.dtype:
+                moved = tensor.to(moved.device)
+            return moved.contiguous()  # module.to(memory_format=...) permutes what has 4 axes.
+
+        super()._apply(move, recurse)
+        _forget(self)
+        return self
+
+    def _replicate_for_data_parallel(self) -> FrozenVoVNet:
+        replica = super()._replicate_for_data_parallel()
+        replica._caches = _Caches()  # Its buffers are on another device.
+        return replica
+
+
+def _forget(module: FrozenVoVNet, *_: Any) -> None:
+    """Drop what points to memory of buffers that may have been replaced."""
+    module._caches.graphs.wait()
+    module._caches = _Caches()
+
+
+# --------------------------------------------------------------------------------------
+# The path of plain PyTorch
+# --------------------------------------------------------------------------------------
+
+
+Statistics = tuple[Tensor, Tensor]
+
+
+def folded_forward(
+    x: Tensor, params: NetworkParams, out_features: tuple[str, ...], statistics: Statistics
+) -> list[Tensor]:
+    """A frozen network by PyTorch's convolutions, with ReLUs in place.
+
+    Args:
+        x: ``[N, C, H, W]``, ``channels_last``.
+        params: of the network, in the dtype of ``x``. In fp32 and fp64 the scales are not
+            looked at: they must be in the weights.
+        out_features: names, in network order.
+        statistics: zeros and ones, as many as the widest layer has channels: with these
+            for mean and variance PyTorch's batch norm applies a scale and a shift, reading
+            fp16 or bf16 and computing in fp32, in a single kernel.
+
+    Returns:
+        one ``[N, C', H', W']`` tensor a name.
+    """
+    found = {}
+    for name, layer in zip(("stem_1", "stem_2", "stem"), params.stem, strict=True):
+        x = _conv_relu(x, layer, statistics)
+        if name in out_features:
+            found[name] = x
+    blocks = list(zip(params.spec.blocks(), params.blocks, strict=True))
+    for number, name in enumerate(STAGE_NAMES, start=FIRST_STAGE):
+        if len(found) == len(out_features):
+            break
+        if number >= params.spec.first_pooled_stage:
+            x = reference.max_pool(x, params.spec.pool)
+        for block in (block for shape, block in blocks if shape.stage == number):
+            x = _osa_block(x, block, statistics)
+        if name in out_features:
+            found[name] = x
+    return [found[name] for name in out_features]
+
+
+def _conv_relu(x: Tensor, layer: ConvParams, statistics: Statistics) -> Tensor:
+    stride = layer.stride
+    if layer.depthwise is not None:
+        spatial = layer.depthwise.permute(2, 0, 1).unsqueeze(1)  # [C, 1, 3, 3]
+        x = F.conv2d(x, spatial, None, stride, 1, groups=x.shape[1])
+        stride = 1
+    weight = layer.weight.permute(0, 3, 1, 2)  # channels_last, as packed.
+    folded = layer.shift.dtype == x.dtype
+    y = F.conv2d(x, weight, layer.shift if folded else None, stride, weight.shape[2] // 2)
+    if not folded:
+        mean, var = (statistic[: y.shape[1]] for statistic in statistics)
+        y = F.batch_norm(y, mean, var, layer.scale, layer.shift, eps=0.0)
+    return y.relu_()
+
+
+def _osa_block(x: Tensor, block: BlockParams, statistics: Statistics) -> Tensor:
+    def layer(params: ConvParams) -> Callable[[Tensor], Tensor]:
+        return functools.partial(_conv_relu, layer=params, statistics=statistics)
+
+    def ese(y: Tensor) -> Tensor:
+        assert block.fc_weight is not None
+        assert block.fc_bias is not None
+        return reference.ese(y, block.fc_weight[:, :, None, None], block.fc_bias, block.gate)
+
+    return reference.osa_block(
+        x,
+        [layer(params) for params in block.layers],
+        layer(block.concat),
+        reduction=None if block.reduction is None else layer(block.reduction),
+        ese=None if block.fc_weight is None else ese,
+        identity=block.identity,
+    )
