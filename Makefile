@@ -6,6 +6,8 @@ VENV ?= .venv
 # `make test PIP_ARGS="--extra-index-url https://download.pytorch.org/whl/cpu"` and
 # TORCH=torch==2.13.0+cpu save gigabytes.
 TORCH ?= torch==2.13.0
+# The Triton of that torch: CPU builds of torch come without one.
+TRITON ?= triton==3.7.1
 PIP_ARGS ?=
 # A folder of prebuilt wheels, mmcv's above all, is used where there is one.
 WHEELS ?= ../shared/wheels
@@ -41,7 +43,7 @@ $(VENV)/mmdet: pyproject.toml
 	touch $@
 
 $(VENV)/dev: $(VENV)/mmdet
-	$(PIP) -e ".[dev]" "$(TORCH)"
+	$(PIP) -e ".[dev]" "$(TORCH)" "$(TRITON)"
 	touch $@
 
 demo: $(VENV)/mmdet
