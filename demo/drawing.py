@@ -21,7 +21,7 @@ from skimage import io
 # Okabe and Ito's palette, told apart with any kind of colour vision.
 BLUE, VERMILION, GREEN, BLACK = "#0072B2", "#D55E00", "#009E73", "#000000"
 
-SCORE_THRESHOLD = 0.4
+SCORE_THRESHOLD = 0.3
 """Detections below this score are not drawn."""
 
 _ROWS, _COLUMNS = 3, 4

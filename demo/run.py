@@ -41,11 +41,6 @@ OUTPUTS = (
 )
 
 
-# Read by OpenMP when PyTorch is loaded. By default its threads wait by spinning, and one
-# other busy process on a small machine then makes training ten times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-
-
 class DemoError(Exception):
     """The demo cannot run as asked; the message says what to change."""
 
@@ -104,22 +99,27 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {value}")
-    return value
+    return _whole_number(text, 1, 2**31 - 1)
 
 
 def _not_negative(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**32:
-        raise argparse.ArgumentTypeError(f"must be from 0 to 2**32 - 1, got {value}")
-    return value
+    return _whole_number(text, 0, 2**32 - 1)
+
+
+def _whole_number(text: str, smallest: int, largest: int) -> int:
+    if not text.isdecimal() or not smallest <= int(text) <= largest:
+        raise argparse.ArgumentTypeError(
+            f"must be a whole number from {smallest} to {largest}, got {text!r}"
+        )
+    return int(text)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the demo; returns the process's exit status."""
     args = parse_arguments(argv)
+    # Read by OpenMP when PyTorch is loaded. By default its threads wait by spinning, and
+    # one other busy process on a small machine then makes training ten times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         run(args)
     except DemoError as error:
@@ -189,7 +189,10 @@ def check(args: argparse.Namespace) -> VoVNetSpec:
             GPU, or the output folder belongs to something else.
     """
     try:
+        import matplotlib  # noqa: F401
+        import mmcv.ops  # noqa: F401
         import mmdet  # noqa: F401
+        import rich  # noqa: F401
         import skimage  # noqa: F401
         import sklearn  # noqa: F401
         import torch
@@ -197,9 +200,8 @@ def check(args: argparse.Namespace) -> VoVNetSpec:
         from vovnet_fast import specs
     except ImportError as error:
         raise DemoError(
-            f"the demo needs {error.name}, and importing it failed with: {error}. Install "
-            'everything with: pip install "vovnet-fast[demo]" (see the README for mmcv and its '
-            "compiled ops)"
+            f"importing what the demo needs failed with: {error}. Install it with: "
+            'pip install "vovnet-fast[demo]" (see the README for mmcv and its compiled ops)'
         ) from error
     try:
         spec = specs.get(args.spec)

@@ -102,7 +102,7 @@ def test_boxes_are_tight_around_the_ink(scenes):
                 assert edge.any(), "a row or column of the box without ink"
 
 
-def test_digits_do_not_overlap_and_stand_out(scenes):
+def test_digits_do_not_overlap_and_are_of_one_colour(scenes):
     sources = scenes.load_sources("val")
     for seed in range(30):
         scene = scenes.make_scene(np.random.default_rng(seed), sources, scenes.SceneConfig())
@@ -111,6 +111,14 @@ def test_digits_do_not_overlap_and_stand_out(scenes):
             part = scene.image[y : y + h, x : x + w] @ [0.2126, 0.7152, 0.0722] / 255
             ink = opacity[y : y + h, x : x + w] > 0.99
             assert part[ink].std() < 0.02, "ink is not of one colour"
+
+
+def test_ink_stands_out(scenes):
+    rng = np.random.default_rng(0)
+    weights = np.array([0.2126, 0.7152, 0.0722])
+    for background in rng.random((200, 3)):
+        ink = scenes._choose_ink(rng, background)
+        assert abs(weights @ (ink - background)) >= 0.3
 
 
 def test_splits_share_no_digit_and_no_photograph(scenes, dataset):
@@ -215,6 +223,14 @@ def test_iou(demo):
     assert iou([0, 0, 4, 4], [0, 0, 4, 4]) == 1
     assert iou([0, 0, 4, 4], [2, 0, 4, 4]) == pytest.approx(1 / 3)
     assert iou([0, 0, 4, 4], [4, 4, 2, 2]) == 0
+
+
+def test_only_the_best_detection_of_each_place_is_drawn(demo):
+    drawing = demo("drawing")
+    boxes = ([0, 0, 10, 10], [1, 0, 10, 10], [30, 30, 10, 10], [60, 60, 10, 10])
+    scores = (0.5, 0.9, 0.6, 0.01)
+    found = [dict(bbox=b, score=s) for b, s in zip(boxes, scores, strict=True)]
+    assert drawing.best_of_each_place(found) == [found[1], found[2]]
 
 
 def test_smooth(demo):
@@ -348,9 +364,10 @@ def test_main_refuses_cuda_without_a_gpu(demo, tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--iterations", "0"], "--iterations: must be at least 1, got 0"),
-        (["--val-scenes", "-3"], "--val-scenes: must be at least 1"),
-        (["--seed", "-1"], "--seed: must be from 0"),
+        (["--iterations", "0"], "--iterations: must be a whole number from 1"),
+        (["--iterations", "many"], "got 'many'"),
+        (["--val-scenes=-3"], "--val-scenes: must be a whole number from 1"),
+        (["--seed=-1"], "--seed: must be a whole number from 0"),
         (["--device", "tpu"], "invalid choice: 'tpu'"),
     ],
 )

@@ -65,7 +65,7 @@ model = dict(
             target_stds=[0.1, 0.1, 0.2, 0.2],
         ),
         loss_cls=dict(type="FocalLoss", use_sigmoid=True, gamma=2.0, alpha=0.25, loss_weight=1.0),
-        loss_bbox=dict(type="SmoothL1Loss", beta=0.11, loss_weight=1.0),
+        loss_bbox=dict(type="SmoothL1Loss", beta=0.11, loss_weight=0.3),
     ),
     train_cfg=dict(
         assigner=dict(
