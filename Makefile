@@ -14,18 +14,20 @@ WHEELS ?= ../shared/wheels
 
 SPEC ?= V-19-slim-dw-eSE
 DEVICE ?= cpu
+GPU_PYTHON ?= python3
 OUT ?= work_dirs/demo
 
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) \
 	$(if $(wildcard $(WHEELS)),--find-links $(abspath $(WHEELS)))
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test gpu lint format clean
 
 help:
 	@echo "make demo    train a detector on scenes of digits, evaluate it, draw what it finds"
 	@echo "             (SPEC=V-39-eSE DEVICE=cuda OUT=folder; see: python demo/run.py --help)"
 	@echo "make test    run the tests"
+	@echo "make gpu     tests and measurements on a GPU, in 10 minutes, with GPU_PYTHON as it is"
 	@echo "make lint    ruff and mypy"
 	@echo "make format  let ruff rewrite the sources"
 	@echo "make clean   remove the virtual environment and what the targets made"
@@ -51,6 +53,10 @@ demo: $(VENV)/mmdet
 
 test: $(VENV)/dev
 	$(BIN)/python -m pytest -n auto --dist loadfile
+
+# Installs nothing: GPU_PYTHON has torch, Triton, pytest and pytest-benchmark already.
+gpu:
+	$(GPU_PYTHON) benchmarks/gpu.py --out "benchmarks/results/{date}-{gpu}-{commit}"
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check

@@ -9,6 +9,12 @@ from vovnet_fast.backends import triton as backend
 ON_GPU = torch.cuda.is_available()
 
 
+@pytest.fixture(autouse=True)
+def _exact_fp32(monkeypatch):
+    """Engines differ in what TF32 rounds."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 def layer(kernel, c_in, c_out, stride, dtype, device):
     x = torch.randn(2, 9, 11, c_in + 16, device=device).to(dtype)[..., 8 : 8 + c_in]
     weight = (torch.randn(c_out, kernel, kernel, c_in, device=device) / c_in**0.5).to(dtype)

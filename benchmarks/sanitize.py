@@ -1,0 +1,96 @@
+"""Launch every kernel, and one whole network, once: what compute-sanitizer watches.
+
+``compute-sanitizer python -m benchmarks.sanitize``. Sizes are small and odd, so that every tile
+hangs over an edge. Nothing is measured and no result is compared: the tests do that. Without
+a GPU it runs in Triton's interpreter (``TRITON_INTERPRET=1``).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+
+from vovnet_fast import VoVNet
+from vovnet_fast.backends import triton as backend
+from vovnet_fast.kernels import conv, max_pool
+from vovnet_fast.kernels._common import Launch, recording
+from vovnet_fast.ops.features import run as run_network
+
+LAYERS = ((3, 64, 3, 2), (64, 80, 3, 1), (64, 192, 3, 1), (80, 128, 1, 1), (64, 128, 3, 2))
+"""C_in, C_out, kernel, stride: with every form of the convolution among their choices."""
+
+
+def _convolutions(device: torch.device, dtype: torch.dtype) -> None:
+    """Every configuration that can take these layers, with a pool and without."""
+    for c_in, c_out, kernel, stride in LAYERS:
+        size = [conv.output_size(19, 37, kernel, stride)[axis] for axis in (0, 1)]
+        x = torch.zeros(2, 19, 37, c_in, dtype=dtype, device=device)
+        weight = torch.zeros(c_out, kernel, kernel, c_in, dtype=dtype, device=device)
+        scale, shift = torch.ones(2, c_out, device=device)
+        out = torch.zeros(2, *size, c_out, dtype=dtype, device=device)
+        for config in conv.choices(x, weight, out, stride=stride)[0]:
+            for pool in (False, True) if kernel == 1 else (False,):
+                backend.run_engine(
+                    config.name, x, weight, scale, shift, out, stride=stride, relu=True, pool=pool
+                )
+
+
+def _others(device: torch.device, dtype: torch.dtype) -> None:
+    """Everything but convolutions, on a width that fills no block of channels."""
+    x = torch.zeros(2, 9, 13, 56, dtype=dtype, device=device)
+    out, small = torch.zeros_like(x), torch.zeros(2, 5, 7, 56, dtype=dtype, device=device)
+    one = torch.ones(56, device=device)
+    weight, fc = torch.zeros(56, 1, 1, 56, dtype=dtype, device=device), one.new_zeros(56, 56)
+    partials = backend.run_engine(
+        backend.ATEN, x, weight, one, one, out, stride=1, relu=True, pool=True
+    )
+    assert partials is not None
+    for kind in ("hard_sigmoid", "sigmoid"):
+        gates = backend.gates(partials, 9 * 13, fc, one, kind)
+        backend.apply_gates(x, gates, x, out)
+    taps = torch.zeros(3, 3, 56, dtype=dtype, device=device)
+    for stride, into in ((1, out), (2, small)):
+        backend.depthwise(x, taps, into, stride=stride)
+    argmax = torch.zeros(small.shape, dtype=torch.uint8, device=device)
+    max_pool.max_pool(x, small, "padded", argmax)
+    max_pool.max_pool(x, small[:, :4, :6], "ceil")
+
+
+def _network(device: torch.device, dtype: torch.dtype) -> None:
+    """The network whose blocks have everything: depthwise layers, a reduction, an identity."""
+    with torch.device(device):
+        model = VoVNet("V-19-slim-dw-eSE").to(dtype).eval()
+    view = torch.zeros(1, 72, 104, 3, dtype=dtype, device=device)
+    run_network(backend, view, model.fold(dtype), model.out_features)
+
+
+def launches() -> list[Launch]:
+    """What :func:`main` launches on a GPU, for compiling it beforehand."""
+    meta = torch.device("meta")
+    with recording() as found, torch.no_grad():
+        for part in (_others, _convolutions, _network):
+            part(meta, torch.float16)
+    return found
+
+
+def main() -> int:
+    """Entry of ``python -m benchmarks.sanitize``."""
+    # A cache of memory would hide accesses beyond the end of a tensor from memcheck.
+    os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+    # A network takes the static choices: cuDNN's kernels are not ours to check.
+    os.environ["VOVNET_FAST_TUNE"] = "0"
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with torch.no_grad():
+        _others(device, torch.float16)
+        if device.type == "cuda":  # Minutes in the interpreter.
+            _convolutions(device, torch.float16)
+            _network(device, torch.float16)
+            torch.cuda.synchronize()
+    print("every kernel was launched")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
