@@ -47,7 +47,6 @@ def script(*words):
 
 
 def test_a_dry_run_walks_through_every_step(tmp_path, without_gpu):
-    pytest.importorskip("pytest_benchmark")
     pytest.importorskip("triton")
     done = script("--out", f"{tmp_path}/{{gpu}}-{{commit}}", "--dry-run", "--commit", "abc")
     assert done.returncode == 0, done.stdout + done.stderr

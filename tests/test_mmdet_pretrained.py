@@ -94,7 +94,7 @@ def test_a_whole_detectors_checkpoint(net, tmp_path):
     assert same(detector["backbone"], net)
     state.pop("backbone.stage2.OSA2_1.ese.fc.bias")
     torch.save({"state_dict": state, "meta": {}}, tmp_path / "detector.pth")
-    with pytest.raises(checkpoints.CheckpointError, match=r"153 of|fills \d+ of the backbone's"):
+    with pytest.raises(checkpoints.CheckpointError, match=r"fills \d+ of the backbone's"):
         load_checkpoint(detector, str(tmp_path / "detector.pth"), map_location="cpu")
     with pytest.warns(UserWarning, match=r"nothing for the backbone: no key like 'backbone\.stem"):
         detector.load_state_dict({"head.weight": torch.zeros(2, 2)}, strict=False)

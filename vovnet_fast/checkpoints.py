@@ -23,7 +23,6 @@ from __future__ import annotations
 import functools
 import os
 import pickle
-import tempfile
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -34,6 +33,7 @@ import torch
 from torch import Tensor
 
 from . import specs
+from ._files import replacing
 from .model import VoVNet
 from .specs import Dialect, VoVNetSpec
 
@@ -537,21 +537,10 @@ def write(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Non
         FileNotFoundError: the folder does not exist.
     """
     path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"cannot write {path}: there is no folder {path.parent}")
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    os.close(handle)
-    try:
+    with replacing(path) as temporary:
         if path.suffix == ".safetensors":
             from safetensors.torch import save_file
 
             save_file({k: v.contiguous() for k, v in state_dict.items()}, temporary)
         else:
             torch.save(dict(state_dict), temporary)
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would surprise.
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -25,7 +25,7 @@ from . import backends, reference
 from .model import STAGE_NAMES, VoVNet
 from .ops import BlockParams, ConvParams, NetworkParams, _checks
 from .ops import features as run_op
-from .ops.features import plan, rebuild, run, sizes
+from .ops.features import check_size, plan, rebuild, run
 from .ops.memory import Arena, Memory
 from .ops.osa import unflatten
 from .specs import FIRST_STAGE
@@ -339,13 +339,7 @@ class FrozenVoVNet(nn.Module):
                 "a frozen VoVNet has no backward pass: call it under torch.no_grad(), detach "
                 "the image, or use the model that it was made of"
             )
-        found = sizes(self.spec, x.shape[2], x.shape[3])
-        last = self.out_features[-1]
-        if min(found[last]) < 1:
-            raise ValueError(
-                f"an image of {x.shape[2]}x{x.shape[3]} is too small: {last} of "
-                f"{self.spec.name} would have no pixel; pad the image, or ask for fewer features"
-            )
+        check_size(self.spec, self.out_features, x.shape[2], x.shape[3])
 
     def _deliver(self, feature: Tensor, *, clone: bool = False) -> Tensor:
         return feature.to(self.out_dtype, copy=clone, memory_format=self.memory_format)

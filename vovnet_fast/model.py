@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import backends, ops, specs
 from .layers import NormCfg, OSABlock, OSAStage, Stem
+from .ops.features import check_size
 from .specs import FIRST_STAGE, NUM_STAGES, VoVNetSpec
 
 STAGE_NAMES = tuple(f"stage{FIRST_STAGE + i}" for i in range(NUM_STAGES))
@@ -155,7 +156,7 @@ class VoVNet(nn.Module):
             TypeError: the dtype does not match the parameters' (and autocast is off).
         """
         self._check_input(x)
-        self._check_size(x)
+        check_size(self.spec, self.out_features, x.shape[2], x.shape[3])
         if backends.fused(x.device):
             return self._fused_forward(x)
         return self._eager_forward(x)
@@ -246,23 +247,6 @@ class VoVNet(nn.Module):
                 f"the image is {x.dtype} and the parameters are {weight.dtype}: convert one of "
                 "them, or run under torch.autocast"
             )
-
-    def _check_size(self, x: Tensor) -> None:
-        """Refuse images of which a ceil-mode pool would get a map of one pixel."""
-        if self.spec.pool != "ceil" or self.out_features[-1] not in STAGE_NAMES:
-            return
-        stride = self.spec.feature_strides()["stem"]
-        size = [(side + stride - 1) // stride for side in x.shape[-2:]]
-        run = STAGE_NAMES[: STAGE_NAMES.index(self.out_features[-1]) + 1]
-        for number, name in enumerate(run, start=FIRST_STAGE):
-            if number >= self.spec.first_pooled_stage:
-                if min(size) < 2:
-                    raise ValueError(
-                        f"an image of {x.shape[-2]}x{x.shape[-1]} is too small: {name} of "
-                        f"{self.spec.name} would pool a map of {size[0]}x{size[1]}. All four "
-                        "stages need 29x29; pad the image, or ask for fewer features"
-                    )
-                size = [side // 2 for side in size]
 
     def extra_repr(self) -> str:
         return f"{self.spec.name}, out_features={self.out_features}"

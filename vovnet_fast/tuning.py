@@ -18,12 +18,13 @@ import json
 import logging
 import os
 import statistics
-import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
+
+from ._files import replacing
 
 ENVIRONMENT = "VOVNET_FAST_TUNE"
 CACHE_ENVIRONMENT = "VOVNET_FAST_CACHE"
@@ -162,14 +163,9 @@ def export(choices: dict[str, dict[str, str]], path: Path) -> None:
     Raises:
         OSError: the folder does not exist or cannot be written.
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.name, suffix=".part")
-    try:
-        with os.fdopen(handle, "w") as file:
-            json.dump({"format": FORMAT, "choices": choices}, file, indent=1, sort_keys=True)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    with replacing(path) as temporary:
+        content = {"format": FORMAT, "choices": choices}
+        Path(temporary).write_text(json.dumps(content, indent=1, sort_keys=True))
 
 
 @functools.cache

@@ -58,7 +58,9 @@ def test_engines_agree(kernel, stride, pool, c_in, c_out, dtype, device):
         assert buffer[..., -16:].isnan().all()
         if pool:
             sums = right.sum((1, 2))
-            torch.testing.assert_close(partials.sum(1).double(), sums, rtol=tolerance, atol=1e-2)
+            torch.testing.assert_close(
+                partials.sum(1).double(), sums, rtol=tolerance, atol=99 * tolerance
+            )
         else:
             assert partials is None
 

@@ -75,6 +75,7 @@ def features(x: Tensor, params: NetworkParams, out_features: tuple[str, ...]) ->
             f"{op}: out_features must be one or more of {', '.join(known)}, in this order, "
             f"got {out_features}"
         )
+    check_size(params.spec, out_features, x.shape[2], x.shape[3])
     for layer in params.stem:
         conv.check(op, layer, x)
     for block in params.blocks:
@@ -103,6 +104,20 @@ def sizes(spec: VoVNetSpec, height: int, width: int) -> dict[str, tuple[int, int
             height, width = pooled_size(height, width, spec.pool)
         found[f"stage{number}"] = (height, width)
     return found
+
+
+def check_size(spec: VoVNetSpec, out_features: tuple[str, ...], height: int, width: int) -> None:
+    """Refuse images of which a feature would have no pixel.
+
+    Raises:
+        ValueError: the image is too small for the deepest of ``out_features``.
+    """
+    last = out_features[-1]
+    if min(sizes(spec, height, width)[last]) < 1:
+        raise ValueError(
+            f"an image of {height}x{width} is too small: {last} of {spec.name} would have no "
+            "pixel; pad the image, or ask for fewer features"
+        )
 
 
 class _Idle:
