@@ -7,7 +7,7 @@ import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,9 +18,20 @@ INT32_LIMIT = 2**31
 PARTS = 3
 """A CTA computes its output channels in at most this many accumulators."""
 
+REDUCTION_PROGRAMS = 6
+"""Programs of a reduction a processor: as many as its registers let be resident at once."""
+
 _ASSUMED_PROCESSORS = {"cpu": 3, "meta": 132}
 # Interpreted runs are tiny: three programs make persistent ones loop. Compile-only runs
 # on meta tensors take an H100.
+
+_SUM_ROWS = 64
+_SUM_COLUMNS = 32
+
+
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. Triton's own takes 20 us, at every launch."""
+    return -(-a // b)
 
 
 def interpreted() -> bool:
@@ -197,6 +208,46 @@ def channel_block(channels: int) -> int:
     return divisor if divisor >= 16 else min(max(triton.next_power_of_2(channels), 16), 128)
 
 
+class Sweep(NamedTuple):
+    """How programs share an elementwise pass, each looping over pixels.
+
+    Attributes:
+        block_c: channels of a tile.
+        block_p: pixels of a tile.
+        steps: tiles of an image that a program takes one after the other.
+        tiles: programs an image and block of channels.
+        programs: all of them.
+    """
+
+    block_c: int
+    block_p: int
+    steps: int
+    tiles: int
+    programs: int
+
+
+def sweep(x: Tensor, elements: int, per_processor: int) -> Sweep:
+    """Share ``[N, H, W, C]`` among programs that loop, so that each has more to do.
+
+    What a program leaves (partial sums) or loads once (vectors of channels) then
+    weighs little.
+
+    Args:
+        x: what is passed over.
+        elements: that a program holds at a time.
+        per_processor: programs on each processor, about, where there is work for so many.
+            If all of them are resident at once they end together; many more end evenly too.
+    """
+    n, height, width, c = x.shape
+    block_c = channel_block(c)
+    block_p = elements // block_c
+    groups = n * cdiv(c, block_c)
+    wanted = cdiv(per_processor * processors(x.device), groups)
+    steps = cdiv(cdiv(height * width, block_p), wanted)
+    tiles = cdiv(height * width, block_p * steps)
+    return Sweep(block_c, block_p, steps, tiles, groups * tiles)
+
+
 @triton.jit
 def program_tile(tiles, C: tl.constexpr, BLOCK_C: tl.constexpr):
     """(image, tile, first channel) of this program, of ``tiles`` an image.
@@ -232,6 +283,12 @@ def scale_shift_relu(y, scale, shift, RELU: tl.constexpr):
 
 
 @triton.jit
+def relu_gradient(g, y):
+    """Gradient g where the ReLU that put out y let it pass, which it does at NaN; else 0."""
+    return tl.where(y <= 0, 0.0, g)
+
+
+@triton.jit
 def pixel_offsets(h, w, stride_h, stride_w, WIDE: tl.constexpr):
     """Offsets of pixels inside their image, in elements; in 64 bits if WIDE."""
     if WIDE:
@@ -254,3 +311,56 @@ def narrow(y, dtype: tl.constexpr, SOFT_BF16: tl.constexpr):
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         y = tl.where(y == y, rounded, bits).to(tl.float32, bitcast=True)
     return y.to(dtype)
+
+
+@triton.jit
+def sum_rows(ptr, rows, c, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Sums over the rows of channels c of a packed [rows, C], always in one order."""
+    sums = tl.zeros((BLOCK_R, BLOCK_C), dtype=ptr.dtype.element_ty)
+    for first in tl.range(0, rows, BLOCK_R):
+        r = first + tl.arange(0, BLOCK_R)
+        mask = (r < rows)[:, None] & (c < C)[None, :]
+        sums += tl.load(ptr + r[:, None] * C + c[None, :], mask=mask, other=0.0)
+    return tl.sum(sums, axis=0)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def sum_rows_kernel(
+    rows_ptr, out_ptr, rows, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """One program: sums over the rows of BLOCK_C columns."""
+    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    tl.store(out_ptr + c, sum_rows(rows_ptr, rows, c, C, BLOCK_R, BLOCK_C), mask=c < C)
+
+
+def plan_sum_rows(rows: Tensor, out: Tensor) -> Launch:
+    """Decide a launch that sums packed ``[R, ...]`` over R into ``out``, ``[...]``."""
+    assert_packed("rows", rows, (rows.shape[0], *out.shape), out.dtype)
+    return Launch(
+        sum_rows_kernel,
+        grid=(cdiv(out.numel(), _SUM_COLUMNS),),
+        args=dict(rows_ptr=rows, out_ptr=out, rows=rows.shape[0]),
+        constants=dict(C=out.numel(), BLOCK_R=_SUM_ROWS, BLOCK_C=_SUM_COLUMNS),
+    )
+
+
+@triton.jit
+def tile_statistics(y, inside, count, AXIS: tl.constexpr):
+    """(count, sums, sums of squared deviations from the tile's own mean) over the pixels.
+
+    ``y`` is a tile with its pixels along AXIS, of which ``count`` are ``inside``.
+    """
+    count = count.to(y.dtype)
+    inside = tl.expand_dims(inside, 1 - AXIS)
+    sums = tl.sum(tl.where(inside, y, 0.0), axis=AXIS)
+    mean = sums / tl.maximum(count, 1.0)
+    deviations = tl.where(inside, y - tl.expand_dims(mean, AXIS), 0.0)
+    return count, sums, tl.sum(deviations * deviations, axis=AXIS)
+
+
+@triton.jit
+def store_statistics(ptr, count, sums, squares, c, C: tl.constexpr):
+    """Store channels c of the rows (count, sum, squared deviations) of a part, [3, C]."""
+    tl.store(ptr + c, tl.zeros_like(sums) + count, mask=c < C)
+    tl.store(ptr + C + c, sums, mask=c < C)
+    tl.store(ptr + 2 * C + c, squares, mask=c < C)

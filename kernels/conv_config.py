@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import functools
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 import triton
+from torch import Tensor
 
-from ._common import PARTS
+from ._common import PARTS, cdiv
 
 Form = Literal["tma", "pointer"]
+
+Kind = Literal["forward", "statistics", "gradient"]
+"""What a tile needs registers and shared memory for besides its sums: see :class:`Epilogue`."""
 
 MIN_SPLIT = 16
 """Smallest block of output channels of the pointer form (the smallest ``tl.dot``)."""
@@ -46,7 +52,7 @@ class ConvConfig:
         """Output pixels of a tile."""
         return self.tile_h * self.tile_w
 
-    @property
+    @functools.cached_property
     def name(self) -> str:
         """Short and unique, for tables: ``tma-8x16-128+64-k64-w8-s3-p``."""
         tile = f"{self.tile_h}x{self.tile_w}"
@@ -58,6 +64,65 @@ class ConvConfig:
         )
 
 
+@dataclass(frozen=True)
+class Epilogue:
+    """What happens to the sums of products of a tile, in this order, where it is given.
+
+    Attributes:
+        scale, shift: ``[C]``, y * scale + shift.
+        relu: max(y, 0).
+        pool_partials: ``[N, T, C]``, receives sums of y over the pixels.
+        add: ``[N, H, W, A]`` view, added to the first A channels.
+        mask: ``[N, H, W, M]`` view of the last M channels; where it is not positive y becomes 0.
+        statistics: ``[N, T, 3, C]``, receives the statistics of what is stored.
+    """
+
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    relu: bool = False
+    pool_partials: Tensor | None = None
+    add: Tensor | None = None
+    mask: Tensor | None = None
+    statistics: Tensor | None = None
+
+    @property
+    def kind(self) -> Kind:
+        """By which configurations are chosen."""
+        if self.statistics is not None:
+            return "statistics"
+        return "forward" if self.add is None and self.mask is None else "gradient"
+
+    def views(self) -> list[Tensor]:
+        """The activations among the tensors."""
+        return [view for view in (self.add, self.mask) if view is not None]
+
+    def with_views(self, views: Iterable[Tensor]) -> Epilogue:
+        """The same with other :meth:`views`."""
+        rest = iter(views)
+        add, mask = (None if v is None else next(rest) for v in (self.add, self.mask))
+        return replace(self, add=add, mask=mask)
+
+    def args(self) -> dict[str, Any]:
+        """Kernel arguments, but for those of the activations."""
+        return dict(
+            scale_ptr=self.scale,
+            shift_ptr=self.shift,
+            pool_ptr=self.pool_partials,
+            statistics_ptr=self.statistics,
+        )
+
+    def constants(self) -> dict[str, Any]:
+        """Compile-time arguments; for ``add`` and ``mask`` the number of channels, or 0."""
+        return dict(
+            SCALE=self.scale is not None,
+            RELU=self.relu,
+            POOL=self.pool_partials is not None,
+            ADD=0 if self.add is None else self.add.shape[3],
+            MASK=0 if self.mask is None else self.mask.shape[3],
+            STATISTICS=self.statistics is not None,
+        )
+
+
 def pointer_blocks(c_out: int, limit: int) -> tuple[int, ...]:
     """Split output channels into accumulators that waste none of them, if possible.
 
@@ -66,7 +131,7 @@ def pointer_blocks(c_out: int, limit: int) -> tuple[int, ...]:
     80 is (64, 16), 224 is twice (64, 32, 16), 384 is twice (128, 64). Widths that
     cannot be split so (56) get one power of two with a masked tail.
     """
-    for groups in range(triton.cdiv(c_out, limit), c_out // MIN_SPLIT + 1):
+    for groups in range(cdiv(c_out, limit), c_out // MIN_SPLIT + 1):
         share = c_out // groups
         parts = tuple(1 << bit for bit in reversed(range(share.bit_length())) if share >> bit & 1)
         if c_out % groups == 0 and len(parts) <= PARTS and parts[-1] >= MIN_SPLIT:
@@ -114,19 +179,29 @@ def tile_shape(pixels: int, size: tuple[int, int], kernel: int) -> tuple[int, in
 
     def cost(height: int) -> tuple[int, int]:
         width = pixels // height
-        return triton.cdiv(size[0], height) * triton.cdiv(size[1], width), height + width
+        return cdiv(size[0], height) * cdiv(size[1], width), height + width
 
     best = min(heights, key=cost)
     return best, pixels // best
 
 
-def _persistent_is_shipped(capability: tuple[int, int], kernel: int, accumulated: int) -> bool:
+def _persistent_is_shipped(
+    capability: tuple[int, int], kernel: int, accumulated: int, kind: Kind
+) -> bool:
     """Whether the persistent variant of a half-precision tile exists."""
+    if capability >= (10, 0) and (kernel == 1 or kind == "statistics"):
+        return False  # Triton 3.7 fails to compile most of them.
     if kernel == 3:
-        return True
-    # With pool partials, the largest tiles would need more registers than there are,
-    # and for sm_100 Triton 3.7 fails to compile any.
-    return accumulated <= 128 * 128 and capability < (10, 0)
+        # The tiles that a gradient reads need shared memory too.
+        return kind != "gradient" or accumulated <= 128 * 192
+    # With pool partials, the largest tiles would need more registers than there are.
+    return accumulated <= 128 * 128
+
+
+def _spills(capability: tuple[int, int], accumulated: int, kind: Kind) -> bool:
+    """Whether Triton 3.7 runs out of registers in a tile."""
+    blackwell = capability >= (10, 0)
+    return blackwell and kind == "gradient" and not 64 * 128 <= accumulated <= 128 * 192
 
 
 def _tma_candidates(
@@ -136,6 +211,7 @@ def _tma_candidates(
     kernel: int,
     size: tuple[int, int],
     itemsize: int,
+    kind: Kind,
 ) -> list[ConvConfig]:
     # 128 bytes of channels a step; half of that where it leaves less of the last step empty.
     block_k, depth = 128 // itemsize, 1
@@ -144,9 +220,12 @@ def _tma_candidates(
     found = []
     for blocks in tma_blocks(c_out)[: 2 if itemsize == 2 else 1]:
         for pixels, warps, stages, persistent in _TMA_SHAPES[blocks]:
+            accumulated = pixels * sum(blocks)
+            if _spills(capability, accumulated, kind):
+                continue
             if persistent and (
                 itemsize == 4  # The output tile, in shared memory too, takes twice as much.
-                or not _persistent_is_shipped(capability, kernel, pixels * sum(blocks))
+                or not _persistent_is_shipped(capability, kernel, accumulated, kind)
             ):
                 continue
             if persistent and depth == 2:
@@ -167,11 +246,26 @@ _POINTER_SHAPES: dict[str, tuple[tuple[int, int, int, int], ...]] = {
 }
 
 
-def _pointer_candidates(c_in: int, c_out: int, kind: str) -> list[ConvConfig]:
-    blocks = pointer_blocks(c_out, POINTER_LIMIT if kind == "half" else 128)
-    if kind == "half" and c_in < 32:
-        kind = "half, few channels"
-    shapes = _POINTER_SHAPES[kind]
+def _pointer_limit(kernel: int, precision: str, kind: Kind) -> int:
+    """Output channels of a program: with more of them some layer spills registers on sm_80."""
+    narrow = {"gradient": "tf32", "statistics": "exact"}
+    if narrow.get(kind) == precision:
+        return 64
+    if kind == "gradient" and kernel == 1:  # Few steps, which are unrolled.
+        return 128
+    return POINTER_LIMIT if precision == "half" else 128
+
+
+def _pointer_candidates(
+    c_in: int, c_out: int, kernel: int, precision: str, kind: Kind
+) -> list[ConvConfig]:
+    blocks = pointer_blocks(c_out, _pointer_limit(kernel, precision, kind))
+    if precision == "half" and c_in < 32:
+        precision = "half, few channels"
+    shapes = _POINTER_SHAPES[precision]
+    if kind == "statistics":  # Of the others some spill a few bytes on sm_80.
+        shapes = shapes[1:] if precision == "exact" else shapes
+        shapes = tuple(shape for shape in shapes if shape[1] == shapes[0][1])
     return [
         ConvConfig("pointer", 1, pixels, blocks, block_k, warps, stages)
         for pixels, block_k, warps, stages in shapes
@@ -188,6 +282,7 @@ def candidates(
     tf32: bool = False,
     size: tuple[int, int] = (200, 336),
     tma: bool = True,
+    kind: Kind = "forward",
 ) -> list[ConvConfig]:
     """The shipped configurations for a layer: largest tiles first within a form.
 
@@ -200,14 +295,31 @@ def candidates(
         tf32: fp32 products may be rounded to TF32.
         size: height and width of the output. It decides the shape of the tiles.
         tma: whether :func:`.conv_tma.legal` holds for the tensors; false for stride 2.
+        kind: of the epilogue.
     """
-    kind = "half" if dtype.itemsize == 2 else "tf32" if tf32 else "exact"
-    found = _pointer_candidates(c_in, c_out, kind)
+    return list(_candidates(capability, c_in, c_out, kernel, dtype, tf32, size, tma, kind))
+
+
+@functools.cache  # Asked for at every launch.
+def _candidates(
+    capability: tuple[int, int],
+    c_in: int,
+    c_out: int,
+    kernel: int,
+    dtype: torch.dtype,
+    tf32: bool,
+    size: tuple[int, int],
+    tma: bool,
+    kind: Kind,
+) -> tuple[ConvConfig, ...]:
+    precision = "half" if dtype.itemsize == 2 else "tf32" if tf32 else "exact"
+    found = _pointer_candidates(c_in, c_out, kernel, precision, kind)
     if capability >= (9, 0):
         found = [c for c in found if c.block_k == max(f.block_k for f in found)]
-    if tma and kind != "exact" and capability >= (9, 0):
-        found = _tma_candidates(capability, c_in, c_out, kernel, size, dtype.itemsize) + found
-    return found
+    if tma and precision != "exact" and capability >= (9, 0):
+        itemsize = dtype.itemsize
+        found = _tma_candidates(capability, c_in, c_out, kernel, size, itemsize, kind) + found
+    return tuple(found)
 
 
 def programs(config: ConvConfig, c_out: int, batch: int, size: tuple[int, int]) -> int:
@@ -215,10 +327,11 @@ def programs(config: ConvConfig, c_out: int, batch: int, size: tuple[int, int]) 
     rows, columns = size
     if config.form == "pointer":
         rows, columns = 1, rows * columns
-    rectangles = triton.cdiv(rows, config.tile_h) * triton.cdiv(columns, config.tile_w)
-    return batch * rectangles * triton.cdiv(c_out, sum(config.block_out))
+    rectangles = cdiv(rows, config.tile_h) * cdiv(columns, config.tile_w)
+    return batch * rectangles * cdiv(c_out, sum(config.block_out))
 
 
+@functools.cache
 def default_config(
     capability: tuple[int, int],
     c_in: int,

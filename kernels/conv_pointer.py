@@ -7,6 +7,11 @@ by up to three blocks of output channels, which share the gathered input:
 
 The blocks are powers of two, so that 80 output channels are 64 + 16 and 224 are
 128 + 64 + 32, with nothing computed in vain.
+
+The input gradient of a convolution with a stride of 2 gathers as well. An input pixel has
+met the taps that put it under an output pixel, which its row's and its column's parity
+decide: of a 3x3 one, two or four taps. A program computes pixels of one parity, so that
+no product with a tap that they never met is computed.
 """
 
 from __future__ import annotations
@@ -19,17 +24,21 @@ from ._common import (
     PARTS,
     Launch,
     batch_offset,
+    cdiv,
     inside_image,
     narrow,
     needs_int64,
     pixel_offsets,
     program_tile,
+    relu_gradient,
     scale_shift_relu,
     soft_bf16,
+    store_statistics,
     strides,
+    tile_statistics,
     triton_accumulator,
 )
-from .conv_config import ConvConfig
+from .conv_config import ConvConfig, Epilogue
 
 FEW_CHANNELS = 16
 """Below this many input channels a GEMM step runs across taps: one tap would not fill it."""
@@ -37,15 +46,11 @@ FEW_CHANNELS = 16
 
 @triton.jit
 def _input_chunk(
-    x_ptr, step, ih, iw, inside, height, width, stride_h, stride_w,
-    C_IN: tl.constexpr, KERNEL: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
+    x_ptr, chunk, h, w, inside, height, width, stride_h, stride_w,
+    C_IN: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of channels of one tap for every pixel: ``[BLOCK_P, BLOCK_K]``."""
-    CHUNKS: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
-    tap = step // CHUNKS
-    h = ih + tap // KERNEL
-    w = iw + tap % KERNEL
-    c = (step % CHUNKS) * BLOCK_K + tl.arange(0, BLOCK_K)
+    """One chunk of the channels of pixels (h, w): ``[BLOCK_P, BLOCK_K]``."""
+    c = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
     offsets = pixel_offsets(h, w, stride_h, stride_w, WIDE)
     mask = (inside & inside_image(h, w, height, width))[:, None]
     if C_IN % BLOCK_K != 0:
@@ -71,19 +76,17 @@ def _input_across_taps(
 
 @triton.jit
 def _multiply_add(
-    acc, x, w_ptr, step, first,
+    acc, x, w_ptr, tap, chunk, first,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, KERNEL: tl.constexpr, BLOCK: tl.constexpr,
     BLOCK_K: tl.constexpr, ACROSS: tl.constexpr, PRECISION: tl.constexpr, SOFT_BF16: tl.constexpr,
 ):  # fmt: skip
     """acc + x @ weights of BLOCK output channels from ``first``: ``[BLOCK_P, BLOCK]``."""
     K_TOTAL: tl.constexpr = KERNEL * KERNEL * C_IN
-    # What a step walks along: all taps and channels at once, or the channels of one tap.
+    # What chunks divide: all taps and channels at once, or the channels of one tap.
     k_limit: tl.constexpr = K_TOTAL if ACROSS else C_IN
-    CHUNKS: tl.constexpr = (k_limit + BLOCK_K - 1) // BLOCK_K
-    column = (step // CHUNKS) * C_IN
-    k = (step % CHUNKS) * BLOCK_K + tl.arange(0, BLOCK_K)
+    k = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
     oc = first + tl.arange(0, BLOCK)
-    pointers = w_ptr + (oc * K_TOTAL)[None, :] + (column + k)[:, None]  # [BLOCK_K, BLOCK]
+    pointers = w_ptr + (oc * K_TOTAL)[None, :] + (tap * C_IN + k)[:, None]  # [BLOCK_K, BLOCK]
     w = tl.load(pointers, mask=(k < k_limit)[:, None] & (oc < C_OUT)[None, :], other=0.0)
     if SOFT_BF16:
         x = x.to(tl.float32)
@@ -93,45 +96,84 @@ def _multiply_add(
 
 @triton.jit
 def _finish(
-    acc, scale_ptr, shift_ptr, out_ptr, out_offsets, inside, pool_ptr, first,
-    C_OUT: tl.constexpr, BLOCK: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr,
+    acc, scale_ptr, shift_ptr, pool_ptr, add_ptr, add_offsets, mask_ptr, mask_offsets,
+    out_ptr, out_offsets, statistics_ptr, inside, count, first,
+    C_OUT: tl.constexpr, BLOCK: tl.constexpr, SCALE: tl.constexpr, RELU: tl.constexpr,
+    POOL: tl.constexpr, ADD: tl.constexpr, MASK: tl.constexpr, STATISTICS: tl.constexpr,
     SOFT_BF16: tl.constexpr,
 ):  # fmt: skip
-    """Scale, shift, ReLU, store ``[BLOCK_P, BLOCK]``, and its sums over the pixels."""
+    """Store the tile after its epilogue; :class:`.conv_config.Epilogue` says what that may be.
+
+    Pixels past the end of the image, which are not ``inside``, hold anything. For
+    statistics, ``count`` of them are.
+    """
     oc = first + tl.arange(0, BLOCK)
-    scale = tl.load(scale_ptr + oc, mask=oc < C_OUT, other=0.0)
-    shift = tl.load(shift_ptr + oc, mask=oc < C_OUT, other=0.0)
-    y = scale_shift_relu(acc, scale[None, :], shift[None, :], RELU)
+    y = acc
+    if SCALE:
+        scale = tl.load(scale_ptr + oc, mask=oc < C_OUT, other=0.0)
+        shift = tl.load(shift_ptr + oc, mask=oc < C_OUT, other=0.0)
+        y = scale_shift_relu(y, scale[None, :], shift[None, :], RELU)
     if POOL:
-        # Pixels past the end of the image hold relu(shift), not zero.
         sums = tl.sum(tl.where(inside[:, None], y, 0.0), axis=0)
         tl.store(pool_ptr + oc, sums, mask=oc < C_OUT)
-    tl.store(
-        out_ptr + out_offsets[:, None] + oc[None, :],
-        narrow(y, out_ptr.dtype.element_ty, SOFT_BF16),
-        mask=inside[:, None] & (oc < C_OUT)[None, :],
-    )
+    if ADD > 0:
+        pointers = add_ptr + add_offsets[:, None] + oc[None, :]
+        mask = inside[:, None] & (oc < ADD)[None, :]
+        y += tl.load(pointers, mask=mask, other=0.0).to(y.dtype)
+    if MASK > 0:
+        channel = oc - (C_OUT - MASK)
+        pointers = mask_ptr + mask_offsets[:, None] + channel[None, :]
+        mask = inside[:, None] & ((channel >= 0) & (channel < MASK))[None, :]
+        y = relu_gradient(y, tl.load(pointers, mask=mask, other=1.0).to(y.dtype))
+    y = narrow(y, out_ptr.dtype.element_ty, SOFT_BF16)
+    mask = inside[:, None] & (oc < C_OUT)[None, :]
+    tl.store(out_ptr + out_offsets[:, None] + oc[None, :], y, mask=mask)
+    if STATISTICS:
+        count, sums, squares = tile_statistics(y.to(acc.dtype), inside, count, 0)
+        store_statistics(statistics_ptr, count, sums, squares, oc, C_OUT)
 
 
 @triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "tiles"])
 def conv_pointer_kernel(
-    x_ptr, w_ptr, scale_ptr, shift_ptr, out_ptr, pool_ptr,
+    x_ptr, w_ptr, scale_ptr, shift_ptr, pool_ptr, add_ptr, mask_ptr, out_ptr, statistics_ptr,
     height, width, out_height, out_width, tiles,
-    x_stride_n, x_stride_h, x_stride_w, out_stride_n, out_stride_h, out_stride_w,
+    x_stride_n, x_stride_h, x_stride_w, add_stride_n, add_stride_h, add_stride_w,
+    mask_stride_n, mask_stride_h, mask_stride_w, out_stride_n, out_stride_h, out_stride_w,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_0: tl.constexpr, BLOCK_1: tl.constexpr, BLOCK_2: tl.constexpr,
-    BLOCK_K: tl.constexpr, ACROSS: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr,
+    BLOCK_K: tl.constexpr, ACROSS: tl.constexpr, SCALE: tl.constexpr, RELU: tl.constexpr,
+    POOL: tl.constexpr, ADD: tl.constexpr, MASK: tl.constexpr, STATISTICS: tl.constexpr,
     PRECISION: tl.constexpr, ACC: tl.constexpr, SOFT_BF16: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_P pixels of an image by BLOCK_0 + BLOCK_1 + BLOCK_2 channels."""
     BLOCK: tl.constexpr = BLOCK_0 + BLOCK_1 + BLOCK_2
     n, tile, first = program_tile(tiles, C_OUT, BLOCK)
-    pixel = tile * BLOCK_P + tl.arange(0, BLOCK_P)
-    inside = pixel < out_height * out_width
-    oh = pixel // out_width
-    ow = pixel % out_width
-    ih = oh * STRIDE - KERNEL // 2
-    iw = ow * STRIDE - KERNEL // 2
+    CHUNKS: tl.constexpr = ((KERNEL * KERNEL if ACROSS else 1) * C_IN + BLOCK_K - 1) // BLOCK_K
+    if TRANSPOSED:
+        # The four parities of one tile are neighbours: they read the same pixels. Output
+        # pixel (2i + odd_h, 2j + odd_w) met input pixels (i + row, j + column).
+        odd_h = tile // 2 % 2
+        odd_w = tile % 2
+        columns = tl.maximum((out_width + 1 - odd_w) // 2, 1)
+        pixel = tile // 4 * BLOCK_P + tl.arange(0, BLOCK_P)
+        ih = pixel // columns
+        iw = pixel % columns
+        oh = 2 * ih + odd_h
+        ow = 2 * iw + odd_w
+        inside = inside_image(oh, ow, out_height, out_width)
+        if KERNEL == 1:
+            steps = (1 - odd_h) * (1 - odd_w) * CHUNKS
+        else:
+            steps = (1 + odd_h) * (1 + odd_w) * CHUNKS
+    else:
+        pixel = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+        inside = pixel < out_height * out_width
+        oh = pixel // out_width
+        ow = pixel % out_width
+        ih = oh * STRIDE - KERNEL // 2
+        iw = ow * STRIDE - KERNEL // 2
+        steps = CHUNKS if ACROSS else KERNEL * KERNEL * CHUNKS
     x_ptr += batch_offset(n, x_stride_n)
 
     acc_0 = tl.zeros((BLOCK_P, BLOCK_0), dtype=ACC)
@@ -139,94 +181,120 @@ def conv_pointer_kernel(
         acc_1 = tl.zeros((BLOCK_P, BLOCK_1), dtype=ACC)
     if BLOCK_2 > 0:
         acc_2 = tl.zeros((BLOCK_P, BLOCK_2), dtype=ACC)
-    RUNS: tl.constexpr = 1 if ACROSS else KERNEL * KERNEL
-    RUN: tl.constexpr = KERNEL * KERNEL * C_IN // RUNS
-    STEPS: tl.constexpr = RUNS * ((RUN + BLOCK_K - 1) // BLOCK_K)
     # One flat loop over taps and chunks: nested loops would drain the pipeline at every tap.
-    for step in tl.range(0, STEPS):
+    for step in tl.range(0, steps):
+        tap = step // CHUNKS
+        chunk = step % CHUNKS
         if ACROSS:
             x = _input_across_taps(
-                x_ptr, step, ih, iw, inside, height, width, x_stride_h, x_stride_w,
+                x_ptr, chunk, ih, iw, inside, height, width, x_stride_h, x_stride_w,
                 C_IN, KERNEL, BLOCK_K, WIDE,
             )  # fmt: skip
         else:
+            if TRANSPOSED:
+                # There are 1 + odd_w columns of taps, and those of the weights are flipped.
+                row = tap >> odd_w
+                column = tap & odd_w
+                if KERNEL == 3:
+                    tap = (1 - odd_h + 2 * row) * 3 + 1 - odd_w + 2 * column
+            else:
+                row = tap // KERNEL
+                column = tap % KERNEL
             x = _input_chunk(
-                x_ptr, step, ih, iw, inside, height, width, x_stride_h, x_stride_w,
-                C_IN, KERNEL, BLOCK_K, WIDE,
+                x_ptr, chunk, ih + row, iw + column, inside, height, width,
+                x_stride_h, x_stride_w, C_IN, BLOCK_K, WIDE,
             )  # fmt: skip
         acc_0 = _multiply_add(
-            acc_0, x, w_ptr, step, first,
+            acc_0, x, w_ptr, tap, chunk, first,
             C_IN, C_OUT, KERNEL, BLOCK_0, BLOCK_K, ACROSS, PRECISION, SOFT_BF16,
         )  # fmt: skip
         if BLOCK_1 > 0:
             acc_1 = _multiply_add(
-                acc_1, x, w_ptr, step, first + BLOCK_0,
+                acc_1, x, w_ptr, tap, chunk, first + BLOCK_0,
                 C_IN, C_OUT, KERNEL, BLOCK_1, BLOCK_K, ACROSS, PRECISION, SOFT_BF16,
             )  # fmt: skip
         if BLOCK_2 > 0:
             acc_2 = _multiply_add(
-                acc_2, x, w_ptr, step, first + BLOCK_0 + BLOCK_1,
+                acc_2, x, w_ptr, tap, chunk, first + BLOCK_0 + BLOCK_1,
                 C_IN, C_OUT, KERNEL, BLOCK_2, BLOCK_K, ACROSS, PRECISION, SOFT_BF16,
             )  # fmt: skip
 
+    count = tl.minimum(out_height * out_width - tile * BLOCK_P, BLOCK_P)
     out_ptr += batch_offset(n, out_stride_n)
     out_offsets = pixel_offsets(oh, ow, out_stride_h, out_stride_w, WIDE)
+    add_offsets = pixel_offsets(oh, ow, add_stride_h, add_stride_w, WIDE)
+    mask_offsets = pixel_offsets(oh, ow, mask_stride_h, mask_stride_w, WIDE)
     if POOL:
         pool_ptr += batch_offset(n * tiles + tile, C_OUT)
+    if ADD > 0:
+        add_ptr += batch_offset(n, add_stride_n)
+    if MASK > 0:
+        mask_ptr += batch_offset(n, mask_stride_n)
+    if STATISTICS:
+        statistics_ptr += batch_offset(n * tiles + tile, 3 * C_OUT)
     _finish(
-        acc_0, scale_ptr, shift_ptr, out_ptr, out_offsets, inside, pool_ptr, first,
-        C_OUT, BLOCK_0, RELU, POOL, SOFT_BF16,
+        acc_0, scale_ptr, shift_ptr, pool_ptr, add_ptr, add_offsets, mask_ptr, mask_offsets,
+        out_ptr, out_offsets, statistics_ptr, inside, count, first,
+        C_OUT, BLOCK_0, SCALE, RELU, POOL, ADD, MASK, STATISTICS, SOFT_BF16,
     )  # fmt: skip
     if BLOCK_1 > 0:
         _finish(
-            acc_1, scale_ptr, shift_ptr, out_ptr, out_offsets, inside, pool_ptr,
-            first + BLOCK_0, C_OUT, BLOCK_1, RELU, POOL, SOFT_BF16,
+            acc_1, scale_ptr, shift_ptr, pool_ptr, add_ptr, add_offsets, mask_ptr, mask_offsets,
+            out_ptr, out_offsets, statistics_ptr, inside, count, first + BLOCK_0,
+            C_OUT, BLOCK_1, SCALE, RELU, POOL, ADD, MASK, STATISTICS, SOFT_BF16,
         )  # fmt: skip
     if BLOCK_2 > 0:
         _finish(
-            acc_2, scale_ptr, shift_ptr, out_ptr, out_offsets, inside, pool_ptr,
-            first + BLOCK_0 + BLOCK_1, C_OUT, BLOCK_2, RELU, POOL, SOFT_BF16,
+            acc_2, scale_ptr, shift_ptr, pool_ptr, add_ptr, add_offsets, mask_ptr, mask_offsets,
+            out_ptr, out_offsets, statistics_ptr, inside, count, first + BLOCK_0 + BLOCK_1,
+            C_OUT, BLOCK_2, SCALE, RELU, POOL, ADD, MASK, STATISTICS, SOFT_BF16,
         )  # fmt: skip
 
 
 def tiles(config: ConvConfig, out: Tensor) -> int:
     """Programs along the pixels of one image of ``out``, ``[N, H, W, C]``."""
-    return triton.cdiv(out.shape[1] * out.shape[2], config.pixels)
+    return cdiv(out.shape[1] * out.shape[2], config.pixels)
 
 
 def plan(
     x: Tensor,
     weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
     out: Tensor,
+    epilogue: Epilogue,
     *,
     stride: int,
-    relu: bool,
-    pool_partials: Tensor | None,
     tf32: bool,
     config: ConvConfig,
+    transposed: bool = False,
 ) -> Launch:
-    """Decide the launch. Arguments as in :func:`.conv.conv`."""
+    """Decide the launch. Arguments as in :func:`.conv.conv`.
+
+    With ``transposed``, those of :func:`.conv.input_grad` with a stride of 2.
+    """
+    assert stride == 2 or not transposed, "with a stride of 1 it is a convolution"
     c_out, kernel, _, c_in = weight.shape
     num_tiles = tiles(config, out)
+    if transposed:
+        num_tiles = 4 * tiles(config, out[:, ::2, ::2])
     blocks = config.block_out + (0,) * (PARTS - len(config.block_out))
     return Launch(
         conv_pointer_kernel,
-        grid=(out.shape[0] * num_tiles * triton.cdiv(c_out, sum(blocks)),),
+        grid=(out.shape[0] * num_tiles * cdiv(c_out, sum(blocks)),),
         args=dict(
             x_ptr=x,
             w_ptr=weight,
-            scale_ptr=scale,
-            shift_ptr=shift,
             out_ptr=out,
-            pool_ptr=pool_partials,
+            add_ptr=epilogue.add,
+            mask_ptr=epilogue.mask,
+            **epilogue.args(),
             height=x.shape[1],
             width=x.shape[2],
             out_height=out.shape[1],
             out_width=out.shape[2],
             tiles=num_tiles,
             **strides("x", x),
+            **strides("add", out if epilogue.add is None else epilogue.add),
+            **strides("mask", out if epilogue.mask is None else epilogue.mask),
             **strides("out", out),
         ),
         constants=dict(
@@ -234,18 +302,18 @@ def plan(
             C_OUT=c_out,
             KERNEL=kernel,
             STRIDE=stride,
+            TRANSPOSED=transposed,
             BLOCK_P=config.pixels,
             BLOCK_0=blocks[0],
             BLOCK_1=blocks[1],
             BLOCK_2=blocks[2],
             BLOCK_K=config.block_k,
-            ACROSS=c_in < FEW_CHANNELS,
-            RELU=relu,
-            POOL=pool_partials is not None,
+            ACROSS=c_in < FEW_CHANNELS and not transposed,
+            **epilogue.constants(),
             PRECISION="tf32" if tf32 else "ieee",
             ACC=triton_accumulator(x.dtype),
             SOFT_BF16=soft_bf16(x.dtype),
-            WIDE=needs_int64(x, out),
+            WIDE=needs_int64(x, out, *epilogue.views()),
         ),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -14,6 +14,9 @@ as zeros and is never stored, so the padding costs nothing.
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,17 +25,25 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ._common import (
     Launch,
     batch_offset,
+    cdiv,
     interpreted,
     narrow,
     processors,
+    relu_gradient,
     scale_shift_relu,
     soft_bf16,
+    store_statistics,
+    tile_statistics,
     triton_accumulator,
 )
-from .conv_config import ConvConfig
+from .conv_config import ConvConfig, Epilogue
 
 ALIGNMENT = 16
 """Bytes that addresses and strides of bulk copies are multiples of."""
+
+_ROUNDING = "round_f32_to_tf32"
+ROUNDS_TO_TF32 = any(field.name == _ROUNDING for field in dataclasses.fields(TensorDescriptor))
+"""Whether bulk copies can round, as they can since Triton 3.7. Tensor cores only truncate."""
 
 
 @triton.jit
@@ -47,32 +58,54 @@ def _multiply_add(acc, x, w_desc, first, k, PRECISION: tl.constexpr, SOFT_BF16: 
 
 @triton.jit
 def _finish(
-    acc, scale_ptr, shift_ptr, out_desc, pool_ptr, n, h, w, height, width, first,
+    acc, scale_ptr, shift_ptr, pool_ptr, add_desc, mask_desc, out_desc, statistics_ptr,
+    n, h, w, height, width, first,
     C_OUT: tl.constexpr, BLOCK: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-    RELU: tl.constexpr, POOL: tl.constexpr, SOFT_BF16: tl.constexpr,
+    SCALE: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr, ADD: tl.constexpr,
+    MASK: tl.constexpr, STATISTICS: tl.constexpr, SOFT_BF16: tl.constexpr,
 ):  # fmt: skip
-    """Scale, shift, ReLU, store the tile, and its sums over the pixels."""
+    """Store the tile after its epilogue; :class:`.conv_config.Epilogue` says what that may be."""
     oc = first + tl.arange(0, BLOCK)
-    scale = tl.load(scale_ptr + oc, mask=oc < C_OUT, other=0.0)
-    shift = tl.load(shift_ptr + oc, mask=oc < C_OUT, other=0.0)
-    y = scale_shift_relu(acc, scale[:, None], shift[:, None], RELU)
+    pixel = tl.arange(0, TILE_H * TILE_W)
+    # Pixels outside the image, which are not stored, hold anything.
+    inside = (h + pixel // TILE_W < height) & (w + pixel % TILE_W < width)
+    y = acc
+    if SCALE:
+        scale = tl.load(scale_ptr + oc, mask=oc < C_OUT, other=0.0)
+        shift = tl.load(shift_ptr + oc, mask=oc < C_OUT, other=0.0)
+        y = scale_shift_relu(y, scale[:, None], shift[:, None], RELU)
     if POOL:
-        # Pixels outside the image hold relu(shift), not zero.
-        pixel = tl.arange(0, TILE_H * TILE_W)
-        inside = (h + pixel // TILE_W < height) & (w + pixel % TILE_W < width)
         sums = tl.sum(tl.where(inside[None, :], y, 0.0), axis=1)
         tl.store(pool_ptr + oc, sums, mask=oc < C_OUT)
+    # Bulk copies bring these tiles: the accumulator's layout would make scattered loads.
+    # Channels that the tensors do not have arrive as zeros, and cause no traffic.
+    if ADD > 0:
+        other = add_desc.load([n, h, w, first])
+        y += other.reshape(TILE_H * TILE_W, BLOCK).trans().to(y.dtype)
+    if MASK > 0:
+        unmasked: tl.constexpr = C_OUT - MASK
+        activation = mask_desc.load([n, h, w, first - unmasked])
+        activation = activation.reshape(TILE_H * TILE_W, BLOCK).trans().to(y.dtype)
+        if unmasked > 0:
+            activation = tl.where((oc < unmasked)[:, None], 1.0, activation)
+        y = relu_gradient(y, activation)
     y = narrow(y, out_desc.dtype, SOFT_BF16)
     out_desc.store([n, h, w, first], y.trans().reshape(1, TILE_H, TILE_W, BLOCK))
+    if STATISTICS:
+        count = tl.minimum(height - h, TILE_H) * tl.minimum(width - w, TILE_W)
+        count, sums, squares = tile_statistics(y.to(acc.dtype), inside, count, 1)
+        store_statistics(statistics_ptr, count, sums, squares, oc, C_OUT)
 
 
 @triton.jit
 def _tile(
-    index, x_desc, w_desc_0, w_desc_1, out_desc_0, out_desc_1, scale_ptr, shift_ptr, pool_ptr,
-    height, width,
+    index, x_desc, w_desc_0, w_desc_1, out_desc_0, out_desc_1,
+    scale_ptr, shift_ptr, pool_ptr, add_desc_0, add_desc_1, mask_desc_0, mask_desc_1,
+    statistics_ptr, height, width,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, KERNEL: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_0: tl.constexpr, BLOCK_1: tl.constexpr,
-    BLOCK_K: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, SCALE: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr,
+    ADD: tl.constexpr, MASK: tl.constexpr, STATISTICS: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr, SOFT_BF16: tl.constexpr,
 ):  # fmt: skip
     """Compute tile ``index``: a rectangle of pixels by BLOCK_0 + BLOCK_1 output channels."""
@@ -106,24 +139,31 @@ def _tile(
 
     if POOL:
         pool_ptr += batch_offset(rectangle, C_OUT)
-    _finish(
-        acc_0, scale_ptr, shift_ptr, out_desc_0, pool_ptr, n, h, w, height, width, first,
-        C_OUT, BLOCK_0, TILE_H, TILE_W, RELU, POOL, SOFT_BF16,
-    )  # fmt: skip
+    if STATISTICS:
+        statistics_ptr += batch_offset(rectangle, 3 * C_OUT)
+    # The smaller accumulator first: while it is finished, the other one stays in registers.
     if BLOCK_1 > 0:
         _finish(
-            acc_1, scale_ptr, shift_ptr, out_desc_1, pool_ptr, n, h, w, height, width,
-            first + BLOCK_0, C_OUT, BLOCK_1, TILE_H, TILE_W, RELU, POOL, SOFT_BF16,
+            acc_1, scale_ptr, shift_ptr, pool_ptr, add_desc_1, mask_desc_1, out_desc_1,
+            statistics_ptr, n, h, w, height, width, first + BLOCK_0, C_OUT, BLOCK_1,
+            TILE_H, TILE_W, SCALE, RELU, POOL, ADD, MASK, STATISTICS, SOFT_BF16,
         )  # fmt: skip
+    _finish(
+        acc_0, scale_ptr, shift_ptr, pool_ptr, add_desc_0, mask_desc_0, out_desc_0,
+        statistics_ptr, n, h, w, height, width, first, C_OUT, BLOCK_0, TILE_H, TILE_W,
+        SCALE, RELU, POOL, ADD, MASK, STATISTICS, SOFT_BF16,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["height", "width", "tiles"])
 def conv_tma_kernel(
-    x_desc, w_desc_0, w_desc_1, out_desc_0, out_desc_1, scale_ptr, shift_ptr, pool_ptr,
-    height, width, tiles,
+    x_desc, w_desc_0, w_desc_1, out_desc_0, out_desc_1,
+    scale_ptr, shift_ptr, pool_ptr, add_desc_0, add_desc_1, mask_desc_0, mask_desc_1,
+    statistics_ptr, height, width, tiles,
     C_IN: tl.constexpr, C_OUT: tl.constexpr, KERNEL: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_0: tl.constexpr, BLOCK_1: tl.constexpr,
-    BLOCK_K: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr, SCALE: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr,
+    ADD: tl.constexpr, MASK: tl.constexpr, STATISTICS: tl.constexpr, PRECISION: tl.constexpr,
     ACC: tl.constexpr, SOFT_BF16: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """One program a tile, or fewer programs that each loop over tiles if PERSISTENT."""
@@ -132,34 +172,49 @@ def conv_tma_kernel(
         for index in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
             _tile(
                 index, x_desc, w_desc_0, w_desc_1, out_desc_0, out_desc_1,
-                scale_ptr, shift_ptr, pool_ptr, height, width,
+                scale_ptr, shift_ptr, pool_ptr, add_desc_0, add_desc_1, mask_desc_0, mask_desc_1,
+                statistics_ptr, height, width,
                 C_IN, C_OUT, KERNEL, TILE_H, TILE_W, BLOCK_0, BLOCK_1, BLOCK_K,
-                RELU, POOL, PRECISION, ACC, SOFT_BF16,
+                SCALE, RELU, POOL, ADD, MASK, STATISTICS, PRECISION, ACC, SOFT_BF16,
             )  # fmt: skip
     else:
         _tile(
             tl.program_id(0), x_desc, w_desc_0, w_desc_1, out_desc_0, out_desc_1,
-            scale_ptr, shift_ptr, pool_ptr, height, width,
+            scale_ptr, shift_ptr, pool_ptr, add_desc_0, add_desc_1, mask_desc_0, mask_desc_1,
+            statistics_ptr, height, width,
             C_IN, C_OUT, KERNEL, TILE_H, TILE_W, BLOCK_0, BLOCK_1, BLOCK_K,
-            RELU, POOL, PRECISION, ACC, SOFT_BF16,
+            SCALE, RELU, POOL, ADD, MASK, STATISTICS, PRECISION, ACC, SOFT_BF16,
         )  # fmt: skip
 
 
 def tiles(config: ConvConfig, out: Tensor) -> int:
     """Tiles of one image of ``out``, ``[N, H, W, C]``, for one group of output channels."""
     _, height, width, _ = out.shape
-    return triton.cdiv(height, config.tile_h) * triton.cdiv(width, config.tile_w)
+    return cdiv(height, config.tile_h) * cdiv(width, config.tile_w)
 
 
-def legal(x: Tensor, weight: Tensor, out: Tensor, *, stride: int = 1, tf32: bool = False) -> bool:
+def legal(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    *others: Tensor,
+    stride: int = 1,
+    tf32: bool = False,
+) -> bool:
     """Whether the kernel can take these arguments of :func:`.conv.conv`.
 
     Bulk copies want addresses and strides that are multiples of 16 bytes and do not
-    step over pixels. There is no fp32 warpgroup MMA other than TF32.
+    step over pixels. There is no fp32 warpgroup MMA other than TF32, whose operands the
+    copies must round.
+
+    Args:
+        x, weight, out, stride, tf32: as there.
+        others: activations of the epilogue.
     """
-    if stride != 1 or (x.dtype.itemsize > 2 and not tf32 and not interpreted()):
+    multiplied = x.dtype.itemsize <= 2 or (tf32 and ROUNDS_TO_TF32) or interpreted()
+    if stride != 1 or not multiplied:
         return False
-    views = (x, out, weight.flatten(1))
+    views = (x, out, weight.flatten(1), *others)
     return all(
         view.data_ptr() % ALIGNMENT == 0
         and all(step * view.dtype.itemsize % ALIGNMENT == 0 for step in view.stride()[:-1])
@@ -170,18 +225,15 @@ def legal(x: Tensor, weight: Tensor, out: Tensor, *, stride: int = 1, tf32: bool
 def plan(
     x: Tensor,
     weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
     out: Tensor,
+    epilogue: Epilogue,
     *,
     stride: int,
-    relu: bool,
-    pool_partials: Tensor | None,
     tf32: bool,
     config: ConvConfig,
 ) -> Launch:
     """Decide the launch. Arguments as in :func:`.conv.conv`."""
-    assert legal(x, weight, out, stride=stride, tf32=tf32), (
+    assert legal(x, weight, out, *epilogue.views(), stride=stride, tf32=tf32), (
         f"{config.name} cannot take x with strides {x.stride()}, out with strides "
         f"{out.stride()}, {x.dtype}, stride {stride}"
     )
@@ -191,11 +243,23 @@ def plan(
     weight = weight.flatten(1)
     blocks = config.block_out + (0,) * (2 - len(config.block_out))
     pixels = [1, config.tile_h, config.tile_w]
+    rounding: dict[str, Any] = {_ROUNDING: True} if tf32 and ROUNDS_TO_TF32 else {}
 
     def describe(tensor: Tensor, block: list[int]) -> TensorDescriptor:
-        return TensorDescriptor.from_tensor(tensor, block, round_f32_to_tf32=tf32)
+        return TensorDescriptor.from_tensor(tensor, block, **rounding)
 
-    num_tiles = out.shape[0] * tiles(config, out) * triton.cdiv(c_out, sum(blocks))
+    def describe_tiles(name: str, tensor: Tensor | None) -> dict[str, TensorDescriptor | None]:
+        """Of the blocks of output channels of a tile."""
+        return {
+            f"{name}_desc_{i}": (
+                TensorDescriptor.from_tensor(tensor, [*pixels, block])
+                if tensor is not None and block
+                else None
+            )
+            for i, block in enumerate(blocks)
+        }
+
+    num_tiles = out.shape[0] * tiles(config, out) * cdiv(c_out, sum(blocks))
     return Launch(
         conv_tma_kernel,
         grid=(min(num_tiles, processors(x.device)) if config.persistent else num_tiles,),
@@ -203,13 +267,10 @@ def plan(
             x_desc=describe(x, [*pixels, config.block_k]),
             w_desc_0=describe(weight, [blocks[0], config.block_k]),
             w_desc_1=describe(weight, [blocks[1], config.block_k]) if blocks[1] else None,
-            out_desc_0=TensorDescriptor.from_tensor(out, [*pixels, blocks[0]]),
-            out_desc_1=(
-                TensorDescriptor.from_tensor(out, [*pixels, blocks[1]]) if blocks[1] else None
-            ),
-            scale_ptr=scale,
-            shift_ptr=shift,
-            pool_ptr=pool_partials,
+            **describe_tiles("out", out),
+            **describe_tiles("add", epilogue.add),
+            **describe_tiles("mask", epilogue.mask),
+            **epilogue.args(),
             height=out.shape[1],
             width=out.shape[2],
             tiles=num_tiles,
@@ -223,8 +284,7 @@ def plan(
             BLOCK_0=blocks[0],
             BLOCK_1=blocks[1],
             BLOCK_K=config.block_k,
-            RELU=relu,
-            POOL=pool_partials is not None,
+            **epilogue.constants(),
             PRECISION="tf32" if tf32 else "ieee",
             ACC=triton_accumulator(x.dtype),
             SOFT_BF16=soft_bf16(x.dtype),

@@ -1,4 +1,4 @@
-"""Scale, shift and ReLU of another library's convolution output, into a slot."""
+"""Scale, shift and ReLU, or the statistics, of another library's convolution output."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from ._common import (
     assert_packed,
     assert_same,
     batch_offset,
+    cdiv,
     channel_block,
     collapse_rows,
     narrow,
@@ -21,83 +22,109 @@ from ._common import (
     program_tile,
     scale_shift_relu,
     soft_bf16,
+    store_statistics,
     strides,
+    tile_statistics,
     triton_accumulator,
 )
+from .batch_norm import merge_two
 
 TILE_PIXELS = 256
-"""Pixels of a pool partial."""
+"""Pixels of a pool partial, and of a part of the statistics."""
 
 _STEP_ELEMENTS = 4096  # What a program holds in registers at a time.
 
 
 @triton.jit(do_not_specialize=["height", "width", "tiles"])
 def epilogue_kernel(
-    z_ptr, scale_ptr, shift_ptr, out_ptr, pool_ptr, height, width, tiles,
+    z_ptr, scale_ptr, shift_ptr, out_ptr, pool_ptr, statistics_ptr, height, width, tiles,
     z_stride_n, z_stride_h, z_stride_w, out_stride_n, out_stride_h, out_stride_w,
     C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, TILE: tl.constexpr,
-    RELU: tl.constexpr, POOL: tl.constexpr, ACC: tl.constexpr, SOFT_BF16: tl.constexpr,
-    WIDE: tl.constexpr,
+    SCALE: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr, STATISTICS: tl.constexpr,
+    STORE: tl.constexpr, ACC: tl.constexpr, SOFT_BF16: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: TILE pixels of an image by BLOCK_C channels, BLOCK_P pixels at a time."""
     n, tile, first = program_tile(tiles, C, BLOCK_C)
     c = first + tl.arange(0, BLOCK_C)
     z_ptr += batch_offset(n, z_stride_n)
     out_ptr += batch_offset(n, out_stride_n)
-    scale = tl.load(scale_ptr + c, mask=c < C, other=0.0)[None, :]
-    shift = tl.load(shift_ptr + c, mask=c < C, other=0.0)[None, :]
+    if SCALE:
+        scale = tl.load(scale_ptr + c, mask=c < C, other=0.0)[None, :]
+        shift = tl.load(shift_ptr + c, mask=c < C, other=0.0)[None, :]
+    count = tl.zeros((BLOCK_C,), dtype=ACC)
     sums = tl.zeros((BLOCK_C,), dtype=ACC)
+    squares = tl.zeros((BLOCK_C,), dtype=ACC)
     for step in tl.range(0, TILE // BLOCK_P):
-        pixel = tile * TILE + step * BLOCK_P + tl.arange(0, BLOCK_P)
+        start = tile * TILE + step * BLOCK_P
+        pixel = start + tl.arange(0, BLOCK_P)
         h = pixel // width
         w = pixel % width
-        mask = (pixel < height * width)[:, None] & (c < C)[None, :]
+        inside = pixel < height * width
+        mask = inside[:, None] & (c < C)[None, :]
         z_offsets = pixel_offsets(h, w, z_stride_h, z_stride_w, WIDE)[:, None] + c[None, :]
-        z = tl.load(z_ptr + z_offsets, mask=mask, other=0.0).to(ACC)
-        y = scale_shift_relu(z, scale, shift, RELU)
+        y = tl.load(z_ptr + z_offsets, mask=mask, other=0.0).to(ACC)
+        if SCALE:
+            y = scale_shift_relu(y, scale, shift, RELU)
         if POOL:
             sums += tl.sum(tl.where(mask, y, 0.0), axis=0)
-        out_offsets = pixel_offsets(h, w, out_stride_h, out_stride_w, WIDE)[:, None] + c[None, :]
-        tl.store(out_ptr + out_offsets, narrow(y, out_ptr.dtype.element_ty, SOFT_BF16), mask=mask)
+        if STATISTICS:
+            more = tl.minimum(tl.maximum(height * width - start, 0), BLOCK_P)
+            more, more_sums, more_squares = tile_statistics(y, inside, more, 0)
+            count, sums, squares = merge_two(count, sums, squares, more, more_sums, more_squares)
+        if STORE:
+            offsets = pixel_offsets(h, w, out_stride_h, out_stride_w, WIDE)
+            y = narrow(y, out_ptr.dtype.element_ty, SOFT_BF16)
+            tl.store(out_ptr + offsets[:, None] + c[None, :], y, mask=mask)
     if POOL:
         tl.store(pool_ptr + batch_offset(n * tiles + tile, C) + c, sums, mask=c < C)
+    if STATISTICS:
+        statistics_ptr += batch_offset(n * tiles + tile, 3 * C)
+        store_statistics(statistics_ptr, count, sums, squares, c, C)
 
 
 def pool_tiles(out: Tensor) -> int:
-    """Number of pool partials an image for an ``out`` of ``[N, H, W, C]``."""
-    return triton.cdiv(out.shape[1] * out.shape[2], TILE_PIXELS)
+    """Number of partials an image for an ``out`` of ``[N, H, W, C]``."""
+    return cdiv(out.shape[1] * out.shape[2], TILE_PIXELS)
 
 
 def plan(
     z: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
     out: Tensor,
     *,
     relu: bool = True,
     pool_partials: Tensor | None = None,
+    statistics: Tensor | None = None,
 ) -> Launch:
     """Decide the launch of :func:`epilogue` without running it. Nothing may be empty."""
     n, _, _, c = z.shape
     assert_nhwc("z", z)
     assert_nhwc("out", out, *z.shape)
     assert_same("out", out, z)
-    assert_packed("scale", scale, (c,), accumulator(z.dtype))
-    assert_packed("shift", shift, (c,), accumulator(z.dtype))
+    if scale is None or shift is None:
+        assert (scale, shift, relu) == (None, None, False), "scale, shift, ReLU come together"
+    else:
+        assert_packed("scale", scale, (c,), accumulator(z.dtype))
+        assert_packed("shift", shift, (c,), accumulator(z.dtype))
     tiles = pool_tiles(out)
     if pool_partials is not None:
         assert_packed("pool_partials", pool_partials, (n, tiles, c), accumulator(z.dtype))
+    if statistics is not None:
+        assert scale is None, "statistics are those of z: a batch norm's scale follows from them"
+        assert_packed("statistics", statistics, (n, tiles, 3, c), accumulator(z.dtype))
     z, out = collapse_rows(z, out)
     block_c = channel_block(c)
     return Launch(
         epilogue_kernel,
-        grid=(n * tiles * triton.cdiv(c, block_c),),
+        grid=(n * tiles * cdiv(c, block_c),),
         args=dict(
             z_ptr=z,
             scale_ptr=scale,
             shift_ptr=shift,
             out_ptr=out,
             pool_ptr=pool_partials,
+            statistics_ptr=statistics,
             height=z.shape[1],
             width=z.shape[2],
             tiles=tiles,
@@ -109,8 +136,11 @@ def plan(
             BLOCK_C=block_c,
             BLOCK_P=min(_STEP_ELEMENTS // block_c, TILE_PIXELS),
             TILE=TILE_PIXELS,
+            SCALE=scale is not None,
             RELU=relu,
             POOL=pool_partials is not None,
+            STATISTICS=statistics is not None,
+            STORE=scale is not None or out.data_ptr() != z.data_ptr(),
             ACC=triton_accumulator(z.dtype),
             SOFT_BF16=soft_bf16(z.dtype),
             WIDE=needs_int64(z, out),
@@ -120,24 +150,28 @@ def plan(
 
 def epilogue(
     z: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
     out: Tensor,
     *,
     relu: bool = True,
     pool_partials: Tensor | None = None,
+    statistics: Tensor | None = None,
 ) -> None:
     """out = relu(z * scale + shift), computed in fp32 (fp64 for fp64).
 
     Args:
         z: ``[N, H, W, C]`` view, a convolution's raw output.
         scale: ``[C]``, fp32 (fp64 for fp64).
-        shift: as ``scale``.
-        out: as ``z``, same dtype; may be ``z`` itself.
+        shift: as ``scale``. Both may be None, for a copy without ReLU.
+        out: as ``z``, same dtype; may be ``z`` itself, which is then not copied.
         relu: apply it; NaN stays NaN.
-        pool_partials: ``[N, T, C]``, dtype of ``scale``, contiguous, with T from
+        pool_partials: ``[N, T, C]``, dtype of sums, contiguous, with T from
             :func:`pool_tiles`: sums over pixels as in :func:`.conv.conv`.
+        statistics: ``[N, T, 3, C]``, likewise, of a ``z`` without scale and shift.
     """
     if out.numel() == 0:
         return
-    plan(z, scale, shift, out, relu=relu, pool_partials=pool_partials).run(z.device)
+    plan(z, scale, shift, out, relu=relu, pool_partials=pool_partials, statistics=statistics).run(
+        z.device
+    )

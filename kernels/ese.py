@@ -2,24 +2,33 @@
 
 CenterMask (arXiv:1911.06667), section 3.2. The global average pool has been taken
 by the convolution that made the features, as partial sums; see :mod:`.conv`.
+
+Backward, with y the features and out = y * gates + identity::
+
+    dgates = sum over pixels of dout * y                           gate_sums
+    d = dgates * gate'(fc @ mean + bias)                           gates_backward
+    dfc, dbias, dpixel = d^T @ mean, sum of d, d @ fc / pixels
+    dz = dout * gates + dpixel where y > 0, else 0                 apply_backward
 """
 
 from __future__ import annotations
 
 from typing import Literal
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ._common import (
+    INT32_LIMIT,
+    REDUCTION_PROGRAMS,
     Launch,
     accumulator,
     assert_nhwc,
     assert_packed,
     assert_same,
     batch_offset,
+    cdiv,
     channel_block,
     collapse_rows,
     narrow,
@@ -27,8 +36,11 @@ from ._common import (
     pixel_offsets,
     program_tile,
     relu,
+    relu_gradient,
     soft_bf16,
     strides,
+    sum_rows,
+    sweep,
     triton_accumulator,
 )
 
@@ -39,6 +51,10 @@ _POOL_TILES = 64
 _FC_OUTPUTS = 16
 _FC_INPUTS = 128
 _APPLY_ELEMENTS = 4096
+_SUM_ELEMENTS = 4096
+_APPLY_BACKWARD_WARPS = 8
+_GRAD_OUTPUTS = 32
+_GRAD_INPUTS = 32
 
 
 @triton.jit(do_not_specialize=["tiles", "num_pixels"])
@@ -50,12 +66,8 @@ def finish_pool_kernel(
     n = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     pool_ptr += batch_offset(n * tiles, C)
-    sums = tl.zeros((BLOCK_T, BLOCK_C), dtype=mean_ptr.dtype.element_ty)
-    for first in tl.range(0, tiles, BLOCK_T):
-        t = first + tl.arange(0, BLOCK_T)
-        mask = (t < tiles)[:, None] & (c < C)[None, :]
-        sums += tl.load(pool_ptr + t[:, None] * C + c[None, :], mask=mask, other=0.0)
-    tl.store(mean_ptr + batch_offset(n, C) + c, tl.sum(sums, axis=0) / num_pixels, mask=c < C)
+    sums = sum_rows(pool_ptr, tiles, c, C, BLOCK_T, BLOCK_C)
+    tl.store(mean_ptr + batch_offset(n, C) + c, sums / num_pixels, mask=c < C)
 
 
 @triton.jit
@@ -121,6 +133,137 @@ def apply_kernel(
     tl.store(out_ptr + out_offsets, narrow(y, out_ptr.dtype.element_ty, SOFT_BF16), mask=mask)
 
 
+@triton.jit(do_not_specialize=["height", "width", "tiles", "steps"])
+def gate_sums_kernel(
+    dout_ptr, y_ptr, partials_ptr, height, width, tiles, steps,
+    dout_stride_n, dout_stride_h, dout_stride_w, y_stride_n, y_stride_h, y_stride_w,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
+    WIDE: tl.constexpr,
+):  # fmt: skip
+    """One program: the sums of BLOCK_C channels over ``steps`` times BLOCK_P pixels of an image."""
+    n, tile, first = program_tile(tiles, C, BLOCK_C)
+    c = first + tl.arange(0, BLOCK_C)
+    dout_ptr += batch_offset(n, dout_stride_n)
+    y_ptr += batch_offset(n, y_stride_n)
+    products = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACC)
+    for step in tl.range(0, steps):
+        pixel = (tile * steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
+        h = pixel // width
+        w = pixel % width
+        mask = (pixel < height * width)[:, None] & (c < C)[None, :]
+        dout_offsets = pixel_offsets(h, w, dout_stride_h, dout_stride_w, WIDE)[:, None] + c[None, :]
+        y_offsets = pixel_offsets(h, w, y_stride_h, y_stride_w, WIDE)[:, None] + c[None, :]
+        dout = tl.load(dout_ptr + dout_offsets, mask=mask, other=0.0).to(ACC)
+        products += dout * tl.load(y_ptr + y_offsets, mask=mask, other=0.0).to(ACC)
+    offset = batch_offset(n * tiles + tile, C)
+    tl.store(partials_ptr + offset + c, tl.sum(products, axis=0), mask=c < C)
+
+
+@triton.jit
+def gate_backward(dgates, gates, KIND: tl.constexpr):
+    """Gradient of what :func:`gate` takes, from that of the gates and the gates themselves."""
+    if KIND == "hard_sigmoid":
+        return tl.where((gates <= 0.0) | (gates >= 1.0), 0.0, dgates / 6.0)
+    return dgates * (gates * (1.0 - gates))
+
+
+@triton.jit(do_not_specialize=["num_pixels"])
+def fc_input_grad_kernel(
+    dgates_ptr, gates_ptr, weight_ptr, out_ptr, num_pixels,
+    C: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """One program: the gradient of BLOCK_IN channels of one image's pixels."""
+    ACC: tl.constexpr = out_ptr.dtype.element_ty
+    n = tl.program_id(0)
+    c = tl.program_id(1) * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    dgates_ptr += batch_offset(n, C)
+    gates_ptr += batch_offset(n, C)
+    products = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=ACC)
+    for first in tl.range(0, C, BLOCK_OUT):
+        oc = first + tl.arange(0, BLOCK_OUT)
+        dgates = tl.load(dgates_ptr + oc, mask=oc < C, other=0.0)
+        d = gate_backward(dgates, tl.load(gates_ptr + oc, mask=oc < C, other=0.0), KIND)
+        mask = (oc < C)[:, None] & (c < C)[None, :]
+        weight = tl.load(weight_ptr + oc[:, None] * C + c[None, :], mask=mask, other=0.0)
+        products += weight.to(ACC) * d[:, None]
+    sums = tl.sum(products, axis=0) / num_pixels
+    tl.store(out_ptr + batch_offset(n, C) + c, sums, mask=c < C)
+
+
+@triton.jit(do_not_specialize=["batch"])
+def fc_weight_grad_kernel(
+    dgates_ptr, gates_ptr, mean_ptr, dweight_ptr, dbias_ptr, batch,
+    C: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, KIND: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_OUT by BLOCK_IN weights, summed over the images one by one."""
+    ACC: tl.constexpr = dweight_ptr.dtype.element_ty
+    oc = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
+    c = tl.program_id(1) * BLOCK_IN + tl.arange(0, BLOCK_IN)
+    dweight = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=ACC)
+    dbias = tl.zeros((BLOCK_OUT,), dtype=ACC)
+    # Unrolled, so that the loads of several images are in flight at once.
+    for n in tl.range(0, batch, loop_unroll_factor=4):
+        dgates = tl.load(dgates_ptr + n * C + oc, mask=oc < C, other=0.0)
+        gates = tl.load(gates_ptr + n * C + oc, mask=oc < C, other=0.0)
+        d = gate_backward(dgates, gates, KIND)
+        mean = tl.load(mean_ptr + n * C + c, mask=c < C, other=0.0)
+        dweight += d[:, None] * mean[None, :]
+        dbias += d
+    mask = (oc < C)[:, None] & (c < C)[None, :]
+    tl.store(dweight_ptr + oc[:, None] * C + c[None, :], dweight, mask=mask)
+    tl.store(dbias_ptr + oc, dbias, mask=(oc < C) & (tl.program_id(1) == 0))
+
+
+@triton.jit(do_not_specialize=["height", "width", "tiles"])
+def apply_backward_kernel(
+    dout_ptr, gates_ptr, dpixel_ptr, y_ptr, out_ptr, height, width, tiles,
+    dout_stride_n, dout_stride_h, dout_stride_w, y_stride_n, y_stride_h, y_stride_w,
+    out_stride_n, out_stride_h, out_stride_w,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, GATED: tl.constexpr,
+    ACC: tl.constexpr, SOFT_BF16: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_P pixels of an image by BLOCK_C channels."""
+    n, tile, first = program_tile(tiles, C, BLOCK_C)
+    c = first + tl.arange(0, BLOCK_C)
+    pixel = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    h = pixel // width
+    w = pixel % width
+    mask = (pixel < height * width)[:, None] & (c < C)[None, :]
+
+    dout_ptr += batch_offset(n, dout_stride_n)
+    offsets = pixel_offsets(h, w, dout_stride_h, dout_stride_w, WIDE)[:, None] + c[None, :]
+    dz = tl.load(dout_ptr + offsets, mask=mask, other=0.0).to(ACC)
+    y_ptr += batch_offset(n, y_stride_n)
+    y_offsets = pixel_offsets(h, w, y_stride_h, y_stride_w, WIDE)[:, None] + c[None, :]
+    y = tl.load(y_ptr + y_offsets, mask=mask, other=0.0).to(ACC)
+    if GATED:
+        gates = tl.load(gates_ptr + batch_offset(n, C) + c, mask=c < C, other=0.0)
+        dpixel = tl.load(dpixel_ptr + batch_offset(n, C) + c, mask=c < C, other=0.0)
+        dz = dz * gates[None, :] + dpixel[None, :]
+    dz = relu_gradient(dz, y)
+    out_ptr += batch_offset(n, out_stride_n)
+    out_offsets = pixel_offsets(h, w, out_stride_h, out_stride_w, WIDE)[:, None] + c[None, :]
+    tl.store(out_ptr + out_offsets, narrow(dz, out_ptr.dtype.element_ty, SOFT_BF16), mask=mask)
+
+
+def assert_gate(kind: str) -> None:
+    """Assert a nonlinearity that :func:`gate` knows."""
+    assert kind in ("hard_sigmoid", "sigmoid"), f"unknown gate {kind!r}"
+
+
+def _plan_pool(partials: Tensor, divisor: int, out: Tensor) -> Launch:
+    """Decide the launch that makes ``out``, [N, C], the sum over T of [N, T, C] / divisor."""
+    n, tiles, c = partials.shape
+    assert_packed("partials", partials, (n, tiles, c), out.dtype)
+    assert_packed("out", out, (n, c), accumulator(out.dtype))
+    return Launch(
+        finish_pool_kernel,
+        grid=(n, cdiv(c, _POOL_CHANNELS)),
+        args=dict(pool_ptr=partials, mean_ptr=out, tiles=tiles, num_pixels=divisor),
+        constants=dict(C=c, BLOCK_C=_POOL_CHANNELS, BLOCK_T=_POOL_TILES),
+    )
+
+
 def plan_gates(
     pool_partials: Tensor,
     num_pixels: int,
@@ -130,24 +273,17 @@ def plan_gates(
     mean: Tensor,
     out: Tensor,
 ) -> tuple[Launch, Launch]:
-    """Decide the two launches of :func:`gates`. ``mean`` is scratch like ``out``."""
-    n, tiles, c = pool_partials.shape
+    """Decide the two launches of :func:`gates`. Nothing may be empty."""
+    n, c = out.shape
     assert num_pixels > 0, "the mean over no pixels is undefined"
-    assert gate_kind in ("hard_sigmoid", "sigmoid"), f"unknown gate {gate_kind!r}"
-    assert_packed("pool_partials", pool_partials, (n, tiles, c), out.dtype)
-    assert_packed("out", out, (n, c), accumulator(out.dtype))
-    assert_packed("mean", mean, (n, c), out.dtype)
+    assert_gate(gate_kind)
+    assert_packed("out", out, (n, c), mean.dtype)
     assert_packed("fc_weight", fc_weight, (c, c), fc_weight.dtype)
     assert_packed("fc_bias", fc_bias, (c,), fc_bias.dtype)
-    pool = Launch(
-        finish_pool_kernel,
-        grid=(n, triton.cdiv(c, _POOL_CHANNELS)),
-        args=dict(pool_ptr=pool_partials, mean_ptr=mean, tiles=tiles, num_pixels=num_pixels),
-        constants=dict(C=c, BLOCK_C=_POOL_CHANNELS, BLOCK_T=_POOL_TILES),
-    )
+    pool = _plan_pool(pool_partials, num_pixels, mean)
     fc = Launch(
         fc_gate_kernel,
-        grid=(n, triton.cdiv(c, _FC_OUTPUTS)),
+        grid=(n, cdiv(c, _FC_OUTPUTS)),
         args=dict(mean_ptr=mean, weight_ptr=fc_weight, bias_ptr=fc_bias, out_ptr=out),
         constants=dict(C=c, BLOCK_OUT=_FC_OUTPUTS, BLOCK_IN=_FC_INPUTS, KIND=gate_kind),
     )
@@ -160,6 +296,7 @@ def gates(
     fc_weight: Tensor,
     fc_bias: Tensor,
     gate_kind: GateKind,
+    mean: Tensor,
     out: Tensor,
 ) -> None:
     """out = gate(fc_weight @ mean + fc_bias), the mean being the global average pool.
@@ -171,11 +308,12 @@ def gates(
         fc_weight: ``[C, C]``, any floating dtype, contiguous, output channels first.
         fc_bias: ``[C]``, any floating dtype.
         gate_kind: ``hard_sigmoid``, relu6(z + 3) / 6, or ``sigmoid``.
-        out: ``[N, C]``, dtype of ``pool_partials``, contiguous.
+        mean: ``[N, C]``, dtype of ``pool_partials``, contiguous: receives the mean, which
+            :func:`gates_backward` takes.
+        out: as ``mean``: receives the gates.
     """
     if out.numel() == 0:
         return
-    mean = torch.empty_like(out)
     for launch in plan_gates(pool_partials, num_pixels, fc_weight, fc_bias, gate_kind, mean, out):
         launch.run(out.device)
 
@@ -194,10 +332,10 @@ def plan_apply(z: Tensor, gates: Tensor | None, identity: Tensor | None, out: Te
     identity = rest[0] if rest else None
     block_c = channel_block(c)
     block_p = _APPLY_ELEMENTS // block_c
-    tiles = triton.cdiv(z.shape[1] * z.shape[2], block_p)
+    tiles = cdiv(z.shape[1] * z.shape[2], block_p)
     return Launch(
         apply_kernel,
-        grid=(n * tiles * triton.cdiv(c, block_c),),
+        grid=(n * tiles * cdiv(c, block_c),),
         args=dict(
             z_ptr=z,
             gates_ptr=gates,
@@ -236,3 +374,190 @@ def apply(z: Tensor, gates: Tensor | None, identity: Tensor | None, out: Tensor)
     if out.numel() == 0:
         return
     plan_apply(z, gates, identity, out).run(z.device)
+
+
+def plan_gate_sums(dout: Tensor, y: Tensor, out: Tensor) -> tuple[Launch, Launch]:
+    """Decide the two launches of :func:`gate_sums`. Nothing may be empty."""
+    n, _, _, c = y.shape
+    assert_nhwc("y", y)
+    assert_nhwc("dout", dout, *y.shape)
+    assert_same("dout", dout, y)
+    dout, y = collapse_rows(dout, y)
+    block_c, block_p, steps, tiles, programs = sweep(y, _SUM_ELEMENTS, REDUCTION_PROGRAMS)
+    partials = out.new_empty(n, tiles, c)
+    sums = Launch(
+        gate_sums_kernel,
+        grid=(programs,),
+        args=dict(
+            dout_ptr=dout,
+            y_ptr=y,
+            partials_ptr=partials,
+            height=y.shape[1],
+            width=y.shape[2],
+            tiles=tiles,
+            steps=steps,
+            **strides("dout", dout),
+            **strides("y", y),
+        ),
+        constants=dict(
+            C=c,
+            BLOCK_C=block_c,
+            BLOCK_P=block_p,
+            ACC=triton_accumulator(y.dtype),
+            WIDE=needs_int64(dout, y),
+        ),
+    )
+    return sums, _plan_pool(partials, 1, out)
+
+
+def gate_sums(dout: Tensor, y: Tensor, out: Tensor) -> None:
+    """out = sum over the pixels of dout * y: the gradient of the gates.
+
+    Args:
+        dout: ``[N, H, W, C]`` view, gradient of the block's output.
+        y: as ``dout``, the features that were gated.
+        out: ``[N, C]``, fp32 (fp64 for fp64), contiguous.
+    """
+    if out.numel() == 0:
+        return
+    for launch in plan_gate_sums(dout, y, out):
+        launch.run(out.device)
+
+
+def plan_gates_backward(
+    dgates: Tensor,
+    gates: Tensor,
+    mean: Tensor,
+    num_pixels: int,
+    fc_weight: Tensor,
+    gate_kind: GateKind,
+    dpixel: Tensor,
+    dfc_weight: Tensor,
+    dfc_bias: Tensor,
+) -> tuple[Launch, Launch]:
+    """Decide the two launches of :func:`gates_backward`. C must not be 0."""
+    n, c = gates.shape
+    high = accumulator(gates.dtype)
+    assert num_pixels > 0, "the mean over no pixels is undefined"
+    assert n * c < INT32_LIMIT, f"too many gates: {n} x {c}"
+    assert_gate(gate_kind)
+    for name, tensor in dict(dgates=dgates, gates=gates, mean=mean, dpixel=dpixel).items():
+        assert_packed(name, tensor, (n, c), high)
+    assert_packed("fc_weight", fc_weight, (c, c), fc_weight.dtype)
+    assert_packed("dfc_weight", dfc_weight, (c, c), high)
+    assert_packed("dfc_bias", dfc_bias, (c,), high)
+    gate_grads = dict(dgates_ptr=dgates, gates_ptr=gates)
+    inputs = Launch(
+        fc_input_grad_kernel,
+        grid=(n, cdiv(c, _FC_OUTPUTS)),
+        args=dict(gate_grads, weight_ptr=fc_weight, out_ptr=dpixel, num_pixels=num_pixels),
+        constants=dict(C=c, BLOCK_OUT=_FC_INPUTS, BLOCK_IN=_FC_OUTPUTS, KIND=gate_kind),
+    )
+    weights = Launch(
+        fc_weight_grad_kernel,
+        grid=(cdiv(c, _GRAD_OUTPUTS), cdiv(c, _GRAD_INPUTS)),
+        args=dict(gate_grads, mean_ptr=mean, dweight_ptr=dfc_weight, dbias_ptr=dfc_bias, batch=n),
+        constants=dict(C=c, BLOCK_OUT=_GRAD_OUTPUTS, BLOCK_IN=_GRAD_INPUTS, KIND=gate_kind),
+    )
+    return inputs, weights
+
+
+def gates_backward(
+    dgates: Tensor,
+    gates: Tensor,
+    mean: Tensor,
+    num_pixels: int,
+    fc_weight: Tensor,
+    gate_kind: GateKind,
+    dpixel: Tensor,
+    dfc_weight: Tensor,
+    dfc_bias: Tensor,
+) -> None:
+    """Backward of :func:`gates`, down to what each pixel of the features gets.
+
+    Where the hard sigmoid is flat nothing passes, not even NaN, as in torch.
+
+    Args:
+        dgates: ``[N, C]`` from :func:`gate_sums`, fp32 (fp64 for fp64), contiguous.
+        gates, mean: as ``dgates``, from :func:`gates`.
+        num_pixels: pixels of an image, H*W.
+        fc_weight: as in :func:`gates`.
+        gate_kind: as in :func:`gates`.
+        dpixel: as ``dgates``: receives the gradient of the mean divided by the pixels.
+        dfc_weight: ``[C, C]``, dtype of ``dgates``, contiguous: receives the gradient of
+            ``fc_weight``.
+        dfc_bias: ``[C]``, as ``dfc_weight``. Without images both become 0.
+    """
+    if dfc_bias.numel() == 0:
+        return
+    inputs, weights = plan_gates_backward(
+        dgates, gates, mean, num_pixels, fc_weight, gate_kind, dpixel, dfc_weight, dfc_bias
+    )
+    if dpixel.numel() > 0:
+        inputs.run(dgates.device)
+    weights.run(dgates.device)
+
+
+def plan_apply_backward(
+    dout: Tensor, gates: Tensor | None, dpixel: Tensor | None, y: Tensor, out: Tensor
+) -> Launch:
+    """Decide the launch of :func:`apply_backward`. Nothing may be empty."""
+    n, _, _, c = y.shape
+    assert (gates is None) == (dpixel is None), "give both of gates and dpixel, or neither"
+    if gates is not None and dpixel is not None:
+        assert_packed("gates", gates, (n, c), accumulator(y.dtype))
+        assert_packed("dpixel", dpixel, (n, c), accumulator(y.dtype))
+    for name, view in dict(dout=dout, y=y, out=out).items():
+        assert_nhwc(name, view, *y.shape)
+        assert_same(name, view, y)
+    dout, y, out = collapse_rows(dout, y, out)
+    block_c = channel_block(c)
+    block_p = _APPLY_ELEMENTS // block_c
+    tiles = cdiv(y.shape[1] * y.shape[2], block_p)
+    return Launch(
+        apply_backward_kernel,
+        grid=(n * tiles * cdiv(c, block_c),),
+        args=dict(
+            dout_ptr=dout,
+            gates_ptr=gates,
+            dpixel_ptr=dpixel,
+            y_ptr=y,
+            out_ptr=out,
+            height=y.shape[1],
+            width=y.shape[2],
+            tiles=tiles,
+            **strides("dout", dout),
+            **strides("y", y),
+            **strides("out", out),
+        ),
+        constants=dict(
+            C=c,
+            BLOCK_C=block_c,
+            BLOCK_P=block_p,
+            GATED=gates is not None,
+            ACC=triton_accumulator(y.dtype),
+            SOFT_BF16=soft_bf16(y.dtype),
+            WIDE=needs_int64(dout, y, out),
+        ),
+        num_warps=_APPLY_BACKWARD_WARPS,
+    )
+
+
+def apply_backward(
+    dout: Tensor, gates: Tensor | None, dpixel: Tensor | None, y: Tensor, out: Tensor
+) -> None:
+    """out = dout * gates + dpixel where not y <= 0, else 0: the gradient before y's ReLU.
+
+    Computed in fp32 (fp64 for fp64), rounded once.
+
+    Args:
+        dout: ``[N, H, W, C]`` view, gradient of the block's output.
+        gates: ``[N, C]`` from :func:`gates`, fp32 (fp64 for fp64), contiguous, or None
+            for a block without eSE.
+        dpixel: as ``gates``, from :func:`gates_backward`; None where ``gates`` is.
+        y: as ``dout``, the features, output of a ReLU.
+        out: as ``dout``; may be ``dout`` or ``y``.
+    """
+    if out.numel() == 0:
+        return
+    plan_apply_backward(dout, gates, dpixel, y, out).run(out.device)

@@ -57,19 +57,25 @@ def check_limits(rows):
     assert not named(rows, lambda r: r["spilled"] or {"STL", "LDL"} & set(r["instructions"]))
     assert not named(rows, lambda r: r["registers"] > 255 or r["ctas"] < 1)
     # The elementwise kernels live from having many loads in flight.
-    elementwise = [r for r in rows if r["kernel"] != "conv"]
+    elementwise = [r for r in rows if not r["kernel"].startswith("conv")]
     assert not named(elementwise, lambda r: r["ctas"] * r["warps"] < 16)
 
 
 def check_bulk_copies(rows, multiply):
     tma = [r for r in rows if r["config"].startswith("tma")]
     assert tma
-    for name in (multiply, "UTMALDG", "UTMASTG"):
+    for name in (multiply, "UTMALDG"):
         assert not named(tma, lambda r, name=name: not r["instructions"].get(name))
+    # Partial sums of weight gradients are stored from where they are.
+    tiles = [r for r in tma if r["kernel"] != "conv weight gradient"]
+    assert not named(tiles, lambda r: not r["instructions"].get("UTMASTG"))
     # Nothing reaches HGMMA through registers. (UTCHMMA has no such form.)
-    through_registers = {"LDSM", "HGMMA(R)", "HMMA"}
     hopper = [r for r in tma if r["arch"] == "sm_90"]
-    assert not named(hopper, lambda r: through_registers & set(r["instructions"]))
+    assert not named(hopper, lambda r: {"HGMMA(R)", "HMMA"} & set(r["instructions"]))
+    # What an input gradient is added to and masked by comes by bulk copies and LDSM; the
+    # programs that sum the gradient end with a transposition.
+    others = [r for r in hopper if not r["kernel"].endswith("gradient")]
+    assert not named(others, lambda r: "LDSM" in r["instructions"])
 
 
 def is_pipelined(row):
@@ -80,9 +86,29 @@ def is_pipelined(row):
 
 
 def check_async_copies(rows):
-    pipelined = [r for r in rows if "pointer" in r["config"] and is_pipelined(r)]
+    products = [r for r in rows if r["kernel"] != "conv weight gradient"]
+    pipelined = [r for r in products if "pointer" in r["config"] and is_pipelined(r)]
     assert pipelined
     assert not named(pipelined, lambda r: not r["instructions"].get("LDGSTS"))
+
+
+def check_weight_gradients(rows, multiply):
+    """Their loops hold all stages of both operands in shared memory but the one in use."""
+    gradients = [r for r in rows if r["kernel"] == "conv weight gradient"]
+    halves = [r for r in gradients if "float16" in r["layer"] and r["layer"][:2] != "3>"]
+    assert halves
+
+    def lost_its_pipeline(row):
+        shape = r"-(\d+)x(\d+)-([\d+]+)-p(\d+)-w\d+-s(\d+)"
+        groups, columns, blocks, pixels, stages = re.search(shape, row["config"]).groups()
+        channels = int(groups) * int(columns) + sum(map(int, blocks.split("+")))
+        return row["shared"] < (int(stages) - 1) * int(pixels) * channels * 2
+
+    assert not named(halves, lost_its_pipeline)
+    assert not named(halves, lambda r: not r["instructions"].get(multiply))
+    assert not named(halves, lambda r: "HGMMA(R)" in r["instructions"])
+    pointer = [r for r in gradients if "pointer" in r["config"]]
+    assert not named(pointer, lambda r: not r["instructions"].get("LDGSTS"))
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -92,16 +118,19 @@ def test_limits(tables, arch):
 
 def test_sm_80(tables):
     rows = tables["sm_80"]
-    assert {r["config"].split("-")[0] for r in rows if r["kernel"] == "conv"} == {"pointer"}
+    convs = [r for r in rows if r["kernel"].startswith("conv")]
+    assert {r["config"].split("-")[0] for r in convs} == {"pointer"}
     check_async_copies(rows)
+    check_weight_gradients(rows, "HMMA")
     assert not named(rows, lambda r: r["shared"] > SMEM_OF_ADA)
-    tensor_cores = [r for r in rows if r["kernel"] == "conv" and "float32" not in r["layer"]]
+    tensor_cores = [r for r in convs if "float32" not in r["layer"]]
     assert not named(tensor_cores, lambda r: not r["instructions"].get("HMMA"))
 
 
 def test_sm_90(tables):
     check_bulk_copies(tables["sm_90"], "HGMMA")
     check_async_copies(tables["sm_90"])
+    check_weight_gradients(tables["sm_90"], "HGMMA")
 
 
 SHIPPED = """
@@ -142,8 +171,12 @@ OFFSETS = """
 import json
 import torch
 from vovnet_fast import aot
-from vovnet_fast.kernels import conv, depthwise, ese, max_pool
+from vovnet_fast.kernels import (
+    accumulate, batch_norm, conv, conv_weight_grad, conv_weight_grad_finish, depthwise,
+    ese, max_pool,
+)
 from vovnet_fast.kernels.conv_config import ConvConfig
+from vovnet_fast.kernels.conv_weight_grad_config import WeightGradConfig
 
 def view(*strides):
     return torch.empty(1, dtype=torch.float16, device="meta").as_strided((2, 5, 7, 16), strides)
@@ -152,13 +185,31 @@ def meta(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
 config = ConvConfig("pointer", 1, 64, (16,), 16, 4, 2)
+columns = WeightGradConfig("pointer", 64, 1, (16,), 32, 4, 2)
 for wide, x in ((False, view(2**31, 112, 16, 1)), (True, view(2**34, 2**30, 16, 1))):
     weight, vector = meta(16, 3, 3, 16, dtype=torch.float16), meta(16)
     launches = dict(
         conv=conv.plan(x, weight, vector, vector, x, config=config),
+        conv_input_grad=conv.plan_input_grad(
+            x[:, ::2, ::2], weight, x, stride=2, add=x, mask=x, config=config
+        ),
+        accumulate=accumulate.plan(x, x, x, x),
+        conv_weight_grad=conv_weight_grad.plan(x, x, 3, config=columns)[0],
+        channel_sums=conv_weight_grad_finish.plan_channel_sums(x)[0],
+        depthwise_input_grad=depthwise.plan_input_grad(
+            x, meta(3, 3, 16, dtype=torch.float16), x, add=x, mask=x
+        ),
+        depthwise_weight_grad=depthwise.plan_weight_grad(x, x, meta(3, 3, 16))[0],
         depthwise=depthwise.plan(x, meta(3, 3, 16, dtype=torch.float16), x),
         apply=ese.plan_apply(x, meta(2, 16), x, x),
         max_pool=max_pool.plan(x, x[:, :2, :3], "ceil"),
+        gate_sums=ese.plan_gate_sums(x, x, meta(2, 16))[0],
+        apply_backward=ese.plan_apply_backward(x, meta(2, 16), meta(2, 16), x, x),
+        max_pool_backward=max_pool.plan_backward(
+            x[:, :2, :3], meta(2, 2, 3, 16, dtype=torch.uint8), x, "ceil"
+        ),
+        backward_sums=batch_norm.plan_backward_sums(x, x, meta(6, 16), meta(2, 16))[0],
+        input_grad=batch_norm.plan_input_grad(x, x, meta(6, 16), meta(2, 16), None, x),
     )
     for name, launch in launches.items():
         ir = aot.compile_launch(launch, "sm_90").asm["ttir"]
@@ -169,7 +220,7 @@ for wide, x in ((False, view(2**31, 112, 16, 1)), (True, view(2**34, 2**30, 16, 
 def test_offsets_are_wide_enough():
     """Between images always 64 bits; inside one, as the launcher found necessary."""
     rows = finish(start("-c", OFFSETS))
-    assert len(rows) == 8
+    assert len(rows) == 30
     for name, wide, ir in rows:
         products = [line for line in ir.splitlines() if "arith.muli" in line]
         types = [line.split(" : ")[1].split(" loc")[0].strip() for line in products]

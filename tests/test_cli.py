@@ -1,10 +1,11 @@
+import json
 import subprocess
 import sys
 
 import pytest
 import torch
 
-from vovnet_fast import VoVNet, __version__, checkpoints, cli, specs
+from vovnet_fast import VoVNet, __version__, checkpoints, cli, specs, tuning
 
 from . import straight_line
 
@@ -76,6 +77,77 @@ def test_specs_lists_all_within_a_terminal(capsys, monkeypatch):
     assert cli.main(["specs", "V-39-eSE"]) == 0
     assert "V-57" not in capsys.readouterr().out
     assert cli.main(["specs", "resnet"]) == 1
+
+
+@pytest.fixture
+def tuned(tmp_path, monkeypatch):
+    """The file of a user who has measured on two machines."""
+    monkeypatch.setenv("VOVNET_FAST_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("VOVNET_FAST_TUNING_TABLE", raising=False)
+    tuning._table.cache_clear()
+    tuning.table().add({"an [H200]": {"conv 3x3": "tma", "conv 1x1": "aten"}})
+    tuning.table().add({"an A100": {"conv 3x3": "pointer"}})
+    yield tuning.cache_file()
+    tuning._table.cache_clear()
+
+
+def test_tuning_shows_what_was_measured(tuned, capsys):
+    assert cli.main(["tuning", "show"]) == 0
+    words = capsys.readouterr().out.split()
+    assert [w for w in words if w in ("[H200]", "A100", "tma", "aten", "pointer")] == [
+        "A100", "pointer", "[H200]", "aten", "tma",
+    ]  # fmt: skip
+    assert cli.main(["tuning", "show", "--json", "--machine", "A100"]) == 0
+    assert json.loads(capsys.readouterr().out) == {"an A100": {"conv 3x3": "pointer"}}
+    assert cli.main(["tuning", "show", "--machine", "B200"]) == 1
+    message = capsys.readouterr().err
+    assert "no machine's name contains 'B200'; known are: an A100, an [H200]" in message
+    tuned.unlink()
+    tuning._table.cache_clear()
+    assert cli.main(["tuning", "show"]) == 0
+    assert "Nothing has been measured yet" in capsys.readouterr().out
+    assert cli.main(["tuning", "export", str(tuned.with_name("a.json"))]) == 1
+    assert "nothing to export: run a model on a GPU first" in capsys.readouterr().err
+
+
+def test_tuning_has_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        cli.main(["tuning", "--help"])
+    assert "usage: vovnet-fast tuning" in capsys.readouterr().out
+
+
+def test_tuning_goes_from_machine_to_machine(tuned, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "h200.json"
+    assert cli.main(["tuning", "export", str(file), "--machine", "H200"]) == 0
+    assert f"2 choices of 1 machine(s) written to {file}" in capsys.readouterr().out
+    assert cli.main(["tuning", "export", str(file)]) == 1
+    assert "exists; --force replaces it" in capsys.readouterr().err
+    assert tuning.load(file) == {"an [H200]": {"conv 3x3": "tma", "conv 1x1": "aten"}}
+
+    monkeypatch.setenv("VOVNET_FAST_CACHE", str(tmp_path / "elsewhere"))
+    tuning.table().add({"an [H200]": {"conv 3x3": "pointer"}})
+    assert cli.main(["tuning", "import", str(file)]) == 0
+    assert "2 choices of 1 machine(s) added to" in capsys.readouterr().out
+    assert tuning.load(tuning.cache_file())["an [H200]"] == {
+        "conv 3x3": "pointer",
+        "conv 1x1": "aten",
+    }
+    assert cli.main(["tuning", "import", str(file), "--replace"]) == 0
+    assert tuning.load(tuning.cache_file())["an [H200]"]["conv 3x3"] == "tma"
+    assert cli.main(["tuning", "export", str(file), "--force"]) == 0
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"format": 2, "choices": {}}', '{"format": 1, "choices": {"m": "p"}}']
+)
+def test_a_broken_tuning_file_is_refused(tuned, tmp_path, capsys, content):
+    before, file = tuned.read_text(), tmp_path / "broken.json"
+    file.write_text(content)
+    assert cli.main(["tuning", "import", str(file)]) == 1
+    error = capsys.readouterr().err
+    assert f"{file} is no table of choices: " in error
+    assert "make one with vovnet-fast tuning export" in error
+    assert tuned.read_text() == before
 
 
 def test_help_and_version():

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -55,7 +56,12 @@ def test_a_dry_run_walks_through_every_step(tmp_path, without_gpu):
     assert summary["provenance"]["torch"] == torch.__version__
     assert "nothing was measured" in summary["provenance"]["dry_run"]
     steps = {row["name"]: row for row in summary["steps"]}
-    assert {"kernels", "compile", "inference", "gpu", "memcheck", "conv", "tuning"} == set(steps)
+    assert list(steps) == [
+        "kernels", "compile", "inference", "gpu", "memcheck", "conv", "training", "tuning",
+        "trainings",
+    ]  # fmt: skip
+    comparison = steps.pop("trainings")
+    assert comparison["status"] == ("passed" if find_spec("mmdet") else "missing")
     assert {row["status"] for row in steps.values()} == {"passed"}
     files = {path.name for path in folder.iterdir()}
     assert files == {
@@ -67,10 +73,21 @@ def test_a_dry_run_walks_through_every_step(tmp_path, without_gpu):
         assert str(gpu.ROOT) not in text
         assert "hostname" not in text
     rows = json.loads((folder / "benchmarks.json").read_text())["benchmarks"]
-    assert {row["step"] for row in rows} == {"inference", "conv"}
+    assert {row["step"] for row in rows} == {"inference", "conv", "training"}
     folded = next(row for row in rows if row.get("provider") == "folded")
     assert folded["ratio_to_eager"] > 0
     assert folded["distance"] < 1e-3
+    trained = {row["provider"]: row for row in rows if row["step"] == "training"}
+    assert set(trained) == {"eager", "checkpoint", "folding"}
+    assert all(row["ratio_to_eager"] > 0 for row in trained.values())
+    assert trained["eager"]["distance"] == trained["checkpoint"]["distance"] == 0
+    assert 0 < trained["folding"]["distance"] < 0.1
+    table = (folder / "summary.md").read_text()
+    assert all(f"| training | {spec_and_shape(row)} |" in table for row in trained.values())
+
+
+def spec_and_shape(row):
+    return f"{row['spec']} | {row['shape']} | {row['provider']}"
 
 
 def test_without_a_gpu_it_says_so(tmp_path, without_gpu):
@@ -155,5 +172,32 @@ def test_the_steps_on_a_gpu(tmp_path):
     names = [step.name for step in steps]
     assert len(set(names)) == len(names)
     assert names[0] == "kernels"
-    assert names[-1] == "tuning"
-    assert all(step.reserve for step in steps[2:-1] if step.name != "gpu")
+    assert names[-2:] == ["tuning", "trainings"]
+    assert all(step.reserve for step in steps[2:-2] if step.name not in ("gpu", "gradients"))
+    assert names.index("compile training") < min(
+        i for i, name in enumerate(names) if name.startswith("training ")
+    )
+
+
+def test_the_table_of_networks(tmp_path):
+    rows = tmp_path / "benchmarks.json"
+    assert gpu._networks(rows) == ""
+    measured = dict(step="training", spec="V-39-eSE", shape="2x3x8x8", provider="fused")
+    measured |= dict(device_ms=1.234, ratio_to_eager=2.0, peak_mib=100.4, peak_to_eager=0.5)
+    rows.write_text(json.dumps({"benchmarks": [{"step": "conv"}, measured]}))
+    assert gpu._networks(rows).splitlines()[-1] == (
+        "| training | V-39-eSE | 2x3x8x8 | fused | 1.23 | 2.00 | 100 | 0.50 |  |  |"
+    )
+
+
+def test_trainings_leave_their_results(tmp_path):
+    out, scratch = tmp_path / "out", tmp_path / "scratch"
+    for folder in (out, scratch / "comparison"):
+        folder.mkdir(parents=True)
+    step = gpu.Folder(out, scratch, dry=False).comparison(60)
+    step.finish()
+    assert not list(out.iterdir()), "a comparison that never ran has no results"
+    (scratch / "comparison" / "metrics.json").write_text("{}")
+    (scratch / "comparison" / "comparison.png").write_bytes(b"png")
+    step.finish()
+    assert {path.name for path in out.iterdir()} == {"comparison.json", "comparison.png"}

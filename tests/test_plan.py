@@ -350,7 +350,7 @@ def test_without_triton(capsys, monkeypatch):
 def test_bench_needs_a_mode(capsys):
     with pytest.raises(SystemExit, match="2"):
         cli.main(["bench"])
-    assert "--plan is required" in capsys.readouterr().err
+    assert "one of the arguments --plan --memory is required" in capsys.readouterr().err
     with pytest.raises(SystemExit, match="0"):
         cli.main(["bench", "--help"])
     assert "--plan SPEC NxHxW" in capsys.readouterr().out

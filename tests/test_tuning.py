@@ -1,5 +1,6 @@
 import json
 import logging
+import multiprocessing
 import threading
 
 import pytest
@@ -14,7 +15,8 @@ SECONDS = {"a": 3e-6, "b": 1e-6, "c": 2e-6}
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("VOVNET_FAST_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("VOVNET_FAST_TUNE", raising=False)
+    for name in ("VOVNET_FAST_TUNE", "VOVNET_FAST_TUNING_TABLE"):
+        monkeypatch.delenv(name, raising=False)
     tuning._table.cache_clear()
     yield tmp_path / "cache" / "tuning.json"
     tuning._table.cache_clear()
@@ -36,9 +38,9 @@ def stopwatch(ran):
     return timer
 
 
-def choose(ran, problem="conv", candidates="abc", static="a", run=None):
+def choose(ran, problem="conv", candidates="abc", static="a", run=None, prepare=None):
     run = run or ran.append
-    return tuning.choose(CPU, problem, list(candidates), static, run, stopwatch(ran))
+    return tuning.choose(CPU, problem, list(candidates), static, run, stopwatch(ran), prepare)
 
 
 def test_the_fastest_is_taken_measured_once_and_kept(measurable, cache):
@@ -100,8 +102,73 @@ def test_a_candidate_that_fails_is_left_out_and_named(measurable, caplog):
 
     assert choose(ran, run=run) == "c"
     assert "candidate b does not run and is left out: out of resources" in caplog.text
-    with pytest.raises(RuntimeError, match="none of the candidates runs for all: b"):
+    with pytest.raises(RuntimeError, match="runs and is right for all: b; VOVNET_FAST_BACKEND=ref"):
         choose(ran, problem="all", candidates="b", run=run)
+
+
+def test_a_candidate_that_is_wrong_is_never_timed(measurable, caplog):
+    """Nor one whose trial fails. Trials come before anything is timed, and only once."""
+    events = []
+
+    def prepare():
+        events.append("prepare")
+
+        def trial(name):
+            assert not torch.is_autocast_enabled("cpu")
+            events.append(f"try {name}")
+            if name == "c":
+                raise RuntimeError("out of resources")
+            return "error 0.5, allowed 0.001" if name == "b" else None
+
+        return trial
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert choose(events, prepare=prepare) == "a"
+    assert events == ["prepare", "try a", "try b", "try c", "a"]
+    assert "candidate b is wrong and is left out, conv: error 0.5, allowed 0.001" in caplog.text
+    assert "candidate c does not run and is left out: out of resources" in caplog.text
+    assert choose(events, prepare=prepare) == "a"
+    assert len(events) == 5
+    with pytest.raises(RuntimeError, match="runs and is right for new: b, c"):
+        choose(events, problem="new", candidates="bc", prepare=prepare)
+
+
+def test_static_choices_know_and_measure_nothing(measurable):
+    ran = []
+    choose(ran)
+    with tuning.static_choices():
+        assert choose(ran) == choose(ran, problem="new") == "a"
+        in_another_thread = []
+        thread = threading.Thread(target=lambda: in_another_thread.append(choose(ran)))
+        thread.start()
+        thread.join()
+    assert in_another_thread == ["b"]
+    assert choose(ran) == "b"
+    assert len(ran) == 3
+
+
+def test_tf32_is_read_where_torch_keeps_it(monkeypatch):
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32
+    try:
+        cudnn.allow_tf32 = True
+        assert tuning.tf32_allowed() is True
+        cudnn.allow_tf32 = False
+        assert tuning.tf32_allowed() is False
+    finally:
+        cudnn.allow_tf32 = before
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="torch has no such setting")
+def test_tf32_may_be_said_for_convolutions_alone():
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    try:
+        conv.fp32_precision = "ieee"
+        assert tuning.tf32_allowed() is False
+    finally:
+        conv.fp32_precision = before
+    assert tuning.tf32_allowed() is (before == "tf32")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +180,7 @@ def test_a_damaged_file_is_ignored_aloud(measurable, cache, caplog, content):
     cache.write_text(content)
     with caplog.at_level(logging.WARNING):
         assert choose([]) == "b"
-    assert "ignoring the tuning file" in caplog.text
+    assert "ignoring the file" in caplog.text
     assert json.loads(cache.read_text())["choices"]
 
 
@@ -123,10 +190,10 @@ def test_a_folder_that_cannot_be_written_stops_nothing(measurable, cache, caplog
     assert choose(ran) == "b"
     assert choose(ran) == "b"
     assert len(ran) == 3
-    assert "cannot keep tuning choices" in caplog.text
+    assert "cannot keep choices" in caplog.text
 
 
-def test_processes_that_tune_side_by_side_lose_nothing(measurable, cache):
+def test_tables_of_one_file_lose_nothing(measurable, cache):
     one, other = tuning.Table(cache), tuning.Table(cache)
     assert one.get("m", "p") is other.get("m", "p") is None
     one.put("m", "p", "a")
@@ -140,10 +207,62 @@ def test_processes_that_tune_side_by_side_lose_nothing(measurable, cache):
     assert len(tuning.read(cache)["m"]) == 22
 
 
-def test_tables_can_be_shipped(measurable, tmp_path):
+def _put_many(path, process, barrier):
+    table = tuning.Table(path)
+    barrier.wait()
+    for i in range(25):
+        table.put(f"machine {process}", str(i), "a")
+
+
+@pytest.mark.skipif(tuning.fcntl is None, reason="no locks on this system")
+def test_processes_that_write_at_the_same_time_lose_nothing(cache):
+    context = multiprocessing.get_context("fork")
+    barrier = context.Barrier(2)
+    processes = [context.Process(target=_put_many, args=(cache, i, barrier)) for i in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        assert process.exitcode == 0
+    assert {machine: len(found) for machine, found in tuning.read(cache).items()} == {
+        "machine 0": 25,
+        "machine 1": 25,
+    }
+
+
+def test_tables_can_be_shipped(measurable, cache, tmp_path):
     choose([])
     tuning.export(tuning.table().choices(), tmp_path / "h200.json")
-    shipped = tuning.read(tmp_path / "h200.json")
-    fresh = tuning.Table(tmp_path / "none" / "tuning.json")
+    shipped = tuning.load(tmp_path / "h200.json")
+    fresh = tuning.Table(tmp_path / "new" / "tuning.json")
+    fresh.put(tuning.machine(CPU), "another", "a")
     fresh.add(shipped)
     assert fresh.get(tuning.machine(CPU), "conv") == "b"
+    fresh.add({tuning.machine(CPU): {"conv": "c"}})
+    assert fresh.get(tuning.machine(CPU), "conv") == "b"  # What is known stays.
+    fresh.add({tuning.machine(CPU): {"conv": "c"}}, replace=True)
+    assert tuning.read(fresh.path) == {tuning.machine(CPU): {"another": "a", "conv": "c"}}
+
+
+def test_a_table_may_lie_beneath_the_users_own(measurable, cache, tmp_path, monkeypatch):
+    beneath = tmp_path / "h200.json"
+    tuning.export({tuning.machine(CPU): {"conv": "c", "pool": "c"}}, beneath)
+    monkeypatch.setenv("VOVNET_FAST_TUNING_TABLE", str(beneath))
+    ran = []
+    assert choose(ran) == "c"
+    assert ran == []
+    tuning.table().put(tuning.machine(CPU), "conv", "a")
+    assert choose(ran) == "a"
+    assert choose(ran, problem="pool") == "c"
+    assert tuning.read(cache) == {tuning.machine(CPU): {"conv": "a"}}  # Not what lies beneath.
+    assert tuning.table().choices() == {tuning.machine(CPU): {"conv": "a", "pool": "c"}}
+
+
+@pytest.mark.parametrize("content", [None, "[]"])
+def test_a_table_that_is_named_and_cannot_be_read_is_an_error(tmp_path, monkeypatch, content):
+    path = tmp_path / "h200.json"
+    if content is not None:
+        path.write_text(content)
+    monkeypatch.setenv("VOVNET_FAST_TUNING_TABLE", str(path))
+    with pytest.raises(ValueError, match=r"VOVNET_FAST_TUNING_TABLE=.*h200.json cannot be read"):
+        choose([])

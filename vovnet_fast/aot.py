@@ -12,12 +12,13 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -163,6 +164,13 @@ _LAYERS: tuple[tuple[int, int, int, int], ...] = (
 )
 
 
+def _bulk_copies(channels: int, stride: int, tf32: bool) -> bool:
+    """Whether they can fetch a layer's input."""
+    from .kernels.conv_tma import ROUNDS_TO_TF32
+
+    return stride == 1 and channels >= 16 and (ROUNDS_TO_TF32 or not tf32)
+
+
 def _conv_jobs(capability: tuple[int, int]) -> Iterator[Job]:
     from .kernels.conv_config import candidates
 
@@ -171,7 +179,7 @@ def _conv_jobs(capability: tuple[int, int]) -> Iterator[Job]:
     seen = set()
     for dtype, tf32 in variants:
         for c_in, c_out, kernel, stride in _LAYERS:
-            tma = stride == 1 and c_in >= 16
+            tma = _bulk_copies(c_in, stride, tf32)
             for config in candidates(
                 capability, c_in, c_out, kernel=kernel, dtype=dtype, tf32=tf32, tma=tma
             ):
@@ -185,8 +193,123 @@ def _conv_jobs(capability: tuple[int, int]) -> Iterator[Job]:
                 seen.add(key)
 
 
+def _statistics_launch(
+    config: ConvConfig, layer: tuple[int, int, int, int], dtype: torch.dtype, tf32: bool
+) -> Launch:
+    """A raw convolution and its statistics, from a slot."""
+    from .kernels import conv
+
+    c_in, c_out, kernel, stride = layer
+    channels = c_in if c_in == 3 else c_in + 5 * max(c_out, 16)
+    x = _meta(2, 50, 84, channels, dtype=dtype)[..., :c_in]
+    out = _meta(2, *conv.output_size(50, 84, kernel, stride), c_out, dtype=dtype)
+    weight = _meta(c_out, kernel, kernel, c_in, dtype=dtype)
+    options: dict[str, Any] = dict(stride=stride, tf32=tf32, config=config)
+    tiles = conv.pool_tiles(x, weight, out, **options)
+    statistics = _meta(2, tiles, 3, c_out, dtype=torch.float32)
+    return conv.plan(x, weight, None, None, out, relu=False, statistics=statistics, **options)
+
+
+def _input_grad_launch(
+    config: ConvConfig,
+    layer: tuple[int, int, int, int],
+    dtype: torch.dtype,
+    tf32: bool,
+    *,
+    channels: int,
+) -> Launch:
+    """The gradient of a layer's input, in its slot, added to and masked in so many channels."""
+    from .kernels import conv
+
+    c_in, c_out, kernel, stride = layer
+    small = conv.output_size(50, 84, kernel, stride)
+    g = _meta(2, *small, c_out + 16, dtype=dtype)[..., :c_out]
+    slots = _meta(2, 50, 84, c_in + 5 * c_out, dtype=dtype)
+    out = slots[..., :c_in]
+    add, mask = (out[..., :channels], out[..., -channels:]) if channels else (None, None)
+    packed = _meta(c_in, kernel, kernel, c_out, dtype=dtype)
+    return conv.plan_input_grad(
+        g, packed, out, stride=stride, add=add, mask=mask, tf32=tf32, config=config
+    )
+
+
+_ADDED_AND_MASKED: dict[str, tuple[tuple[str, Callable[[int], int]], ...]] = {
+    # Of a number of channels, those that an input gradient is added to and masked in.
+    "gradient": (("", lambda channels: channels), (", half", lambda channels: channels // 2)),
+    "forward": ((", none", lambda channels: 0),),
+}
+
+
+def _conv_training_jobs(capability: tuple[int, int]) -> Iterator[Job]:
+    """Statistics, and input gradients with and without ``add`` and ``mask``.
+
+    Their loops are those of :func:`_conv_jobs`, and only their epilogues are new: of
+    configurations that differ in anything but their accumulators one is essential.
+    """
+    from .kernels.conv_config import Kind, candidates
+
+    variants = ((torch.float16, False), (torch.float32, True), (torch.float32, False))
+    kinds: tuple[Kind, ...] = ("statistics", "gradient", "forward")
+    seen = set()
+    for dtype, tf32 in variants:
+        precision = "tf32" if tf32 else str(dtype).removeprefix("torch.")
+        for layer, kind in itertools.product(_LAYERS, kinds):
+            c_in, c_out, kernel, stride = layer
+            # A product of the gradient of the output is as wide as the input.
+            k, width = (c_in, c_out) if kind == "statistics" else (c_out, c_in)
+            if width == 3:  # Nobody asks for the gradient of an image.
+                continue
+            text = f"{k}>{width} {kernel}x{kernel}/{stride} {precision}"
+            for config in candidates(
+                capability, k, width,
+                kernel=kernel, dtype=dtype, tf32=tf32, tma=_bulk_copies(k, stride, tf32),
+                kind=kind,
+            ):  # fmt: skip
+                arguments = (config, layer, dtype, tf32)
+                accumulators = (config.form, config.pixels, config.block_out, config.persistent)
+                key = (kind, stride, *accumulators)
+                essential = key not in seen and kind != "forward"
+                seen.add(key)
+                if kind == "statistics":
+                    launch = _statistics_launch(*arguments)
+                    yield Job("conv statistics", text, config.name, launch, essential)
+                    continue
+                for note, channels in _ADDED_AND_MASKED[kind]:
+                    launch = _input_grad_launch(*arguments, channels=channels(c_in))
+                    kept = essential and not note
+                    yield Job("conv input gradient", text + note, config.name, launch, kept)
+
+
+def _conv_weight_grad_jobs(capability: tuple[int, int]) -> Iterator[Job]:
+    """Main passes of weight gradients, from slots.
+
+    In fp32 configurations that differ in their output channels only count as one.
+    """
+    from .kernels import conv, conv_weight_grad
+
+    variants = ((torch.float16, False), (torch.float32, True), (torch.float32, False))
+    seen = set()
+    for (dtype, tf32), layer in itertools.product(variants, _LAYERS):
+        c_in, c_out, kernel, stride = layer
+        precision = "tf32" if tf32 else str(dtype).removeprefix("torch.")
+        channels = c_in if c_in == 3 else c_in + 5 * c_out
+        x = _meta(2, 50, 84, channels, dtype=dtype)[..., :c_in]
+        size = conv.output_size(50, 84, kernel, stride)
+        g = _meta(2, *size, 5 * c_out, dtype=dtype)[..., :c_out]
+        options: dict[str, Any] = dict(stride=stride, tf32=tf32, capability=capability)
+        for config in conv_weight_grad.choices(x, g, kernel, **options)[0]:
+            launch, _, _ = conv_weight_grad.plan(
+                x, g, kernel, stride=stride, tf32=tf32, config=config
+            )
+            text = f"{c_in}>{c_out} {kernel}x{kernel}/{stride} {precision}"
+            tiles = config if dtype.itemsize == 2 else (config.columns, config.pixels)
+            key = (tiles, dtype, tf32)
+            yield Job("conv weight gradient", text, config.name, launch, key not in seen)
+            seen.add(key)
+
+
 def _elementwise_jobs() -> Iterator[Job]:
-    from .kernels import depthwise, epilogue, ese, max_pool
+    from .kernels import accumulate, depthwise, epilogue, ese, max_pool, pack
 
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         kind = str(dtype).removeprefix("torch.")
@@ -207,6 +330,15 @@ def _elementwise_jobs() -> Iterator[Job]:
             launch = epilogue.plan(z, vector, vector, slot, pool_partials=pool)
             yield job("epilogue", launch, "pool")
             yield job("epilogue", epilogue.plan(z, vector, vector, slot), "")
+            parts = _meta(2, epilogue.pool_tiles(z), 3, channels, dtype=torch.float32)
+            for name, target in (("statistics", slot), ("statistics, in place", z)):
+                launch = epilogue.plan(z, None, None, target, relu=False, statistics=parts)
+                yield job("epilogue", launch, name)
+            yield job("accumulate", accumulate.plan(z, slot, slot, slot), "add, mask")
+            yield job("accumulate", accumulate.plan(z, slot), "")
+            weight = _meta(channels, 3, 3, channels, dtype=torch.float32)
+            packed = _meta(channels, 3, 3, channels, dtype=dtype)
+            yield job("pack", pack.plan_transposed(weight, vector, packed), "scale")
             yield job("ese apply", ese.plan_apply(z, gates, slot, slot), "identity")
             yield job("ese apply", ese.plan_apply(z, gates, None, slot), "")
             yield job("ese apply", ese.plan_apply(z, None, slot, slot), "identity, no gate")
@@ -224,16 +356,89 @@ def _elementwise_jobs() -> Iterator[Job]:
             yield job("depthwise", depthwise.plan(z, taps, small, stride=2), "stride 2")
 
 
+def _backward_jobs() -> Iterator[Job]:
+    """The gradients of what :func:`_elementwise_jobs` compiles, and batch norm."""
+    from .kernels import batch_norm, conv_weight_grad_finish, depthwise, ese, max_pool
+
+    float32, float64 = torch.float32, torch.float64
+    for dtype in (torch.float16, torch.bfloat16, float32):
+        kind = str(dtype).removeprefix("torch.")
+        for channels in (112, 56, 64, 160, 256):
+            essential = dtype == torch.float16 and channels == 112
+
+            def job(kernel, launch, config, width=channels, kind=kind, essential=essential):
+                return Job(kernel, f"{width} {kind}", config, launch, essential)
+
+            z = _meta(2, 50, 84, channels, dtype=dtype)
+            slot = _meta(2, 50, 84, 5 * channels, dtype=dtype)[..., :channels]
+            dout = _meta(2, 25, 42, channels, dtype=dtype)
+            gates, vector = _meta(2, channels, dtype=float32), _meta(channels, dtype=float32)
+            fc = _meta(channels, channels, dtype=dtype)
+            dfc = _meta(channels, channels, dtype=float32)
+            yield job("ese backward", ese.plan_gate_sums(slot, z, gates)[0], "gate sums")
+            for gate in ("hard_sigmoid", "sigmoid"):
+                inputs, weights = ese.plan_gates_backward(
+                    gates, gates, gates, 4200, fc, gate, gates, dfc, vector
+                )
+                yield job("ese backward", inputs, f"fc input {gate}")
+                yield job("ese backward", weights, f"fc weight {gate}")
+            gated = ese.plan_apply_backward(slot, gates, gates, z, z)
+            yield job("ese backward", gated, "apply")
+            yield job("ese backward", ese.plan_apply_backward(slot, None, None, z, z), "mask")
+            argmax = _meta(2, 25, 42, channels, dtype=torch.uint8)
+            for mode in ("ceil", "padded"):
+                launch = max_pool.plan_backward(dout, argmax, slot, mode)
+                yield job("max pool backward", launch, mode)
+            partials = _meta(4000, 3, channels, dtype=float32)
+            groups = _meta(30, 3, channels, dtype=float64)
+            norm, sums = _meta(6, channels, dtype=float32), _meta(2, channels, dtype=float32)
+            yield job("batch norm", batch_norm.plan_merge(partials, groups), "merge")
+            last = batch_norm.plan_finish(groups, vector, vector, 1e-5, norm)
+            yield job("batch norm", last, "finish")
+            launch, last = batch_norm.plan_backward_sums(slot, z, norm, sums)
+            yield job("batch norm", launch, "gradient sums")
+            yield job("batch norm", last, "last sums")
+            launch = batch_norm.plan_input_grad(slot, z, norm, sums, vector, slot)
+            yield job("batch norm", launch, "input gradient")
+            taps, dtaps = _meta(3, 3, channels, dtype=dtype), _meta(3, 3, channels, dtype=float32)
+            for stride, g in ((1, z), (2, dout)):
+                options: dict[str, Any] = dict(stride=stride)
+                launch = depthwise.plan_input_grad(g, taps, slot, add=slot, mask=slot, **options)
+                yield job("depthwise backward", launch, f"input, stride {stride}")
+                launch, _ = depthwise.plan_weight_grad(slot, g, dtaps, **options)
+                yield job("depthwise backward", launch, f"weight, stride {stride}")
+            launch, sums = conv_weight_grad_finish.plan_channel_sums(slot)
+            yield job("channel sums", launch, "")
+            weight = _meta(channels, 3, 3, channels, dtype=dtype)
+            dweight = _meta(channels, 3, 3, channels, dtype=float32)
+            for library, products in (
+                ("", _meta(28, 3, 3, channels, channels, dtype=float32).permute(0, 4, 1, 2, 3)),
+                (" of another library", weight.unsqueeze(0)),
+            ):
+                launch, _ = conv_weight_grad_finish.plan_finish(
+                    products, sums, weight, vector, dweight, vector, vector
+                )
+                yield job("finish weight gradient", launch, f"products{library}")
+
+
 def jobs(arch: str) -> list[Job]:
     """Everything that is shipped for ``arch``, over the layers of the published networks."""
     number = int(arch.removeprefix("sm_"))
-    return [*_conv_jobs((number // 10, number % 10)), *_elementwise_jobs()]
+    capability = (number // 10, number % 10)
+    return [
+        *_conv_jobs(capability),
+        *_conv_training_jobs(capability),
+        *_conv_weight_grad_jobs(capability),
+        *_elementwise_jobs(),
+        *_backward_jobs(),
+    ]
 
 
 _TRITON_TYPES = {
     torch.float16: "fp16",
     torch.bfloat16: "bf16",
     torch.float32: "fp32",
+    torch.float64: "fp64",
     torch.uint8: "u8",
 }
 _DIVISIBLE_BY_16 = [["tt.divisibility", 16]]

@@ -11,13 +11,15 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from . import __version__, checkpoints, specs
+from . import __version__, checkpoints, specs, tuning
 from .backends import BackendError
 from .checkpoints import LAYOUTS, CheckpointError
 from .model import VoVNet
 from .plan import DTYPES, H200_TBS, H200_TFLOPS, Plan, Rates, Row, plan_forward
+from .training_memory import TrainingMemory, training_memory
 
 _REPORTED = (BackendError, CheckpointError, specs.UnknownSpecError, OSError, ValueError)
 _SAFE_ENDINGS = (".pth", ".pt", ".bin", ".safetensors")
@@ -85,43 +87,100 @@ def _parser() -> argparse.ArgumentParser:
     listing.set_defaults(run=_specs)
 
     _add_bench(commands)
+    _add_tuning(commands)
     return parser
 
 
 def _add_bench(commands: argparse._SubParsersAction) -> None:
     bench = commands.add_parser(
         "bench",
-        help="what a forward pass costs",
-        description="Say what a forward pass costs. The mode says how.",
-        epilog="example: vovnet-fast bench --plan V-99-eSE 6x640x1600",
+        help="what a forward pass, or training, costs",
+        description="Say what a network costs on images of a size. The mode says what of it.",
+        epilog=(
+            "examples: vovnet-fast bench --plan V-99-eSE 6x640x1600; "
+            "vovnet-fast bench --memory V-99-eSE 6x640x1600 --no-norm-eval"
+        ),
     )
     mode = bench.add_mutually_exclusive_group(required=True)
+    network = dict(nargs=2, metavar=("SPEC", "NxHxW"))
     mode.add_argument(
         "--plan",
-        nargs=2,
-        metavar=("SPEC", "NxHxW"),
-        help="count launches, FLOP and bytes, fused and eager, and a floor; nothing is run or "
-        "measured, and no GPU is needed",
+        **network,
+        help="count launches, FLOP and bytes of a forward pass, fused and eager, and a floor; "
+        "nothing is run or measured, and no GPU is needed",
+    )
+    mode.add_argument(
+        "--memory",
+        **network,
+        help="count the bytes that autograd keeps for the backward pass, eager and fused, each "
+        "without and with recomputing the OSA blocks; no GPU is needed",
     )
     bench.add_argument(
         "--dtype", choices=DTYPES, default="bf16", help="of activations (default: %(default)s)"
     )
-    bench.add_argument(
+    bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    plan = bench.add_argument_group("with --plan")
+    plan.add_argument(
         "--peak-tflops",
         type=float,
-        default=H200_TFLOPS,
         metavar="RATE",
-        help="matrix rate for the floor, 1e12 FLOP/s (default: %(default)g, bf16 on an H200)",
+        help=f"matrix rate for the floor, 1e12 FLOP/s (default: {H200_TFLOPS:g}, bf16 on an H200)",
     )
-    bench.add_argument(
+    plan.add_argument(
         "--bandwidth-tbs",
         type=float,
-        default=H200_TBS,
         metavar="RATE",
-        help="memory bandwidth for the floor, 1e12 bytes/s (default: %(default)g, an H200)",
+        help=f"memory bandwidth for the floor, 1e12 bytes/s (default: {H200_TBS:g}, an H200)",
     )
-    bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    memory = bench.add_argument_group("with --memory")
+    memory.add_argument(
+        "--norm-eval",
+        action=argparse.BooleanOptionalAction,
+        help="batch norms keep their statistics, as mmdet's norm_eval has it (default), or take "
+        "the batch's",
+    )
+    memory.add_argument(
+        "--measure",
+        action="store_true",
+        default=None,
+        help="run training steps on this machine's GPU as well, and print their peaks",
+    )
     bench.set_defaults(run=_bench)
+
+
+_BENCH_OPTIONS = {
+    "plan": {"--peak-tflops": "peak_tflops", "--bandwidth-tbs": "bandwidth_tbs"},
+    "memory": {"--norm-eval": "norm_eval", "--measure": "measure"},
+}
+"""The options that only one mode of ``bench`` has."""
+
+
+def _add_tuning(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "tuning",
+        help="the engines that were measured to be fastest",
+        description=(
+            "Show or share the choices that were made by measuring on this machine, kept in "
+            f"~/.cache/vovnet_fast or in the folder that {tuning.CACHE_ENVIRONMENT} names. "
+            f"{tuning.TABLE_ENVIRONMENT} names an exported file to ask for what is not in there."
+        ),
+    )
+    actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
+    show = actions.add_parser("show", help="list problems and engines by machine")
+    show.add_argument("--json", action="store_true", help="print JSON instead of tables")
+    show.set_defaults(run=_tuning_show)
+    export = actions.add_parser("export", help="write the choices to a file")
+    export.add_argument("file", metavar="FILE", type=Path)
+    export.add_argument("--force", action="store_true", help="replace FILE if it exists")
+    export.set_defaults(run=_tuning_export)
+    for action in (show, export):
+        action.add_argument(
+            "--machine", default="", metavar="TEXT", help="only machines whose name contains this"
+        )
+    take = actions.add_parser("import", help="take over the choices of an exported file")
+    take.add_argument("file", metavar="FILE", type=Path)
+    take.add_argument("--replace", action="store_true", help="also where a choice is known already")
+    take.set_defaults(run=_tuning_import)
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -191,13 +250,38 @@ def _count_parameters(spec: specs.VoVNetSpec) -> int:
 
 
 def _bench(args: argparse.Namespace) -> None:
-    spec, shape = args.plan
-    rates = Rates(args.peak_tflops, args.bandwidth_tbs)
-    plan = plan_forward(spec, _parse_shape(shape), dtype=args.dtype, rates=rates)
+    mode = "plan" if args.memory is None else "memory"
+    for other, options in _BENCH_OPTIONS.items():
+        for option, name in options.items():
+            if other != mode and getattr(args, name) is not None:
+                raise ValueError(f"{option} belongs to --{other}, and has no part in --{mode}")
+    found = _bench_plan(args) if mode == "plan" else _bench_memory(args)
     if args.json:
-        print(json.dumps(plan.as_dict(), indent=2))
+        print(json.dumps(found.as_dict(), indent=2))
+    elif isinstance(found, Plan):
+        _print_plan(found)
     else:
-        _print_plan(plan)
+        _print_memory(found)
+
+
+def _bench_plan(args: argparse.Namespace) -> Plan:
+    spec, shape = args.plan
+    rates = Rates(
+        H200_TFLOPS if args.peak_tflops is None else args.peak_tflops,
+        H200_TBS if args.bandwidth_tbs is None else args.bandwidth_tbs,
+    )
+    return plan_forward(spec, _parse_shape(shape), dtype=args.dtype, rates=rates)
+
+
+def _bench_memory(args: argparse.Namespace) -> TrainingMemory:
+    spec, shape = args.memory
+    return training_memory(
+        spec,
+        _parse_shape(shape),
+        dtype=args.dtype,
+        norm_eval=args.norm_eval is not False,
+        measure=bool(args.measure),
+    )
 
 
 def _parse_shape(text: str) -> tuple[int, int, int]:
@@ -257,6 +341,104 @@ def _caption(plan: Plan) -> str:
         "workspaces are left out. In eager, an ATen operation is one launch. Fused, batch norms "
         "have been folded before."
     )
+
+
+def _print_memory(memory: TrainingMemory) -> None:
+    shape = "x".join(map(str, memory.shape))
+    norms = "fixed norms" if memory.norm_eval else "norms of the batch"
+    table = Table(
+        title=f"Kept for the backward pass of {memory.spec}, {shape}, {memory.dtype}, {norms}",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("GB", no_wrap=True)
+    for row in memory.rows:
+        table.add_column(row.mode, justify="right", no_wrap=True)
+    for stage in memory.rows[0].stages:
+        table.add_row(stage, *(f"{row.stages[stage] / 1e9:.3f}" for row in memory.rows))
+    table.add_section()
+    kept = [f"{row.kept / 1e9:.3f}" for row in memory.rows]
+    table.add_row("total", *kept, style="bold")
+    table.add_row("of eager", *(f"{memory.ratio(row):.2f}" for row in memory.rows))
+    if memory.device is not None:
+        table.add_section()
+        peaks = (None if row.peak is None else f"{row.peak / 1e9:.3f}" for row in memory.rows)
+        table.add_row("peak", *(peak or "does not fit" for peak in peaks))
+    console = Console(highlight=False)
+    console.print(table)
+    console.print(_memory_caption(memory), style="dim")
+
+
+def _memory_caption(memory: TrainingMemory) -> str:
+    """What the numbers of a table of memory are, and are not."""
+    peaks = (
+        "nothing has run."
+        if memory.device is None
+        else f"the peak alone was measured, of a training step on {escape(memory.device)}, "
+        "gradients of the parameters included."
+    )
+    return (
+        f"Counted, not measured: {peaks} Images, parameters and buffers are left out, and the "
+        "casts of weights that autocast makes; what two stages need counts for the later one. "
+        "Images and weights are channels_last. Checkpoint and recompute are with_cp=True: of an "
+        "OSA block only the input is kept."
+    )
+
+
+def _tuning_choices(text: str) -> tuning.Choices:
+    """What is known of the machines whose name contains ``text``."""
+    known = tuning.table().choices()
+    found = {machine: choices for machine, choices in known.items() if text in machine}
+    if text and not found:
+        raise ValueError(
+            f"no machine's name contains {text!r}; known are: {', '.join(sorted(known)) or 'none'}"
+        )
+    return found
+
+
+def _tuning_show(args: argparse.Namespace) -> None:
+    found = _tuning_choices(args.machine)
+    if args.json:
+        print(json.dumps(found, indent=2, sort_keys=True))
+        return
+    console = Console(highlight=False)
+    if not found:
+        console.print("Nothing has been measured yet: run a model on a GPU.")
+    for machine, choices in sorted(found.items()):
+        table = Table(title=escape(machine), title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("problem", overflow="fold")
+        table.add_column("engine", no_wrap=True)
+        for problem, engine in sorted(choices.items()):
+            table.add_row(escape(problem), escape(engine))
+        console.print(table)
+
+
+def _tuning_export(args: argparse.Namespace) -> None:
+    if args.file.exists() and not args.force:
+        raise ValueError(f"{args.file} exists; --force replaces it")
+    found = _tuning_choices(args.machine)
+    if not found:
+        raise ValueError("there is nothing to export: run a model on a GPU first")
+    tuning.export(found, args.file)
+    print(f"{_count(found)} written to {args.file}")
+
+
+def _tuning_import(args: argparse.Namespace) -> None:
+    try:
+        found = tuning.load(args.file)
+    except ValueError as error:
+        raise ValueError(
+            f"{args.file} is no table of choices: {error}; make one with vovnet-fast tuning "
+            "export, on the machine where they were measured"
+        ) from error
+    table = tuning.table()
+    table.add(found, replace=args.replace)
+    fate = "replaced" if args.replace else "kept"
+    print(f"{_count(found)} added to {table.path}; what it knew already was {fate}")
+
+
+def _count(choices: tuning.Choices) -> str:
+    return f"{sum(map(len, choices.values()))} choices of {len(choices)} machine(s)"
 
 
 if __name__ == "__main__":

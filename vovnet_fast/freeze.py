@@ -22,12 +22,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import backends, reference
+from ._dtypes import accumulator
 from .model import STAGE_NAMES, VoVNet
 from .ops import BlockParams, ConvParams, NetworkParams, _checks
 from .ops import features as run_op
+from .ops.conv import unflatten
 from .ops.features import check_size, plan, rebuild, run
 from .ops.memory import Arena, Memory
-from .ops.osa import unflatten
 from .specs import FIRST_STAGE
 
 KEPT_SHAPES = 8
@@ -98,7 +99,7 @@ def _fold(model: VoVNet, dtype: torch.dtype) -> NetworkParams:
     tensors = chain(model.parameters(), model.buffers())
     twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
     nn.Module.train(twin, False)  # Not VoVNet.train, which would freeze stages.
-    exact = _checks.accumulator(dtype)
+    exact = accumulator(dtype)
     if dtype != exact:
         return twin.fold(dtype)
     params = twin.fold(torch.promote_types(dtype, model.stem.first_weight.dtype))
@@ -260,13 +261,13 @@ class FrozenVoVNet(nn.Module):
                 hold(f"depthwise_{i}", layer.depthwise, self.dtype)
         for i, fc in enumerate(fcs):
             hold(f"fc_{i}", fc, self.dtype)
-        exact = _checks.accumulator(self.dtype)
+        exact = accumulator(self.dtype)
         hold("scale", torch.cat([layer.scale for layer in layers]), exact)
         hold("shift", torch.cat([layer.shift for layer in layers]), exact)
         self._widths = [layer.shift.numel() for layer in layers]
         hold("zeros", self.shift.new_zeros(max(self._widths)), exact)
         hold("ones", self.shift.new_ones(max(self._widths)), exact)
-        # Strides as ops.osa.flatten writes them: negative for a depthwise layer.
+        # Strides as ops.conv.flatten writes them: negative for a depthwise layer.
         self._strides = [
             layer.stride if layer.depthwise is None else -layer.stride for layer in layers
         ]
@@ -370,13 +371,13 @@ class FrozenVoVNet(nn.Module):
 
     def _trace(self, x: Tensor) -> list[Tensor]:
         """Under torch.compile and torch.export, which plan memory themselves."""
-        if backends.fused(x.device):
+        if backends.fused(x.device, self.dtype):
             return run_op(x.to(self.dtype), self._params(), self.out_features)
         return self._compute(x, Memory())
 
     def _run(self, x: Tensor) -> list[Tensor]:
         """In an arena, where the backend is fused."""
-        if not backends.fused(x.device):
+        if not backends.fused(x.device, self.dtype):
             return self._compute(x, Memory())
         # What a stream is given it does in order: only there can memory be used again
         # before the work on it is done.
@@ -393,14 +394,14 @@ class FrozenVoVNet(nn.Module):
 
     def _compute(self, x: Tensor, memory: Memory) -> list[Tensor]:
         """On the backend that was chosen, with memory for what is fused."""
-        if not backends.fused(x.device):
+        if not backends.fused(x.device, self.dtype):
             x = x.to(self.dtype, memory_format=torch.channels_last)
             statistics = (self.zeros, self.ones)
             return folded_forward(x, self._params(), self.out_features, statistics)
         view = x.permute(0, 2, 3, 1)
         if x.dtype != self.dtype or (x.shape[1] > 1 and view.stride(3) != 1):
             view = memory.scratch("image", self.weight_0, *view.shape).copy_(view)
-        backend = backends.get(x.device)
+        backend = backends.get(x.device, x.dtype)
         found = run(backend, view, self._params(), self.out_features, memory)
         return [_checks.nchw(feature) for feature in found]
 

@@ -8,108 +8,21 @@ loads as it is.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from . import reference
-from .backends import BackendError
-from .ops import BlockParams, ConvParams, fold
+from .fusing import Fusable, Parts, compute_dtype, conv_params, fused, update_running_statistics
+from .norms import NormCfg, build_norm
+from .ops import BlockParams, ConvParams, max_pool
+from .ops.chain import conv_chain
+from .ops.osa import osa_block_with_statistics
 from .specs import BlockPlan, Gate, Pool
-
-NormCfg = Mapping[str, Any]
-
-
-class FrozenBatchNorm2d(nn.Module):
-    """Batch normalisation whose statistics and affine terms are constants.
-
-    All four tensors are buffers, as in detectron2: no gradient, no update, the
-    same result in training and evaluation. State-dict keys are those of
-    ``nn.BatchNorm2d`` without ``num_batches_tracked``.
-
-    Args:
-        num_features: number of channels.
-        eps: added to the variance.
-    """
-
-    weight: Tensor
-    bias: Tensor
-    running_mean: Tensor
-    running_var: Tensor
-
-    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
-        super().__init__()
-        self.num_features = num_features
-        self.eps = eps
-        self.register_buffer("weight", torch.ones(num_features))
-        self.register_buffer("bias", torch.zeros(num_features))
-        self.register_buffer("running_mean", torch.zeros(num_features))
-        self.register_buffer("running_var", torch.ones(num_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Normalise ``x`` of shape ``[N, C, H, W]``."""
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-        )
-
-    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        # A file written with nn.BatchNorm2d counts batches; here nothing does.
-        state_dict.pop(prefix + "num_batches_tracked", None)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def extra_repr(self) -> str:
-        return f"{self.num_features}, eps={self.eps}"
-
-
-_NORMS = {
-    "BN": nn.BatchNorm2d,
-    "BN2d": nn.BatchNorm2d,
-    "SyncBN": nn.SyncBatchNorm,
-    "FrozenBN": FrozenBatchNorm2d,
-    "GN": nn.GroupNorm,
-}
-
-
-def build_norm(norm_cfg: NormCfg | None, channels: int) -> nn.Module:
-    """Make the normalisation layer that an mmdet-style config describes.
-
-    Args:
-        norm_cfg: ``dict(type='BN' | 'SyncBN' | 'FrozenBN' | 'GN', ...)``. The
-            other entries go to the layer; ``requires_grad=False`` makes its
-            affine parameters constants. ``None`` means ``dict(type='BN')``.
-            ``GN`` has 32 groups unless ``num_groups`` says otherwise.
-        channels: number of channels.
-
-    Raises:
-        ValueError: unknown type, or a group count that does not divide ``channels``.
-        TypeError: an entry that the layer does not take.
-    """
-    cfg: dict[str, Any] = dict(norm_cfg) if norm_cfg is not None else {"type": "BN"}
-    kind = cfg.pop("type", None)
-    requires_grad = cfg.pop("requires_grad", True)
-    if kind not in _NORMS:
-        raise ValueError(
-            f"norm_cfg: type must be one of {', '.join(_NORMS)}, got {kind!r} in {norm_cfg!r}"
-        )
-    if kind == "GN":
-        groups = cfg.pop("num_groups", 32)
-        if channels % groups:
-            raise ValueError(
-                f"norm_cfg: GN with num_groups={groups} does not divide a layer of {channels} "
-                "channels; choose a num_groups that divides every width of the spec "
-                "(16 divides all published ones but 56, 8 divides all)"
-            )
-        norm: nn.Module = nn.GroupNorm(groups, channels, **cfg)
-    else:
-        norm = _NORMS[kind](channels, **cfg)
-    for parameter in norm.parameters():
-        parameter.requires_grad = requires_grad
-    return norm
 
 
 def _add_conv_norm_relu(
@@ -139,53 +52,9 @@ def _add_conv_norm_relu(
 
 
 def _run_conv_norm_relu(owner: nn.Module, name: str, x: Tensor) -> Tensor:
-    """Run the layer ``name`` of ``owner``.
-
-    The parts are looked up at every call: SyncBN conversion, FSDP and
-    quantisation replace children, and must find their replacement used.
-    """
-    parts: dict[str, Any] = owner._modules
-    if f"{name}/conv" in parts:
-        return reference.conv_norm_relu(x, (parts[f"{name}/conv"],), parts[f"{name}/norm"])
-    convs = (parts[f"{name}/dw_conv3x3"], parts[f"{name}/pw_conv1x1"])
-    return reference.conv_norm_relu(x, convs, parts[f"{name}/pw_norm"])
-
-
-def _fold_conv_norm(owner: nn.Module, name: str, dtype: torch.dtype) -> ConvParams:
-    """The layer ``name`` of ``owner`` as the fused path takes it.
-
-    Raises:
-        BackendError: a part is no plain convolution, or its norm has no fixed statistics.
-    """
-    parts: dict[str, Any] = owner._modules
-    depthwise = parts.get(f"{name}/dw_conv3x3")
-    conv = parts[f"{name}/conv" if depthwise is None else f"{name}/pw_conv1x1"]
-    norm = parts[f"{name}/norm" if depthwise is None else f"{name}/pw_norm"]
-    for part in (conv,) if depthwise is None else (depthwise, conv):
-        if type(part) is not nn.Conv2d:
-            raise BackendError(f"{name}: the fused path knows nn.Conv2d, not {type(part).__name__}")
-    kinds = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
-    if type(norm) not in kinds or norm.running_mean is None:
-        raise BackendError(
-            f"{name}: the fused path knows batch norms with running statistics, not {norm}"
-        )
-    if norm.training and type(norm) is not FrozenBatchNorm2d:
-        raise BackendError(
-            f"{name}: its batch norm is in training mode; the fused path has no batch statistics "
-            "yet: call eval(), or set norm_eval=True"
-        )
-    return fold(
-        conv.weight,
-        conv.bias,
-        norm.weight,
-        norm.bias,
-        norm.running_mean,
-        norm.running_var,
-        norm.eps,
-        stride=(conv if depthwise is None else depthwise).stride[0],
-        depthwise=None if depthwise is None else depthwise.weight,
-        dtype=dtype,
-    )
+    """Run the layer ``name`` of ``owner`` on plain PyTorch."""
+    parts = Parts.of(owner, name)
+    return reference.conv_norm_relu(x, parts.convs(), parts.norm)
 
 
 class ConvNormReLU(nn.Module):
@@ -212,16 +81,12 @@ class ConvNormReLU(nn.Module):
         """``[N, C_in, H, W]`` to ``[N, C_out, H', W']``."""
         return _run_conv_norm_relu(self, self.name, x)
 
-    def fold(self, dtype: torch.dtype) -> ConvParams:
-        """Parameters of the fused path for activations of ``dtype``.
-
-        Raises:
-            BackendError: the layer cannot be folded; the message says why.
-        """
-        return _fold_conv_norm(self, self.name, dtype)
+    def parts(self) -> Parts:
+        """Its modules."""
+        return Parts.of(self, self.name)
 
 
-class Stem(nn.Module):
+class Stem(Fusable):
     """Three convolution layers that take an image to stride 4 (2 in the seed dialect).
 
     Their parts are registered flat, as published: ``stem.stem_1/conv.weight``.
@@ -266,19 +131,29 @@ class Stem(nn.Module):
         first: Any = self._modules["stem_1/conv"]
         return first.weight
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """``[N, C, H, W]`` to the outputs of the second and of the third layer."""
+    def forward(self, x: Tensor, *, width: int = 0) -> tuple[Tensor, Tensor]:
+        """``[N, C, H, W]`` to the outputs of the second and of the third layer.
+
+        ``width`` is :attr:`OSABlock.room` of the block that takes the third, if one does.
+        """
+        if self.goes_fused(x):
+            layers = list(self.conv_layers().values())
+            dtype = compute_dtype(x)
+            outs, statistics = conv_chain(
+                x.to(dtype), conv_params(layers, dtype), width=width, op="stem"
+            )
+            update_running_statistics(layers, statistics)
+            return outs[1], outs[2]
         stem_2 = _run_conv_norm_relu(self, "stem_2", _run_conv_norm_relu(self, "stem_1", x))
         return stem_2, _run_conv_norm_relu(self, "stem_3", stem_2)
 
     def fold(self, dtype: torch.dtype) -> tuple[ConvParams, ...]:
-        """Parameters of the fused path for activations of ``dtype``.
+        """Parameters of the ops for activations of ``dtype``, fixed norms folded."""
+        return tuple(conv_params(list(self.conv_layers().values()), dtype))
 
-        Raises:
-            BackendError: a layer cannot be folded; the message says why.
-        """
-        names = ("stem_1", "stem_2", "stem_3")
-        return tuple(_fold_conv_norm(self, name, dtype) for name in names)
+    def conv_layers(self) -> dict[str, Parts]:
+        """See :class:`Fusable`."""
+        return {name: Parts.of(self, name) for name in ("stem_1", "stem_2", "stem_3")}
 
 
 class ESE(nn.Module):
@@ -304,7 +179,7 @@ class ESE(nn.Module):
         return f"gate={self.gate}"
 
 
-class OSABlock(nn.Module):
+class OSABlock(Fusable):
     """One-Shot Aggregation: L chained layers, one concat, a 1x1, eSE, identity add.
 
     Args:
@@ -350,8 +225,21 @@ class OSABlock(nn.Module):
         )
         self.ese = ESE(plan.out_channels, gate) if plan.ese else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``[N, C_in, H, W]`` to ``[N, C_out, H, W]``."""
+    def forward(self, x: Tensor, *, width: int = 0) -> Tensor:
+        """``[N, C_in, H, W]`` to ``[N, C_out, H, W]``.
+
+        ``width`` is :attr:`room` of the block that takes the output, if one does.
+        """
+        if self.goes_fused(x):
+            dtype = compute_dtype(x)
+            y, statistics = osa_block_with_statistics(
+                x.to(dtype),
+                self.fold(dtype),
+                recompute=self.with_cp and self.training,
+                width=width,
+            )
+            update_running_statistics(list(self.conv_layers().values()), statistics)
+            return y
         if self.with_cp and self.training and torch.is_grad_enabled():
             return checkpoint(
                 self._aggregate,
@@ -362,22 +250,39 @@ class OSABlock(nn.Module):
             )
         return self._aggregate(x)
 
-    def fold(self, dtype: torch.dtype) -> BlockParams:
-        """Parameters of the fused path for activations of ``dtype``.
+    @property
+    def room(self) -> int:
+        """Channels of the concat buffer in which the producer of its input should make it.
 
-        Raises:
-            BackendError: a layer cannot be folded; the message says why.
+        Zero where that would keep the buffer alive longer than it is needed.
         """
-        layers: Any = self.layers
+        return 0 if self.with_cp or self.batch else self.plan.concat_channels
+
+    def why_not_fused(self) -> str | None:
+        """The reason why no op can take the place of its parts, or None."""
+        if self.ese is not None and type(self.ese.fc) is not nn.Conv2d:
+            return f"ese.fc: the fused path knows nn.Conv2d, not {type(self.ese.fc).__name__}"
+        return super().why_not_fused()
+
+    def fold(self, dtype: torch.dtype) -> BlockParams:
+        """Parameters of the ops for activations of ``dtype``, fixed norms folded."""
+        params = iter(conv_params(list(self.conv_layers().values()), dtype))
+        reduction = None if self.conv_reduction is None else next(params)
+        layers = tuple(next(params) for _ in self.layers)
         return BlockParams(
-            tuple(layer.fold(dtype) for layer in layers),
-            self.concat.fold(dtype),
-            None if self.conv_reduction is None else self.conv_reduction.fold(dtype),
+            layers,
+            next(params),
+            reduction,
             None if self.ese is None else self.ese.fc.weight.flatten(1),
             None if self.ese is None else self.ese.fc.bias,
             "hard_sigmoid" if self.ese is None else self.ese.gate,
             self.plan.identity,
         )
+
+    def conv_layers(self) -> dict[str, Parts]:
+        """See :class:`Fusable`; the order is that of :meth:`BlockParams.convs`."""
+        modules: list[Any] = [self.conv_reduction, *self.layers, self.concat]
+        return {m.name: Parts.of(m, m.name) for m in modules if m is not None}
 
     def _aggregate(self, x: Tensor) -> Tensor:
         return reference.osa_block(
@@ -415,6 +320,11 @@ def _spare_statistics(module: nn.Module) -> Iterator[None]:
             norm._buffers[name] = buffer
 
 
+def _room(block: nn.Module | None) -> int:
+    """:attr:`OSABlock.room`, zero for none and for what has taken the place of a block."""
+    return block.room if isinstance(block, OSABlock) else 0
+
+
 class OSAStage(nn.Module):
     """A max pool (except in the first stages of some dialects) and a row of OSA blocks.
 
@@ -431,11 +341,21 @@ class OSAStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C_in, H, W]`` to ``[N, C_out, H', W']``."""
-        if self.pool is not None:
+        blocks = list(self.children())
+        ops = fused(x)
+        if self.pool is not None and ops:
+            x = max_pool(x, self.pool, width=_room(blocks[0]))
+        elif self.pool is not None:
             x = reference.max_pool(x, self.pool)
-        for block in self.children():
-            x = block(x)
+        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+            room = _room(following) if ops and isinstance(block, OSABlock) else 0
+            x = block(x, width=room) if room else block(x)
         return x
+
+    @property
+    def room(self) -> int:
+        """:attr:`OSABlock.room` of the first block, zero behind a pool."""
+        return 0 if self.pool is not None else _room(next(self.children()))
 
     def blocks(self) -> list[OSABlock]:
         """The OSA blocks in the order in which they run."""

@@ -29,8 +29,8 @@ except ImportError as error:
     ) from error
 
 from . import checkpoints
-from .layers import NormCfg
 from .model import STAGE_NAMES, VoVNet
+from .norms import NormCfg
 from .specs import VoVNetSpec
 
 

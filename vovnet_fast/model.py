@@ -15,7 +15,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import backends, ops, specs
-from .layers import NormCfg, OSABlock, OSAStage, Stem
+from .fusing import compute_dtype, fused, has_hooks
+from .layers import OSABlock, OSAStage, Stem
+from .norms import NormCfg
 from .ops.features import check_size
 from .specs import FIRST_STAGE, NUM_STAGES, VoVNetSpec
 
@@ -157,12 +159,13 @@ class VoVNet(nn.Module):
         """
         self._check_input(x)
         check_size(self.spec, self.out_features, x.shape[2], x.shape[3])
-        if backends.fused(x.device):
-            return self._fused_forward(x)
-        return self._eager_forward(x)
+        if fused(x) and self._is_one_op(x):
+            dtype = compute_dtype(x)
+            return tuple(ops.features(x.to(dtype), self.fold(dtype), self.out_features))
+        return self._run_modules(x)
 
     def fold(self, dtype: torch.dtype) -> ops.NetworkParams:
-        """Parameters for :func:`vovnet_fast.ops.features`: norms folded, weights packed.
+        """Parameters for :func:`vovnet_fast.ops.features`: norms folded.
 
         Args:
             dtype: of the activations.
@@ -170,37 +173,49 @@ class VoVNet(nn.Module):
         Raises:
             BackendError: a part of the network cannot be folded; the message says which.
         """
-        for name, module in self.named_modules():
-            if name and (module._forward_hooks or module._forward_pre_hooks):
-                raise backends.BackendError(
-                    f"{name} has forward hooks, and the fused path runs no submodule: remove "
-                    "them, or use the reference backend"
-                )
-        blocks = [
-            block for name in STAGE_NAMES for block in cast(OSAStage, getattr(self, name)).blocks()
-        ]
+        reason = self._why_not_folded()
+        if reason is not None:
+            raise backends.BackendError(reason)
         return ops.NetworkParams(
             self.spec,
             self._encoded_spec,
             self.stem.fold(dtype),
-            tuple(block.fold(dtype) for block in blocks),
+            tuple(block.fold(dtype) for block in self._blocks()),
         )
 
-    def _fused_forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        if torch.is_grad_enabled() and (
-            x.requires_grad or any(p.requires_grad for p in self.parameters())
-        ):
-            raise backends.BackendError(
-                f"the {backends.chosen()} backend has no backward pass yet: run under "
-                "torch.no_grad() or torch.inference_mode(), or use the reference backend"
-            )
-        kind = x.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-        return tuple(ops.features(x.to(dtype), self.fold(dtype), self.out_features))
+    def _blocks(self) -> list[OSABlock]:
+        stages = [cast(OSAStage, getattr(self, name)) for name in STAGE_NAMES]
+        return [block for stage in stages for block in stage.blocks()]
 
-    def _eager_forward(self, x: Tensor) -> tuple[Tensor, ...]:
+    def _why_not_folded(self) -> str | None:
+        """The reason why there are no parameters for an op, or None."""
+        for part in (self.stem, *self._blocks()):
+            reason = part.why_not_fused()
+            if reason is not None:
+                return reason
+            if part.batch:
+                first = next(iter(part.conv_layers()))
+                return f"norms of {first} and after are in training mode: call eval() first"
+        return None
+
+    def _is_one_op(self, x: Tensor) -> bool:
+        """Whether the network runs as one op, which keeps nothing and calls no module."""
+        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters())):
+            return False
+        children = (module for name, module in self.named_modules() if name)
+        replaced = any(
+            not isinstance(block, OSABlock)
+            for name in STAGE_NAMES
+            for block in getattr(self, name).children()
+        )
+        return not replaced and not any(map(has_hooks, children)) and not self._why_not_folded()
+
+    def _run_modules(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Call the modules one after another; each knows whether it runs fused."""
         wanted, features = self.out_features, []
-        stem_2, x = self.stem(x)
+        # A feature that is returned keeps its memory: it should be no larger than itself.
+        room = 0 if "stem" in wanted or not fused(x) else cast(OSAStage, self.stage2).room
+        stem_2, x = self.stem(x, width=room) if room else self.stem(x)
         features += [f for name, f in (("stem_2", stem_2), ("stem", x)) if name in wanted]
         del stem_2  # A feature that nobody asked for must not live through the stages.
         for name in STAGE_NAMES:

@@ -17,6 +17,7 @@ import importlib.util
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -48,6 +49,9 @@ _POINTWISE = "gate + identity"
 _ESE = "eSE pool + FC"
 _POOL = "max pool"
 _DEPTHWISE = "depthwise 3x3"
+_ESE_BACKWARD = "eSE backward"
+_STATISTICS = "batch statistics"
+_NORM_BACKWARD = "batch norm backward"
 _KINDS = (
     "conv 3x3",
     "conv 1x1",
@@ -196,10 +200,7 @@ def plan_forward(
             "the launches of the fused path are planned with Triton, which is not installed: "
             "pip install triton"
         )
-    if dtype not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    if min(shape) < 1:
-        raise ValueError(f"N, H and W must be at least 1, got {tuple(shape)}")
+    check_input(shape, dtype)
     rates = rates or Rates()
     batch, height, width = shape
     with torch.device("meta"), torch.no_grad():
@@ -209,6 +210,14 @@ def plan_forward(
         eager = _eager_work(model, image)
         fused = _fused_work(model, image)
     return Plan(model.spec.name, shape, dtype, rates, _tally(fused, rates), _tally(eager, rates))
+
+
+def check_input(shape: tuple[int, int, int], dtype: str) -> None:
+    """Refuse sizes below 1, and what is no key of :data:`DTYPES`, with a ValueError."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if min(shape) < 1:
+        raise ValueError(f"N, H and W must be at least 1, got {tuple(shape)}")
 
 
 def _tally(works: Iterable[Work], rates: Rates) -> Tally:
@@ -250,30 +259,76 @@ class _Kernel:
     Attributes:
         kind: with the kernel's constants in braces.
         outputs: arguments that it writes, the result first. It reads all others.
-        multiply_adds: for one element of the result, from the kernel's constants.
+        multiply_adds: for one element of the result, from the kernel's arguments by name.
     """
 
     kind: str
     outputs: tuple[str, ...] = ("out_ptr",)
-    multiply_adds: Callable[[dict[str, Any]], int] = field(default=lambda constants: 0)
+    multiply_adds: Callable[[dict[str, Any]], int | Fraction] = field(default=lambda arguments: 0)
 
 
-def _conv_multiply_adds(constants: dict[str, Any]) -> int:
-    return constants["C_IN"] * constants["KERNEL"] ** 2
+def _conv_multiply_adds(arguments: dict[str, Any]) -> int:
+    every = arguments["C_IN"] * arguments["KERNEL"] ** 2
+    # An input pixel has met one tap in four of a transposed convolution, on average.
+    return every // arguments["STRIDE"] ** 2 if arguments.get("TRANSPOSED") else every
+
+
+def _pixels_of_a_split(arguments: dict[str, Any]) -> Fraction:
+    """What each partial sum of a weight gradient is over, on average."""
+    n, height, width, _ = arguments["g_ptr"].shape
+    return Fraction(n * height * width, arguments["products_ptr"].shape[0])
 
 
 _CONV = "conv {KERNEL}x{KERNEL}"
+_WEIGHT_GRAD = "conv {KERNEL}x{KERNEL} weights"
 _KERNELS = {
-    "conv_pointer_kernel": _Kernel(_CONV, ("out_ptr", "pool_ptr"), _conv_multiply_adds),
-    "conv_tma_kernel": _Kernel(
-        _CONV, ("out_desc_0", "out_desc_1", "pool_ptr"), _conv_multiply_adds
+    "conv_pointer_kernel": _Kernel(
+        _CONV, ("out_ptr", "pool_ptr", "statistics_ptr"), _conv_multiply_adds
     ),
-    "depthwise_kernel": _Kernel(_DEPTHWISE, multiply_adds=lambda constants: 9),
-    "epilogue_kernel": _Kernel("scale, shift, ReLU", ("out_ptr", "pool_ptr")),
+    "conv_tma_kernel": _Kernel(
+        _CONV, ("out_desc_0", "out_desc_1", "pool_ptr", "statistics_ptr"), _conv_multiply_adds
+    ),
+    "depthwise_kernel": _Kernel(_DEPTHWISE, multiply_adds=lambda arguments: 9),
+    "epilogue_kernel": _Kernel("scale, shift, ReLU", ("out_ptr", "pool_ptr", "statistics_ptr")),
+    "accumulate_kernel": _Kernel("add + ReLU backward"),
+    "transpose_kernel": _Kernel("transpose weights"),
     "finish_pool_kernel": _Kernel(_ESE, ("mean_ptr",)),
-    "fc_gate_kernel": _Kernel(_ESE, multiply_adds=lambda constants: constants["C"]),
+    "fc_gate_kernel": _Kernel(_ESE, multiply_adds=lambda arguments: arguments["C"]),
     "apply_kernel": _Kernel(_POINTWISE),
     "max_pool_kernel": _Kernel(_POOL, ("out_ptr", "argmax_ptr")),
+    "gate_sums_kernel": _Kernel(_ESE_BACKWARD, ("partials_ptr",)),
+    "fc_input_grad_kernel": _Kernel(_ESE_BACKWARD, multiply_adds=lambda arguments: arguments["C"]),
+    "fc_weight_grad_kernel": _Kernel(
+        _ESE_BACKWARD,
+        ("dweight_ptr", "dbias_ptr"),
+        multiply_adds=lambda arguments: arguments["batch"],
+    ),
+    "apply_backward_kernel": _Kernel("gate backward + ReLU backward"),
+    "max_pool_backward_kernel": _Kernel("max pool backward"),
+    "conv_weight_grad_pointer_kernel": _Kernel(
+        _WEIGHT_GRAD, ("products_ptr", "sums_ptr"), _pixels_of_a_split
+    ),
+    "conv_weight_grad_tma_kernel": _Kernel(
+        _WEIGHT_GRAD, ("products_ptr", "sums_ptr"), _pixels_of_a_split
+    ),
+    "finish_weight_grad_kernel": _Kernel(
+        "finish weight gradients", ("dweight_ptr", "dscale_ptr", "dshift_ptr")
+    ),
+    "channel_sums_kernel": _Kernel("sums of gradients", ("sums_ptr",)),
+    "depthwise_input_grad_kernel": _Kernel(
+        _DEPTHWISE,
+        multiply_adds=lambda arguments: Fraction(
+            9 * arguments["g_ptr"].numel(), arguments["out_ptr"].numel()
+        ),
+    ),
+    "depthwise_weight_grad_kernel": _Kernel(
+        _DEPTHWISE + " weights", ("products_ptr",), _pixels_of_a_split
+    ),
+    "merge_statistics_kernel": _Kernel(_STATISTICS),
+    "finish_norm_kernel": _Kernel(_STATISTICS),
+    "norm_sums_kernel": _Kernel(_NORM_BACKWARD, ("partials_ptr",)),
+    "norm_input_grad_kernel": _Kernel(_NORM_BACKWARD),
+    "sum_rows_kernel": _Kernel("sums of partials"),
 }
 
 
@@ -295,7 +350,7 @@ def _launch_work(launch: Launch) -> Work:
     outputs = [operands.pop(name) for name in kernel.outputs]
     return Work(
         kernel.kind.format(**launch.constants),
-        2 * outputs[0].numel() * kernel.multiply_adds(launch.constants),
+        int(2 * outputs[0].numel() * kernel.multiply_adds(launch.args | launch.constants)),
         _bytes(operands.values()),
         _bytes(outputs),
     )
@@ -306,7 +361,7 @@ def _fused_work(model: VoVNet, image: Tensor) -> list[Work]:
     from .backends import triton
     from .kernels._common import recording
 
-    params = model.fold(image.dtype)
+    params = model.fold(image.dtype).packed(image.dtype)
     with _AtenRecorder() as recorder, recording() as launches:
         run_features(triton, nhwc(image), params, model.out_features)
     return [_launch_work(launch) for launch in launches] + recorder.works

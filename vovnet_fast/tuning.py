@@ -5,9 +5,12 @@ device, its driver and the versions of what compiles for it), and kept in a file
 
 * ``VOVNET_FAST_TUNE=0`` measures nothing and takes what is known, or a static choice.
 * ``VOVNET_FAST_CACHE`` is the folder of the file, by default ``~/.cache/vovnet_fast``.
+* ``VOVNET_FAST_TUNING_TABLE`` is another file of the same format, made by
+  ``vovnet-fast tuning export``: it is asked for what the first does not know, and never
+  written.
 
 Nothing is measured while a CUDA graph is being captured: a measurement synchronises,
-which would break the capture.
+which would break the capture. What computes wrong numbers is not timed, however fast.
 """
 
 from __future__ import annotations
@@ -20,20 +23,56 @@ import os
 import statistics
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ._files import replacing
 
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows has other locks.
+    fcntl = None
+
 ENVIRONMENT = "VOVNET_FAST_TUNE"
 CACHE_ENVIRONMENT = "VOVNET_FAST_CACHE"
+TABLE_ENVIRONMENT = "VOVNET_FAST_TUNING_TABLE"
 FORMAT = 1
 
 _log = logging.getLogger("vovnet_fast.tuning")
 
 Timer = Callable[[Callable[[], None]], float]
 """Takes what to run, returns seconds."""
+
+Trial = Callable[[str], str | None]
+"""Takes a candidate's name, runs it, returns what is wrong with its numbers, or None."""
+
+Choices = dict[str, dict[str, str]]
+"""What was chosen, by machine and problem."""
+
+_static_only: ContextVar[bool] = ContextVar("static_only", default=False)
+
+
+@contextlib.contextmanager
+def static_choices() -> Iterator[None]:
+    """Inside, in this thread, every choice is the static one, whatever is known."""
+    token = _static_only.set(True)
+    try:
+        yield
+    finally:
+        _static_only.reset(token)
+
+
+def tf32_allowed() -> bool:
+    """Whether torch lets convolutions of fp32 round their operands to TF32."""
+    # Since torch 2.9 each operator says it for itself, and to ask for all may be an error.
+    conv = getattr(torch.backends.cudnn, "conv", None)
+    if conv is None:
+        return torch.backends.cudnn.allow_tf32
+    return conv.fp32_precision == "tf32"
 
 
 def enabled() -> bool:
@@ -89,50 +128,57 @@ class Table:
     """Choices by machine and problem, in memory and in a file.
 
     Args:
-        path: the file. It is read on first use, and written after each new choice; a
-            process that writes at the same time loses nothing but this one choice.
+        path: the file. It is read on first use, and written after each new choice;
+            processes that write at the same time lose nothing.
+        beneath: what is asked for problems that the file does not know. It is not
+            written into the file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, beneath: Choices | None = None) -> None:
         self.path = path
+        self._beneath = beneath or {}
         self._lock = threading.RLock()
-        self._choices: dict[str, dict[str, str]] | None = None
+        self._choices: Choices | None = None
 
     def get(self, machine: str, problem: str) -> str | None:
         """The choice for a problem, or None."""
         with self._lock:
-            return self._loaded().get(machine, {}).get(problem)
+            own = self._loaded().get(machine, {}).get(problem)
+        return own or self._beneath.get(machine, {}).get(problem)
 
     def put(self, machine: str, problem: str, choice: str) -> None:
-        """Remember a choice, and write the file."""
-        with self._lock:
-            self._choices = _merge(read(self.path), self._loaded())
-            self._choices.setdefault(machine, {})[problem] = choice
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                export(self._choices, self.path)
-            except OSError as error:
-                _log.warning("cannot keep tuning choices in %s: %s", self.path, error)
+        """Remember a choice, and write the file; only warn where that is impossible."""
+        try:
+            self.add({machine: {problem: choice}}, replace=True)
+        except OSError as error:
+            _log.warning("cannot keep choices in %s: %s", self.path, error)
 
-    def choices(self) -> dict[str, dict[str, str]]:
+    def add(self, choices: Choices, *, replace: bool = False) -> None:
+        """Remember choices, and write the file. Known ones stay, unless ``replace``.
+
+        Raises:
+            OSError: the file cannot be written. They are remembered in memory all the same.
+        """
+        with self._lock:
+            own = self._loaded()
+            self._choices = merge(own, choices) if replace else merge(choices, own)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with _locked(self.path.parent):
+                self._choices = merge(read(self.path), self._choices)
+                export(self._choices, self.path)
+
+    def choices(self) -> Choices:
         """A copy of everything known."""
         with self._lock:
-            return {machine: dict(found) for machine, found in self._loaded().items()}
+            return merge(self._beneath, self._loaded())
 
-    def add(self, choices: dict[str, dict[str, str]]) -> None:
-        """Take over choices, a shipped table's say; known ones stay."""
-        with self._lock:
-            self._choices = _merge(choices, self._loaded())
-
-    def _loaded(self) -> dict[str, dict[str, str]]:
+    def _loaded(self) -> Choices:
         if self._choices is None:
             self._choices = read(self.path)
         return self._choices
 
 
-def _merge(
-    first: dict[str, dict[str, str]], second: dict[str, dict[str, str]]
-) -> dict[str, dict[str, str]]:
+def merge(first: Choices, second: Choices) -> Choices:
     """Both, and the second where both know a problem."""
     merged = {machine: dict(found) for machine, found in first.items()}
     for machine, found in second.items():
@@ -140,25 +186,60 @@ def _merge(
     return merged
 
 
-def read(path: Path) -> dict[str, dict[str, str]]:
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing in ``folder``; no lock where the system has none.
+
+    Some network file systems cannot lock a folder. What two processes write at the same
+    moment may then be lost, and is found out again.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)  # Which unlocks.
+
+
+def load(path: Path) -> Choices:
+    """Choices from a file.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged or of another format.
+    """
+    content = json.loads(path.read_text())
+    if not isinstance(content, dict) or "format" not in content:
+        raise ValueError("it names no format")
+    if content["format"] != FORMAT:
+        raise ValueError(f"its format is {content['format']!r}, expected {FORMAT}")
+    choices = content.get("choices")
+    if not isinstance(choices, dict) or not all(map(_texts, choices.values())):
+        raise ValueError("its choices are not texts by machine and problem")
+    return choices
+
+
+def _texts(found: object) -> bool:
+    return isinstance(found, dict) and all(isinstance(choice, str) for choice in found.values())
+
+
+def read(path: Path) -> Choices:
     """Choices from a file; none, and a warning, where it is damaged or of another format."""
     try:
-        content = json.loads(path.read_text())
-        if content["format"] != FORMAT:
-            raise ValueError(f"format {content['format']}, expected {FORMAT}")
-        choices: dict[str, dict[str, str]] = content["choices"]
-        if not all(isinstance(v, str) for found in choices.values() for v in found.values()):
-            raise ValueError("a choice is no text")
-        return choices
+        return load(path)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        _log.warning("ignoring the tuning file %s: %s", path, error)
+    except (OSError, ValueError) as error:
+        _log.warning("ignoring the file %s: %s", path, error)
         return {}
 
 
-def export(choices: dict[str, dict[str, str]], path: Path) -> None:
-    """Write choices to a file that :func:`read` understands, all of it or nothing.
+def export(choices: Choices, path: Path) -> None:
+    """Write choices to a file that :func:`load` understands, all of it or nothing.
 
     Raises:
         OSError: the folder does not exist or cannot be written.
@@ -169,13 +250,27 @@ def export(choices: dict[str, dict[str, str]], path: Path) -> None:
 
 
 @functools.cache
-def _table(path: Path) -> Table:
-    return Table(path)
+def _table(folder: str | None, beneath: str | None) -> Table:
+    """By the values of the two environment variables: it is asked for at every launch."""
+    path = cache_file()
+    if beneath is None:
+        return Table(path)
+    try:
+        return Table(path, load(Path(beneath)))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"{TABLE_ENVIRONMENT}={beneath} cannot be read: {error}. Name a file that "
+            "vovnet-fast tuning export wrote, or unset it"
+        ) from error
 
 
 def table() -> Table:
-    """The table of this process."""
-    return _table(cache_file())
+    """The table of this process.
+
+    Raises:
+        ValueError: ``VOVNET_FAST_TUNING_TABLE`` names no table of choices.
+    """
+    return _table(os.environ.get(CACHE_ENVIRONMENT), os.environ.get(TABLE_ENVIRONMENT) or None)
 
 
 def may_measure(device: torch.device) -> bool:
@@ -190,6 +285,7 @@ def choose(
     static: str,
     run: Callable[[str], None],
     timer: Timer | None = None,
+    prepare: Callable[[], Trial] | None = None,
 ) -> str:
     """The fastest of several ways to solve a problem.
 
@@ -200,22 +296,57 @@ def choose(
         static: the one to take when nothing is known and nothing may be measured.
         run: runs one of them on the real tensors; any of them leaves the right result.
         timer: measures on the device by default.
+        prepare: called once before anything is timed, makes the trial that a candidate
+            must pass to be timed. It must leave the tensors of ``run`` alone.
 
     Returns:
         a name out of ``candidates``.
+
+    Raises:
+        RuntimeError: none of the candidates runs and passes its trial.
     """
+    if _static_only.get():
+        return static
     known = table().get(machine(device), problem)
     if known is not None and known in candidates:
         return known
     if not may_measure(device):
         return static
-    times = dict(_measure(candidates, run, timer or _device_timer(device)))
+    sound = candidates
+    if prepare is not None:
+        with torch.autocast(device.type, enabled=False):  # It would round what must be exact.
+            sound = _sound(problem, candidates, prepare())
+    times = dict(_measure(sound, run, timer or _device_timer(device)))
     if not times:
-        raise RuntimeError(f"none of the candidates runs for {problem}: {', '.join(candidates)}")
+        raise RuntimeError(
+            f"none of the candidates runs and is right for {problem}: {', '.join(candidates)}; "
+            "VOVNET_FAST_BACKEND=reference does without them"
+        )
     best = min(times, key=lambda name: times[name])
     _log.info("%s: %s, %.1f us", problem, best, times[best] * 1e6)
     table().put(machine(device), problem, best)
     return best
+
+
+def _sound(problem: str, candidates: Sequence[str], trial: Trial) -> list[str]:
+    """The candidates that run and pass their trial."""
+    found = []
+    for name in candidates:
+        try:
+            wrong = trial(name)
+        except Exception as error:
+            _leave_out(name, error)
+            continue
+        if wrong is None:
+            found.append(name)
+        else:
+            _log.warning("candidate %s is wrong and is left out, %s: %s", name, problem, wrong)
+    return found
+
+
+def _leave_out(name: str, error: Exception) -> None:
+    # A form that a driver or compiler refuses is no reason to stop: it is slow, not wrong.
+    _log.warning("candidate %s does not run and is left out: %s", name, error)
 
 
 def _measure(
@@ -225,8 +356,7 @@ def _measure(
         try:
             yield name, timer(lambda name=name: run(name))  # type: ignore[misc]
         except Exception as error:
-            # A form that a driver or compiler refuses is no reason to stop: it is slow, not wrong.
-            _log.warning("candidate %s does not run and is left out: %s", name, error)
+            _leave_out(name, error)
 
 
 def _device_timer(device: torch.device) -> Timer:

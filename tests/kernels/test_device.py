@@ -8,7 +8,8 @@ import torch.nn.functional as F
 
 from tests import straight_line
 from tests.tiny import TINY
-from vovnet_fast import VoVNet, backends, ops, tuning
+from vovnet_fast import VoVNet, backends, ops, specs, tuning
+from vovnet_fast.backends import reference
 from vovnet_fast.backends import triton as backend
 
 pytestmark = [
@@ -142,6 +143,153 @@ def test_tensors_of_another_device():
         assert a.device == torch.device("cuda:1")
         # Static choices depend on the number of processors, and with them the roundings.
         torch.testing.assert_close(a.to("cuda:0"), b, rtol=0.01, atol=0.01 * b.abs().max().item())
+
+
+# --------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------
+
+AMP = {torch.bfloat16: "bf16 autocast", torch.float32: "fp32"}
+
+
+def in_training(spec, *, device="cuda", **options):
+    """A network with weights in fp32, in training mode."""
+    torch.manual_seed(0)
+    return straight_line.randomise(VoVNet(spec, **options)).to(device).train()
+
+
+def gradients(model, x, dtype=torch.bfloat16):
+    """Of all parameters, for gradients of the features that depend on their shapes only."""
+    model.zero_grad(set_to_none=True)
+    amp = torch.autocast(x.device.type, dtype=dtype, enabled=dtype == torch.bfloat16)
+    with torch.enable_grad(), amp:
+        features = model(x)
+    torch.autograd.backward(features, [given(f) for f in features])
+    return [p.grad for p in model.parameters()]
+
+
+def given(feature):
+    """A gradient of a feature: itself, weighted by a wave over the channels.
+
+    One that has nothing to do with the feature would cancel out, and leave roundings.
+    """
+    channels = torch.arange(feature.shape[1], device=feature.device)
+    return feature.detach() * torch.cos(channels * 0.7).to(feature.dtype)[:, None, None]
+
+
+def distance(found, expected):
+    """Mean over the parameters of the relative distance.
+
+    Those without influence, as biases before a batch norm, have but roundings for gradients.
+    """
+    pairs = [(f, e.double()) for f, e in zip(found, expected, strict=True) if e is not None]
+    least = 1e-9 * max(e.norm() for _, e in pairs)
+    apart = [(f.double() - e).norm() / e.norm() for f, e in pairs if e.norm() > least]
+    return torch.stack(apart).mean().item()
+
+
+def assert_gradients_no_worse_than_eager(spec, dtype, monkeypatch, **options):
+    """Their distance from fp64's is at most twice that of eager in the same dtype.
+
+    In bf16 roundings switch ReLUs, and batch norms spread that: eager itself can be off by
+    0.7. Zeros are off by 1.
+    """
+    model = in_training(spec, **options)
+    x = image(torch.float32, 128)
+    with backends.use_backend("reference"):
+        exact = gradients(copy.deepcopy(model).double(), x.double(), torch.float64)
+        in_eager = gradients(copy.deepcopy(model), x, dtype)
+
+    def refuse(*_, **__):
+        raise AssertionError("the backward pass was not the kernels'")
+
+    for name in ("conv_weight_grad", "conv_input_grad", "apply_gates_backward"):
+        monkeypatch.setattr(reference, name, refuse)
+    found = gradients(model, x, dtype)
+    assert all(f.isfinite().all() for f in found if f is not None)
+    allowed = 2 * distance(in_eager, exact) + torch.finfo(dtype).eps
+    assert distance(found, exact) <= min(allowed, 0.95)
+
+
+@pytest.mark.parametrize("norm_eval", [True, False])
+@pytest.mark.parametrize("dtype", AMP, ids=AMP.get)
+@pytest.mark.parametrize("name", list(TINY))
+def test_gradients(name, dtype, norm_eval, monkeypatch):
+    options = dict(norm_eval=norm_eval)
+    assert_gradients_no_worse_than_eager(TINY[name], dtype, monkeypatch, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", AMP, ids=AMP.get)
+@pytest.mark.parametrize("spec", specs.names())
+def test_gradients_of_every_architecture(spec, dtype, monkeypatch):
+    """Minutes: each has kernels of its own to compile."""
+    assert_gradients_no_worse_than_eager(spec, dtype, monkeypatch)
+
+
+@pytest.mark.parametrize("with_cp", [True, False])
+@pytest.mark.parametrize("norm_eval", [True, False])
+def test_a_captured_training_step(norm_eval, with_cp):
+    """The same gradients and running statistics as without a graph, on inputs that change."""
+    model = in_training(TINY["detectron2"], norm_eval=norm_eval, with_cp=with_cp)
+    x = image(torch.float32)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            gradients(model, x)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = gradients(model, x)
+    for _ in range(2):
+        twin = copy.deepcopy(model)
+        x.copy_(image(torch.float32))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert distance(found, gradients(twin, x)) < 1e-3
+        for a, b in zip(model.buffers(), twin.buffers(), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_a_training_step_follows_the_current_stream():
+    model, values = in_training(TINY["detectron2"]), image(torch.float32)
+    expected = [g.clone() for g in gradients(model, values)]
+    x = torch.zeros_like(values)
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(200_000_000)
+        x.copy_(values)
+        found = gradients(model, x)
+    side.synchronize()
+    assert distance(found, expected) < 1e-3
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_training_step_on_another_device():
+    model, x = in_training(TINY["detectron2"]), image(torch.float32)
+    expected = gradients(copy.deepcopy(model), x)
+    with torch.cuda.device(0):
+        found = gradients(model.to("cuda:1"), x.to("cuda:1"))
+        assert torch.cuda.current_device() == 0
+    # Static choices depend on the number of processors, and with them the roundings.
+    assert distance([g.to("cuda:0") for g in found], expected) < 0.02
+
+
+@pytest.mark.parametrize("norm_eval", [True, False])
+@pytest.mark.parametrize("name", ["detectron2", "depthwise"])
+def test_training_compiles_without_a_graph_break(name, norm_eval):
+    """By Inductor, forward and backward."""
+    torch._dynamo.reset()
+    model, x = in_training(TINY[name], norm_eval=norm_eval), image(torch.float32)
+    twin = copy.deepcopy(model)
+    expected = gradients(twin, x)
+    compiled = torch.compile(model, fullgraph=True)
+    found = gradients(compiled, x)
+    assert distance(found, expected) < 0.02
+    for a, b in zip(model.buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
 
 
 # --------------------------------------------------------------------------------------

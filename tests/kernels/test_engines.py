@@ -65,34 +65,103 @@ def test_engines_agree(kernel, stride, pool, c_in, c_out, dtype, device):
             assert partials is None
 
 
-def test_the_measured_engine_runs(monkeypatch, tmp_path, device):
-    """Measuring replaced by a preference: what is fastest differs from machine to machine."""
+@pytest.fixture
+def ran(monkeypatch, tmp_path):
+    """The engines that run, where anything may be measured, into a file of its own."""
     monkeypatch.setenv("VOVNET_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr(tuning, "may_measure", lambda device: True)
-    x, weight, scale, shift, buffer = layer(3, 32, 64, 1, torch.float32, device)
-    options = dict(stride=1, relu=True, pool=True)
-    ran = []
-    run_engine = backend.run_engine
+    ran, run_engine = [], backend.run_engine
 
     def watch(engine, *args, **kwargs):
         ran.append(engine)
         return run_engine(engine, *args, **kwargs)
 
-    monkeypatch.setattr(backend, "run_engine", watch)
-
     def timer(work):
+        """A preference, as what is fastest differs from machine to machine."""
         work()
         return 1.0 if ran[-1] == backend.ATEN else 2.0
 
+    monkeypatch.setattr(backend, "run_engine", watch)
     monkeypatch.setattr(tuning, "_device_timer", lambda device: timer)
     tuning._table.cache_clear()
-    backend.conv(x, weight, scale, shift, buffer[..., 16:-16], **options)
-    assert ran[0] == ran[-1] == backend.ATEN
-    assert len(set(ran)) == len(ran) - 1 > 1
-    ran.clear()
-    backend.conv(x, weight, scale, shift, buffer[..., 16:-16], **options)
-    assert ran == [backend.ATEN]
+    yield ran
     tuning._table.cache_clear()
+
+
+OPTIONS = dict(stride=1, relu=True, pool=True)
+
+
+def test_the_measured_engine_runs(ran, device):
+    x, weight, scale, shift, buffer = layer(3, 32, 64, 1, torch.float32, device)
+    backend.conv(x, weight, scale, shift, buffer[..., 16:-16], **OPTIONS)
+    count = len(set(ran))
+    assert count > 1
+    assert ran[:count] == ran[count:-1]  # All are tried, then all are timed.
+    assert ran[0] == ran[-1] == backend.ATEN
+    ran.clear()
+    backend.conv(x, weight, scale, shift, buffer[..., 16:-16], **OPTIONS)
+    assert ran == [backend.ATEN]
+
+
+def double(out):
+    out.mul_(2)
+
+
+def leave_a_pixel(out):
+    out[-1, -1, -1] = float("nan")
+
+
+def write_beside(out):
+    n, h, w, c = out.shape
+    out.as_strided((n, h, w, c + 1), out.stride())[..., c] = 0
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (double, "error "),
+        (leave_a_pixel, "error inf"),
+        (write_beside, "it wrote outside its slot"),
+        ("pool", "error "),
+    ],
+)
+@pytest.mark.parametrize("zeros", [False, True])
+def test_a_wrong_engine_is_left_out(ran, damage, message, zeros, device, monkeypatch, caplog):
+    """Whatever is wrong with it, and where the layer's own numbers would hide it."""
+    x, weight, scale, shift, buffer = layer(1, 32, 64, 1, torch.float32, device)
+    if zeros:
+        x.zero_()
+        shift.zero_()
+    watched = backend.run_engine
+
+    def run_engine(engine, x, weight, scale, shift, out, **options):
+        sums = watched(engine, x, weight, scale, shift, out, **options)
+        if engine == backend.ATEN:
+            return sums * 2 if damage == "pool" else (damage(out), sums)[1]
+        return sums
+
+    monkeypatch.setattr(backend, "run_engine", run_engine)
+    before, out = buffer.clone(), buffer[..., 16:-16]
+    backend.conv(x, weight, scale, shift, out, **OPTIONS)
+    assert ran.count(backend.ATEN) == 1
+    right = expected(x, weight, scale, shift, 1)
+    torch.testing.assert_close(out.double(), right, rtol=1e-5, atol=1e-5)
+    before[..., 16:-16] = out
+    assert torch.equal(buffer.nan_to_num(), before.nan_to_num())
+    [warning] = caplog.messages
+    assert warning.startswith("candidate aten is wrong and is left out, conv 1x1 stride 1 32>64 on")
+    assert message in warning
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("expanded", [False, True])
+def test_right_engines_pass_their_trial(ran, dtype, expanded, device, caplog):
+    x, weight, scale, shift, buffer = layer(3, 32, 16, 1, dtype, device)
+    x = x[:1].expand_as(x) if expanded else x
+    backend.conv(x, weight, scale, shift, buffer[..., 16:-16], **OPTIONS)
+    found, _ = backend._kernels().conv.choices(x, weight, buffer[..., 16:-16])
+    assert {backend.ATEN, *(config.name for config in found)} <= set(ran)
+    assert caplog.messages == []
 
 
 @pytest.mark.skipif(ON_GPU, reason="a GPU may be measured")

@@ -5,30 +5,77 @@
 ``triton``         the Triton kernels of :mod:`vovnet_fast.kernels`, NVIDIA GPUs
 =================  ==========================================================
 
-A backend asked for by name that cannot run is an error, never a silent fallback.
+A backend asked for by name that cannot run is an error, never a silent fallback. Asked
+for none, or for ``auto``, the first of :data:`CANDIDATES` that can run is taken, once it has
+passed :mod:`vovnet_fast.selfcheck` on that device, and otherwise the reference.
 
 Every backend has these functions. Activations are ``[N, H, W, C]`` views with
 channel stride 1, usually slots of a concat buffer; results are written into the
-``out`` that is given, and nothing outside it:
+``out`` that is given, and nothing outside it. Vectors over the channels, and gradients
+of parameters, are in fp32 (fp64 for fp64).
+
+Forward:
 
 ``conv(x, weight, scale, shift, out, *, stride, relu, pool)``
     out = relu(conv(x, weight) * scale + shift), padded by K // 2. ``weight`` is
     ``[C_out, K, K, C_in]`` in the dtype of ``x``; ``scale`` and ``shift`` are
-    ``[C_out]`` in fp32 (fp64 for fp64). With ``pool`` it returns partial sums of the
-    output, ``[N, T, C_out]``, whose sum over T is the sum over the pixels.
+    ``[C_out]``. With ``pool`` it returns partial sums of the output, ``[N, T, C_out]``,
+    whose sum over T is the sum over the pixels.
+``conv_statistics(x, weight, out, *, stride)``
+    out = conv(x, weight). Returns partial statistics of the output, ``[R, 3, C_out]``: of
+    each of R parts of the pixels their count, their sum, and the sum of their squared
+    deviations from the part's own mean.
+``normalize(z, scale, shift, out, *, pool)``
+    out = relu(z * scale + shift), and partial sums as ``conv`` has them.
+``batch_norm_merge(partials)``
+    one part, ``[3, C]``, from several.
+``batch_norm_finish(partials, gamma, beta, eps)``
+    ``[6, C]`` statistics (:mod:`vovnet_fast.ops.batch_norm`) from several parts.
 ``depthwise(x, weight, out, *, stride)``
     depthwise 3x3, ``weight`` is ``[3, 3, C]``.
 ``gates(partials, num_pixels, fc_weight, fc_bias, kind)``
-    ``[N, C]`` gates of effective Squeeze-Excitation from ``conv``'s partial sums.
+    ``[N, C]`` gates of effective Squeeze-Excitation from ``conv``'s partial sums, and the
+    means that they come from.
 ``apply_gates(z, gates, identity, out)``
     out = z * gates + identity; either of the two may be None.
-``max_pool(x, out, mode)``
-    3x3 max pool with stride 2.
+``max_pool(x, out, mode, argmax)``
+    3x3 max pool with stride 2. ``argmax``, uint8 and contiguous, or None, receives where in
+    its window each maximum is, 3 * row + column.
+
+Backward. ``add`` (or None) is added to the gradient of the first of its channels, and may
+be ``out`` itself; ``mask`` (or None) holds activations that belong to the last channels: where
+they are not positive, the sum becomes zero. NaN lets gradients through.
+
+``conv_input_grad(g, weight, scale, out, *, stride, add, mask)``
+    out = mask(transposed conv(g * scale, weight) + add). ``weight`` is of any dtype; ``scale``
+    may be None.
+``conv_weight_grad(x, g, weight, scale, *, stride)``
+    gradients of ``conv``'s weight, scale and shift, where ``g`` is that of its output before the
+    ReLU. Without ``scale`` that of the weight is as if it were one, and its own is None.
+``depthwise_input_grad(g, weight, out, *, stride, add, mask)``
+    out = mask(transposed depthwise(g, weight) + add).
+``depthwise_weight_grad(x, g, *, stride)``
+    ``[3, 3, C]``, the gradient of ``depthwise``'s weight.
+``gate_sums(dout, y)``
+    ``[N, C]`` sums over the pixels of dout * y, the gradients of gates that were applied to y.
+``gates_backward(dgates, gates, mean, num_pixels, fc_weight, kind)``
+    what every pixel gets of the gradient of the mean, ``[N, C]``, and the gradients of
+    ``fc_weight`` and of the bias.
+``apply_gates_backward(dout, gates, dpixel, y, out)``
+    out = mask(dout * gates + dpixel), masked by y; both of the two may be None.
+``max_pool_backward(dout, argmax, out, mode)``
+    out = the gradient of ``max_pool``'s input.
+``batch_norm_sums(g, z, norm)``
+    ``[2, C]`` sums of g and of g * normalised z, over images and pixels.
+``batch_norm_input_grad(g, z, norm, sums, gamma, out)``
+    out = the gradient of z, the input of a batch norm with the batch's statistics ``norm``; may
+    be ``g`` itself.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import os
 import threading
@@ -37,14 +84,21 @@ from types import ModuleType
 
 import torch
 
+from .. import selfcheck, tuning
+
 NAMES = ("reference", "triton")
 ENVIRONMENT = "VOVNET_FAST_BACKEND"
+
+CANDIDATES: dict[str, tuple[str, ...]] = {"cuda": ("triton",)}
+"""What ``auto`` considers by type of device, best first. After them comes the reference."""
 
 
 class _Choice(threading.local):
     """What use_backend says in this thread. (torch.compile cannot trace a ContextVar.)"""
 
-    name: str | None = None
+    def __init__(self) -> None:
+        # Not as an attribute of the class, which torch.compile would not watch for changes.
+        self.name: str | None = None
 
 
 _choice = _Choice()
@@ -100,44 +154,129 @@ def use_backend(name: str) -> Iterator[None]:
         _choice.name = before
 
 
+_SHAPES = {f"shapes of {name}": name for name in NAMES}
+"""What :func:`shapes_only` chooses, and no user can."""
+
+
+@contextlib.contextmanager
+def shapes_only(name: str = "reference") -> Iterator[None]:
+    """Let modules run as ops of a backend on meta tensors, which have shapes and no memory.
+
+    What a fused path allocates and keeps can be counted so, on any machine. What a backend
+    would launch has to be recorded (``kernels._common.recording``): it could not run.
+    """
+    before, _choice.name = _choice.name, f"shapes of {name}"
+    try:
+        yield
+    finally:
+        _choice.name = before
+
+
 def chosen() -> str:
     """What was asked for: ``auto`` or a backend's name."""
     return _choice.name or os.environ.get(ENVIRONMENT) or "auto"
 
 
-def fused(device: torch.device) -> bool:
+def fused(device: torch.device, dtype: torch.dtype | None = None) -> bool:
     """Whether tensors of ``device`` go through the ops, and not through plain modules.
+
+    With ``auto``, exported graphs are those of plain modules, which run anywhere.
+
+    Args:
+        device: of the tensors.
+        dtype: of the activations, where it is known; see :func:`select`.
 
     Raises:
         BackendError, ValueError: as :func:`select`.
     """
-    if chosen() in ("auto", "reference"):
+    name = chosen()
+    if name == "auto":
+        return not _exporting() and _automatic(device, dtype) != "reference"
+    if name == "reference":
         return False
     if not torch.compiler.is_compiling():  # Then the op itself asks, when it runs.
         select(device)
     return True
 
 
-def select(device: torch.device) -> str:
+def select(
+    device: torch.device, dtype: torch.dtype | None = None, choice: str | None = None
+) -> str:
     """Name of the backend that works on tensors of ``device``.
 
-    ``auto`` takes the reference. The Triton kernels have so far run in Triton's
-    interpreter and been compiled, but not run on a GPU: until a GPU has verified
-    them (``benchmarks/results/README.md``) they are taken only when asked for.
+    ``auto`` checks a backend when it is first considered on a kind of device, and
+    remembers on disk that it passed.
+
+    Args:
+        device: of the tensors.
+        dtype: of the activations. ``auto`` takes the reference for those that the check
+            leaves out, which is fp64. None stands for one that is checked.
+        choice: what :func:`chosen` was, if not what it is now: a backward pass, which
+            autograd runs in a thread of its own, goes by the choice of its forward pass.
 
     Raises:
-        BackendError: the backend that was asked for cannot run on ``device``.
+        BackendError: the backend that was asked for cannot run on ``device``, or ``auto``
+            has yet to check one while a CUDA graph is being captured.
         ValueError: ``VOVNET_FAST_BACKEND`` names no backend.
     """
-    name = chosen()
+    name = choice or chosen()
     if name == "auto":
-        return "reference"
+        return _automatic(device, dtype)
+    if device.type == "meta" and name in _SHAPES:
+        return _SHAPES[name]
     reason = why_not(name, device)
     if reason is not None:
         raise BackendError(f"the {name} backend cannot run on {device}: {reason}")
     return name
 
 
-def get(device: torch.device) -> ModuleType:
+def get(
+    device: torch.device, dtype: torch.dtype | None = None, choice: str | None = None
+) -> ModuleType:
     """Module of the backend that works on tensors of ``device``; see :func:`select`."""
-    return _module(select(device))
+    return _module(select(device, dtype, choice))
+
+
+def _automatic(device: torch.device, dtype: torch.dtype | None) -> str:
+    """The backend that ``auto`` stands for."""
+    if dtype is None or dtype in selfcheck.DTYPES:
+        for name in CANDIDATES.get(device.type, ()):
+            if _trusted(name, device):
+                return name
+    return "reference"
+
+
+def _trusted(name: str, device: torch.device) -> bool:
+    """Whether a backend can run on ``device`` and is known, or now found, to be right there."""
+    return _decide(name, device, tuning.tf32_allowed())
+
+
+@functools.cache
+def _decide(name: str, device: torch.device, tf32: bool) -> bool:
+    """The answer of :func:`_trusted` for as long as the process lives."""
+    if why_not(name, device) is not None:
+        return False
+    verdict = selfcheck.remembered(name, device)
+    if verdict is not None:
+        return verdict
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise BackendError(
+            f"the {name} backend has not been checked on {device} yet, which cannot be done "
+            "while a CUDA graph is being captured: run the model once before the capture, or "
+            f"choose a backend by name ({ENVIRONMENT} or use_backend)"
+        )
+    return selfcheck.trusted(name, device)
+
+
+# torch.compile calls it while it traces, and takes the answer for a constant. This is what
+# torch.compiler.assume_constant_result does, which would import all of torch._dynamo.
+_trusted._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _exporting() -> bool:
+    """Whether torch.export, or either exporter of ONNX, is tracing."""
+    if torch.jit.is_tracing():
+        return True
+    if hasattr(torch.compiler, "is_exporting"):  # Since torch 2.7.
+        return torch.compiler.is_exporting()
+    return torch.compiler.is_compiling()

@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import tuning
+from .. import selfcheck, tuning
+from .._dtypes import accumulator
 from ..specs import Gate, Pool
+from . import cudnn_graph, reference
 
 MIN_CAPABILITY = (8, 0)
 
@@ -24,7 +27,17 @@ MIN_CAPABILITY = (8, 0)
 def _kernels() -> Any:
     """The kernels, imported on first use: importing the package never needs Triton."""
     from .. import kernels
-    from ..kernels import conv, depthwise, epilogue, ese, max_pool  # noqa: F401
+    from ..kernels import (  # noqa: F401
+        accumulate,
+        batch_norm,
+        conv,
+        conv_weight_grad,
+        depthwise,
+        epilogue,
+        ese,
+        max_pool,
+        pack,
+    )
 
     return kernels
 
@@ -80,22 +93,90 @@ def choose_engine(
     relu: bool,
     pool: bool,
 ) -> str:
-    """The fastest engine for a layer: :data:`ATEN`, or the name of a Triton configuration."""
+    """The fastest engine for a layer.
+
+    That is :data:`ATEN`, one of :func:`.cudnn_graph.engines`, or the name of a Triton
+    configuration. Those that are measured must agree with the reference first.
+    """
     found, static = _kernels().conv.choices(x, weight, out, stride=stride, tf32=_tf32(x))
-    c_out, kernel, _, c_in = weight.shape
-    problem = (
-        f"conv {kernel}x{kernel} stride {stride} {c_in}>{c_out} on "
-        f"{'x'.join(map(str, x.shape[:3]))} {str(x.dtype).removeprefix('torch.')}"
-        f"{' tf32' if _tf32(x) else ''}{' pool' if pool else ''} {found[0].form}"
-    )
+    graphs: list[str] = []
+    if not pool:  # Its graph has no partial sums.
+        options: dict[str, Any] = dict(stride=stride, relu=relu, tf32=_tf32(x))
+        graphs = cudnn_graph.engines(x, weight, scale, shift, out, **options)
+    words = ("pool" if pool else "", found[0].form, "and cudnn-graph" if graphs else "")
+    problem = _problem("conv", x, weight.shape, stride, *words)
 
     def run(engine: str) -> None:
         run_engine(engine, x, weight, scale, shift, out, stride=stride, relu=relu, pool=pool)
 
-    names = [config.name for config in found]
-    if max(x.numel(), out.numel()) < 2**31:  # Where cuDNN counts in 32 bits it may crash.
-        names.insert(0, ATEN)
-    return tuning.choose(x.device, problem, names, static.name, run)
+    names = [*_aten(x, out), *graphs, *(config.name for config in found)]
+    prepare = functools.partial(_trial, x, weight, out, stride=stride, relu=relu, pool=pool)
+    return tuning.choose(x.device, problem, names, static.name, run, prepare=prepare)
+
+
+def _trial(
+    x: Tensor, weight: Tensor, out: Tensor, *, stride: int, relu: bool, pool: bool
+) -> tuning.Trial:
+    """Holds engines against the reference in fp32, on random numbers in memory like the layer's.
+
+    The layer's own numbers would prove little where they are zeros, as in a warm-up, and
+    an engine that writes outside its slot would spoil the slots beside it.
+    """
+    images = selfcheck.few_images(x, out)
+    source, target = selfcheck.Slot.like(x, images), selfcheck.Slot.like(out, images)
+    random = torch.Generator(x.device).manual_seed(0)
+    high = accumulator(x.dtype)
+    source.randomise(random)
+    weight = torch.empty_like(weight).normal_(0, weight[0].numel() ** -0.5, generator=random)
+    scale, shift = torch.randn(2, weight.shape[0], generator=random, dtype=high, device=x.device)
+    expected = torch.empty(target.view.shape, dtype=high, device=x.device)
+    options: dict[str, Any] = dict(stride=stride, relu=relu, pool=pool)
+    exact = reference.conv(source.view.to(high), weight.to(high), scale, shift, expected, **options)
+
+    def run(engine: str) -> list[tuple[Tensor, Tensor]]:
+        sums = run_engine(engine, source.view, weight, scale, shift, target.view, **options)
+        pairs = [(target.view, expected)]
+        if sums is not None and exact is not None:
+            pairs.append((sums.sum(1), exact.sum(1)))
+        return pairs
+
+    return _judge(target, run, _tolerance(x))
+
+
+def _judge(
+    target: selfcheck.Slot,
+    run: Callable[[str], Iterable[tuple[Tensor, Tensor]]],
+    tolerance: float,
+) -> tuning.Trial:
+    """Runs an engine into a cleared slot; ``run`` returns what came out and what should have."""
+
+    def trial(engine: str) -> str | None:
+        target.clear()
+        wrong = selfcheck.disagreement(run(engine), tolerance)
+        return wrong or (None if target.untouched() else "it wrote outside its slot")
+
+    return trial
+
+
+def _problem(op: str, x: Tensor, weight: Sequence[int], stride: int, *words: str) -> str:
+    """What choices are remembered by: the op, ``[C_out, K, K, C_in]``, sizes and dtype of x."""
+    c_out, kernel, _, c_in = weight
+    size = "x".join(map(str, x.shape[:3]))
+    dtype = str(x.dtype).removeprefix("torch.")
+    layer = f"{op} {kernel}x{kernel} stride {stride} {c_in}>{c_out} on {size} {dtype}"
+    return " ".join(filter(None, (layer, "tf32" if _tf32(x) else "", *words)))
+
+
+def _aten(*views: Tensor) -> list[str]:
+    """:data:`ATEN`, but not where cuDNN, which counts in 32 bits, may crash."""
+    return [ATEN] if max(view.numel() for view in views) < 2**31 else []
+
+
+def _tolerance(x: Tensor) -> float:
+    """Of an engine's error, as a fraction of the largest value: a few roundings."""
+    if x.dtype.itemsize == 2 or _tf32(x):
+        return 4 * torch.finfo(torch.float16 if _tf32(x) else x.dtype).eps
+    return 1000 * torch.finfo(x.dtype).eps  # Engines sum in another order, or by Winograd's rule.
 
 
 def run_engine(
@@ -113,18 +194,16 @@ def run_engine(
     """Run :func:`conv` on one engine. All of them leave the same result, up to rounding."""
     kernels, n, c_out = _kernels(), x.shape[0], weight.shape[0]
     if engine == ATEN:
-        z = F.conv2d(
-            x.permute(0, 3, 1, 2),
-            weight.permute(0, 3, 1, 2),
-            stride=stride,
-            padding=weight.shape[1] // 2,
-        ).permute(0, 2, 3, 1)
+        z = _aten_conv(x, weight, stride=stride)
         tiles = kernels.epilogue.pool_tiles(out)
         partials = scale.new_empty(n, tiles, c_out) if pool else None
-        z = z if z.stride(3) == 1 else z.contiguous()
         kernels.epilogue.epilogue(z, scale, shift, out, relu=relu, pool_partials=partials)
         return partials
     options: dict[str, Any] = dict(stride=stride, tf32=_tf32(x))
+    if engine.startswith(cudnn_graph.NAME):
+        assert not pool, f"{engine} has no pool partials"
+        cudnn_graph.run(engine, x, weight, scale, shift, out, relu=relu, **options)
+        return None
     found, _ = kernels.conv.choices(x, weight, out, **options)
     options["config"] = next(config for config in found if config.name == engine)
     partials = None
@@ -135,9 +214,20 @@ def run_engine(
     return partials
 
 
+def _aten_conv(x: Tensor, weight: Tensor, *, stride: int) -> Tensor:
+    """ATen's convolution of ``[N, H, W, C]`` views, with channel stride 1."""
+    z = F.conv2d(
+        x.permute(0, 3, 1, 2),
+        weight.permute(0, 3, 1, 2),
+        stride=stride,
+        padding=weight.shape[1] // 2,
+    ).permute(0, 2, 3, 1)
+    return z if z.stride(3) == 1 else z.contiguous()
+
+
 def _tf32(x: Tensor) -> bool:
     """Whether products of ``x`` may be rounded to TF32: where torch lets cuDNN do it."""
-    return x.dtype == torch.float32 and x.is_cuda and torch.backends.cudnn.allow_tf32
+    return x.dtype == torch.float32 and x.is_cuda and tuning.tf32_allowed()
 
 
 def depthwise(x: Tensor, weight: Tensor, out: Tensor, *, stride: int = 1) -> None:
@@ -147,11 +237,12 @@ def depthwise(x: Tensor, weight: Tensor, out: Tensor, *, stride: int = 1) -> Non
 
 def gates(
     partials: Tensor, num_pixels: int, fc_weight: Tensor, fc_bias: Tensor, kind: Gate
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """See :mod:`vovnet_fast.backends`."""
     out = partials.new_empty(partials.shape[0], partials.shape[2])
-    _kernels().ese.gates(partials, num_pixels, fc_weight, fc_bias, kind, out)
-    return out
+    mean = torch.empty_like(out)
+    _kernels().ese.gates(partials, num_pixels, fc_weight, fc_bias, kind, mean, out)
+    return out, mean
 
 
 def apply_gates(z: Tensor, gates: Tensor | None, identity: Tensor | None, out: Tensor) -> None:
@@ -159,6 +250,398 @@ def apply_gates(z: Tensor, gates: Tensor | None, identity: Tensor | None, out: T
     _kernels().ese.apply(z, gates, identity, out)
 
 
-def max_pool(x: Tensor, out: Tensor, mode: Pool) -> None:
+def max_pool(x: Tensor, out: Tensor, mode: Pool, argmax: Tensor | None = None) -> None:
     """See :mod:`vovnet_fast.backends`."""
-    _kernels().max_pool.max_pool(x, out, mode)
+    _kernels().max_pool.max_pool(x, out, mode, argmax)
+
+
+def gate_sums(dout: Tensor, y: Tensor) -> Tensor:
+    """See :mod:`vovnet_fast.backends`."""
+    out = y.new_empty(y.shape[0], y.shape[3], dtype=accumulator(y.dtype))
+    _kernels().ese.gate_sums(dout, y, out)
+    return out
+
+
+def gates_backward(
+    dgates: Tensor,
+    gates: Tensor,
+    mean: Tensor,
+    num_pixels: int,
+    fc_weight: Tensor,
+    kind: Gate,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See :mod:`vovnet_fast.backends`."""
+    dpixel, dfc_weight = torch.empty_like(mean), mean.new_empty(fc_weight.shape)
+    dfc_bias = mean.new_empty(mean.shape[1])
+    _kernels().ese.gates_backward(
+        dgates, gates, mean, num_pixels, fc_weight, kind, dpixel, dfc_weight, dfc_bias
+    )
+    return dpixel, dfc_weight, dfc_bias
+
+
+def apply_gates_backward(
+    dout: Tensor, gates: Tensor | None, dpixel: Tensor | None, y: Tensor, out: Tensor
+) -> None:
+    """See :mod:`vovnet_fast.backends`."""
+    _kernels().ese.apply_backward(dout, gates, dpixel, y, out)
+
+
+def max_pool_backward(dout: Tensor, argmax: Tensor, out: Tensor, mode: Pool) -> None:
+    """See :mod:`vovnet_fast.backends`."""
+    _kernels().max_pool.max_pool_backward(dout, argmax, out, mode)
+
+
+def batch_norm_merge(partials: Tensor) -> Tensor:
+    """See :mod:`vovnet_fast.backends`."""
+    out = partials.new_empty(partials.shape[1:])
+    _kernels().batch_norm.merge(partials, out)
+    return out
+
+
+def batch_norm_finish(
+    partials: Tensor, gamma: Tensor | None, beta: Tensor | None, eps: float
+) -> Tensor:
+    """See :mod:`vovnet_fast.backends`."""
+    kernel = _kernels().batch_norm
+    norm = partials.new_empty(kernel.NORM_ROWS, partials.shape[2])
+    kernel.finish(partials, gamma, beta, eps, norm)
+    return norm
+
+
+def batch_norm_sums(g: Tensor, z: Tensor, norm: Tensor) -> Tensor:
+    """See :mod:`vovnet_fast.backends`."""
+    out = norm.new_empty(2, z.shape[3])
+    _kernels().batch_norm.backward_sums(g, z, norm, out)
+    return out
+
+
+def batch_norm_input_grad(
+    g: Tensor, z: Tensor, norm: Tensor, sums: Tensor, gamma: Tensor | None, out: Tensor
+) -> None:
+    """See :mod:`vovnet_fast.backends`."""
+    _kernels().batch_norm.input_grad(g, z, norm, sums, gamma, out)
+
+
+def conv_weight_grad(
+    x: Tensor, g: Tensor, weight: Tensor, scale: Tensor | None, *, stride: int = 1
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """See :mod:`vovnet_fast.backends`. The engine is chosen by :mod:`vovnet_fast.tuning`."""
+    if g.numel() == 0:  # Zeros.
+        return _kernels().conv_weight_grad.weight_grad(x, g, weight, scale, stride=stride)
+    engine = choose_weight_grad_engine(x, g, weight, scale, stride=stride)
+    return run_weight_grad_engine(engine, x, g, weight, scale, stride=stride)
+
+
+def choose_weight_grad_engine(
+    x: Tensor, g: Tensor, weight: Tensor, scale: Tensor | None, *, stride: int
+) -> str:
+    """The fastest engine for a weight gradient: :data:`ATEN`, or a Triton configuration."""
+    options: dict[str, Any] = dict(stride=stride, tf32=_tf32(x))
+    found, static = _kernels().conv_weight_grad.choices(x, g, weight.shape[1], **options)
+    problem = _problem("conv weight gradient", x, weight.shape, stride, found[0].form)
+
+    def run(engine: str) -> None:
+        run_weight_grad_engine(engine, x, g, weight, scale, stride=stride)
+
+    names = [*_aten(x, g), *(config.name for config in found)]
+    prepare = functools.partial(_weight_grad_trial, x, g, weight, stride=stride)
+    return tuning.choose(x.device, problem, names, static.name, run, prepare=prepare)
+
+
+def _weight_grad_trial(x: Tensor, g: Tensor, weight: Tensor, *, stride: int) -> tuning.Trial:
+    """Holds engines against the reference, as :func:`_trial` does for the convolution."""
+    images = selfcheck.few_images(x, g)
+    source, gradient = selfcheck.Slot.like(x, images), selfcheck.Slot.like(g, images)
+    random = torch.Generator(x.device).manual_seed(0)
+    for slot in (source, gradient):
+        slot.randomise(random)
+    high = accumulator(x.dtype)
+    weight = torch.empty_like(weight).normal_(generator=random)
+    scale = torch.randn(weight.shape[0], generator=random, dtype=high, device=x.device)
+    expected = reference.conv_weight_grad(
+        source.view.to(high), gradient.view.to(high), weight.to(high), scale, stride=stride
+    )
+
+    def trial(engine: str) -> str | None:
+        found = run_weight_grad_engine(
+            engine, source.view, gradient.view, weight, scale, stride=stride
+        )
+        pairs = [
+            (f, e) for f, e in zip(found, expected, strict=True) if f is not None and e is not None
+        ]
+        return selfcheck.disagreement(pairs, _tolerance(x))
+
+    return trial
+
+
+def run_weight_grad_engine(
+    engine: str, x: Tensor, g: Tensor, weight: Tensor, scale: Tensor | None, *, stride: int
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Run :func:`conv_weight_grad` on one engine; all have the same result, up to rounding.
+
+    :data:`ATEN` sums in fp32 as well, but hands its sums over in the dtype of ``x``.
+    """
+    kernel, size = _kernels().conv_weight_grad, weight.shape[1]
+    if engine == ATEN:
+        _, dw, _ = torch.ops.aten.convolution_backward(
+            g.permute(0, 3, 1, 2),
+            x.permute(0, 3, 1, 2),
+            # Of the weight only shape, layout and dtype matter.
+            torch.empty_like(weight, dtype=x.dtype).permute(0, 3, 1, 2),
+            None,
+            [stride, stride],
+            [size // 2, size // 2],
+            [1, 1],
+            False,
+            [0, 0],
+            1,
+            [False, True, False],
+        )
+        products = dw.permute(0, 2, 3, 1).contiguous().unsqueeze(0)
+        return kernel.finish(products, kernel.channel_sums(g), weight, scale)
+    options: dict[str, Any] = dict(stride=stride, tf32=_tf32(x))
+    found, _ = kernel.choices(x, g, size, **options)
+    config = next(config for config in found if config.name == engine)
+    return kernel.weight_grad(x, g, weight, scale, config=config, **options)
+
+
+def depthwise_input_grad(
+    g: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    *,
+    stride: int = 1,
+    add: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> None:
+    """See :mod:`vovnet_fast.backends`."""
+    _kernels().depthwise.input_grad(g, weight, out, stride=stride, add=add, mask=mask)
+
+
+def depthwise_weight_grad(x: Tensor, g: Tensor, *, stride: int = 1) -> Tensor:
+    """See :mod:`vovnet_fast.backends`."""
+    return _kernels().depthwise.weight_grad(x, g, stride=stride)
+
+
+def conv_statistics(x: Tensor, weight: Tensor, out: Tensor, *, stride: int = 1) -> Tensor:
+    """See :mod:`vovnet_fast.backends`. The engine is chosen by :mod:`vovnet_fast.tuning`."""
+    if out.numel() == 0:
+        return x.new_zeros(1, 3, weight.shape[0], dtype=accumulator(x.dtype))
+    engine = choose_statistics_engine(x, weight, out, stride=stride)
+    return run_statistics_engine(engine, x, weight, out, stride=stride)
+
+
+def choose_statistics_engine(x: Tensor, weight: Tensor, out: Tensor, *, stride: int) -> str:
+    """The fastest engine for :func:`conv_statistics`: :data:`ATEN`, or a Triton configuration."""
+    options: dict[str, Any] = dict(stride=stride, tf32=_tf32(x), statistics=True)
+    found, static = _kernels().conv.choices(x, weight, out, **options)
+    problem = _problem("conv", x, weight.shape, stride, "statistics", found[0].form)
+
+    def run(engine: str) -> None:
+        run_statistics_engine(engine, x, weight, out, stride=stride)
+
+    names = [*_aten(x, out), *(config.name for config in found)]
+    prepare = functools.partial(_statistics_trial, x, weight, out, stride=stride)
+    return tuning.choose(x.device, problem, names, static.name, run, prepare=prepare)
+
+
+def _statistics_trial(x: Tensor, weight: Tensor, out: Tensor, *, stride: int) -> tuning.Trial:
+    """Holds engines against the reference, as :func:`_trial` does."""
+    images = selfcheck.few_images(x, out)
+    source, target = selfcheck.Slot.like(x, images), selfcheck.Slot.like(out, images)
+    random = torch.Generator(x.device).manual_seed(0)
+    high = accumulator(x.dtype)
+    source.randomise(random)
+    weight = torch.empty_like(weight).normal_(0, weight[0].numel() ** -0.5, generator=random)
+    expected = torch.empty(target.view.shape, dtype=high, device=x.device)
+    exact = reference.conv_statistics(
+        source.view.to(high), weight.to(high), expected, stride=stride
+    )
+
+    def run(engine: str) -> list[tuple[Tensor, Tensor]]:
+        partials = run_statistics_engine(engine, source.view, weight, target.view, stride=stride)
+        merged = reference.batch_norm_merge(partials)
+        return [(target.view, expected), *zip(merged, exact[0], strict=True)]
+
+    return _judge(target, run, _tolerance(x))
+
+
+def run_statistics_engine(
+    engine: str, x: Tensor, weight: Tensor, out: Tensor, *, stride: int
+) -> Tensor:
+    """Run :func:`conv_statistics` on one engine; they divide the pixels into other parts."""
+    kernels, n, c_out = _kernels(), x.shape[0], weight.shape[0]
+    high = accumulator(x.dtype)
+    if engine == ATEN:
+        z = _aten_conv(x, weight, stride=stride)
+        tiles = kernels.epilogue.pool_tiles(out)
+        partials = x.new_empty(n, tiles, 3, c_out, dtype=high)
+        kernels.epilogue.epilogue(z, None, None, out, relu=False, statistics=partials)
+        return partials.flatten(0, 1)
+    options: dict[str, Any] = dict(stride=stride, tf32=_tf32(x))
+    found, _ = kernels.conv.choices(x, weight, out, statistics=True, **options)
+    options["config"] = next(config for config in found if config.name == engine)
+    tiles = kernels.conv.pool_tiles(x, weight, out, **options)
+    partials = x.new_empty(n, tiles, 3, c_out, dtype=high)
+    kernels.conv.conv(x, weight, None, None, out, relu=False, statistics=partials, **options)
+    return partials.flatten(0, 1)
+
+
+def normalize(
+    z: Tensor, scale: Tensor, shift: Tensor, out: Tensor, *, pool: bool = False
+) -> Tensor | None:
+    """See :mod:`vovnet_fast.backends`."""
+    if out.numel() == 0:
+        return scale.new_zeros(z.shape[0], 1, z.shape[3]) if pool else None
+    kernel, partials = _kernels().epilogue, None
+    if pool:
+        partials = scale.new_empty(z.shape[0], kernel.pool_tiles(out), z.shape[3])
+    kernel.epilogue(z, scale, shift, out, pool_partials=partials)
+    return partials
+
+
+def conv_input_grad(
+    g: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    out: Tensor,
+    *,
+    stride: int = 1,
+    add: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> None:
+    """See :mod:`vovnet_fast.backends`. The engine is chosen by :mod:`vovnet_fast.tuning`."""
+    if out.numel() == 0:
+        return
+    packed = _pack_transposed(weight, scale, g)
+    options: dict[str, Any] = dict(stride=stride, add=add, mask=mask)
+    engine = choose_input_grad_engine(g, packed, out, **options)
+    run_input_grad_engine(engine, g, packed, out, **options)
+
+
+def _pack_transposed(weight: Tensor, scale: Tensor | None, g: Tensor) -> Tensor:
+    """``[C_in, K, K, C_out]`` in the dtype of g: weight * scale, transposed and flipped."""
+    c_out, kernel, _, c_in = weight.shape
+    packed = g.new_empty(c_in, kernel, kernel, c_out)
+    _kernels().pack.transposed(weight, scale, packed)
+    return packed
+
+
+def choose_input_grad_engine(
+    g: Tensor,
+    packed: Tensor,
+    out: Tensor,
+    *,
+    stride: int,
+    add: Tensor | None,
+    mask: Tensor | None,
+) -> str:
+    """The fastest engine for an input gradient: :data:`ATEN`, or a Triton configuration.
+
+    Where ``add`` is ``out`` itself, every run adds once more: what ``out`` held before
+    anything was measured is put back.
+    """
+    options: dict[str, Any] = dict(stride=stride, add=add, mask=mask)
+    found, static = _kernels().conv.input_grad_choices(g, packed, out, tf32=_tf32(g), **options)
+    c_in, kernel, _, c_out = packed.shape
+    named = (("add", add), ("mask", mask))
+    words = [f"{name} {view.shape[3]}" for name, view in named if view is not None]
+    layer = (c_out, kernel, kernel, c_in)
+    problem = _problem("conv input gradient", out, layer, stride, *words, found[0].form)
+    before: list[Tensor] = []
+
+    def run(engine: str) -> None:
+        run_input_grad_engine(engine, g, packed, out, **options)
+
+    def prepare() -> tuning.Trial:
+        if _in_place(add, out):
+            before.append(out.clone())
+        return _input_grad_trial(g, packed, out, **options)
+
+    names = [*_aten(g, out), *(config.name for config in found)]
+    try:
+        return tuning.choose(g.device, problem, names, static.name, run, prepare=prepare)
+    finally:
+        for values in before:
+            out.copy_(values)
+
+
+def _in_place(add: Tensor | None, out: Tensor) -> bool:
+    """Whether ``add`` is ``out``, or its first channels."""
+    return add is not None and add.data_ptr() == out.data_ptr()
+
+
+def _input_grad_trial(
+    g: Tensor,
+    packed: Tensor,
+    out: Tensor,
+    *,
+    stride: int,
+    add: Tensor | None,
+    mask: Tensor | None,
+) -> tuning.Trial:
+    """Holds engines against the reference, as :func:`_trial` does; in place where ``add`` is."""
+    views = {name: view for name, view in (("add", add), ("mask", mask)) if view is not None}
+    images = selfcheck.few_images(g, out, *views.values())
+    source, target = selfcheck.Slot.like(g, images), selfcheck.Slot.like(out, images)
+    slots = {name: selfcheck.Slot.like(view, images) for name, view in views.items()}
+    random = torch.Generator(g.device).manual_seed(0)
+    for slot in (source, *slots.values()):
+        slot.randomise(random)
+    c_in, kernel, _, c_out = packed.shape
+    deviation = packed[0].numel() ** -0.5
+    weight = packed.new_empty(c_out, kernel, kernel, c_in).normal_(0, deviation, generator=random)
+    packed = _pack_transposed(weight, None, g)
+    given = {name: slot.view for name, slot in slots.items()}
+    high = accumulator(g.dtype)
+    expected = torch.empty(target.view.shape, dtype=high, device=g.device)
+    reference.conv_input_grad(
+        source.view.to(high), weight.to(high), None, expected, stride=stride,
+        **{name: view.to(high) for name, view in given.items()},
+    )  # fmt: skip
+
+    def run(engine: str) -> list[tuple[Tensor, Tensor]]:
+        options: dict[str, Any] = dict(stride=stride, add=None, mask=None) | given
+        if _in_place(add, out):
+            options["add"] = target.view[..., : given["add"].shape[3]].copy_(given["add"])
+        run_input_grad_engine(engine, source.view, packed, target.view, **options)
+        return [(target.view, expected)]
+
+    return _judge(target, run, _tolerance(g))
+
+
+def run_input_grad_engine(
+    engine: str,
+    g: Tensor,
+    packed: Tensor,
+    out: Tensor,
+    *,
+    stride: int,
+    add: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    """Run :func:`conv_input_grad` on one engine, with weights that are packed already."""
+    kernels = _kernels()
+    if engine == ATEN:
+        kernels.accumulate.accumulate(_aten_input_grad(g, packed, out, stride), out, add, mask)
+        return
+    options: dict[str, Any] = dict(stride=stride, add=add, mask=mask, tf32=_tf32(g))
+    found, _ = kernels.conv.input_grad_choices(g, packed, out, **options)
+    config = next(config for config in found if config.name == engine)
+    kernels.conv.input_grad(g, packed, out, config=config, **options)
+
+
+def _aten_input_grad(g: Tensor, packed: Tensor, out: Tensor, stride: int) -> Tensor:
+    """ATen's gradient of the input of a convolution, ``[N, H, W, C_in]`` with channel stride 1."""
+    if stride == 1:
+        return _aten_conv(g, packed, stride=1)
+    kernel = packed.shape[1]
+    rest = [(size - 1) % stride for size in out.shape[1:3]]  # What the stride left over.
+    dx = F.conv_transpose2d(
+        g.permute(0, 3, 1, 2),
+        packed.flip(1, 2).permute(3, 0, 1, 2),
+        stride=stride,
+        padding=kernel // 2,
+        output_padding=rest,
+    ).permute(0, 2, 3, 1)
+    return dx if dx.stride(3) == 1 else dx.contiguous()

@@ -11,11 +11,11 @@
 Tensors are PyTorch's ``[N, C, H, W]``; ``channels_last`` ones are used as they lie,
 others are converted. Each op is registered with ``torch.library`` and has a fake, so
 that ``torch.compile(fullgraph=True)`` sees no graph break. Which backend works is
-said by :mod:`vovnet_fast.backends`. There is no backward pass yet: gradients go
-through the modules of :mod:`vovnet_fast.layers`.
+said by :mod:`vovnet_fast.backends`. All but :func:`features` are differentiable once.
 """
 
-from .conv import ConvParams, conv_bn_relu, fold
+from .chain import conv_bn_relu
+from .conv import ConvParams, fold
 from .ese import ese
 from .features import NetworkParams, features
 from .max_pool import max_pool

@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 from torch import Tensor
+
+Result = TypeVar("Result")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -39,17 +45,57 @@ def parameter(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], like: 
         )
 
 
-def no_gradient(op: str, *tensors: Tensor) -> None:
-    """Nothing here needs a gradient, which would silently be lost.
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to remember what is computed from these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def in_given_dtypes(run: Callable[..., Result]) -> Callable[..., Result]:
+    """Make autocast leave the tensors of a function alone, the first of which it is given.
+
+    Ops decide about dtypes before they run; what autocast would cast once more on the way,
+    a convolution of fp32 activations say, would no longer fit the rest.
+    """
+
+    @functools.wraps(run)
+    def wrapped(x: Tensor, *args: Any) -> Result:
+        kind = x.device.type
+        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+            return run(x, *args)
+        with torch.autocast(kind, enabled=False):
+            return run(x, *args)
+
+    return wrapped
+
+
+def traced(x: Tensor) -> bool:
+    """Whether a graph is being made of what happens to ``x``, and only ops must happen to it."""
+    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
+
+
+def batch_statistics(op: str, eps: float | None, group: str, values: int) -> None:
+    """A batch norm that takes its statistics from the batch has a batch to take them from.
 
     Raises:
-        NotImplementedError: a tensor requires one and gradients are enabled.
+        ValueError: fewer than two values a channel.
     """
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        raise NotImplementedError(
-            f"{op} has no backward pass yet: call it under torch.no_grad() or "
-            "torch.inference_mode(), or use the modules of vovnet_fast, which are differentiable"
+    if eps is not None and not group and values < 2:
+        raise ValueError(
+            f"{op}: a batch norm in training mode needs more than one value a channel, got "
+            f"{values}: give a larger batch or image, or call eval()"
         )
+
+
+def refuse_second_order(op: torch.library.CustomOpDef, name: str) -> None:
+    """Make the derivative of a backward op an error that says what to do."""
+
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            f"vovnet_fast.ops.{name} has no second derivative: for create_graph=True use the "
+            'reference backend, with vovnet_fast.use_backend("reference")'
+        )
+
+    op.register_autograd(backward)
 
 
 def nhwc(x: Tensor) -> Tensor:
@@ -61,8 +107,3 @@ def nhwc(x: Tensor) -> Tensor:
 def nchw(x: Tensor) -> Tensor:
     """View ``[N, H, W, C]`` as ``[N, C, H, W]``, which is then channels_last."""
     return x.permute(0, 3, 1, 2)
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of sums, scales and shifts for activations of ``dtype``."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

@@ -1,28 +1,34 @@
-"""Convolution, batch norm with fixed statistics, ReLU."""
+"""Convolution, batch norm, ReLU: one layer, forward and backward."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import backends
-from . import _checks
-from ._checks import nchw, nhwc
+from .._dtypes import accumulator
+from . import _checks, batch_norm
+from .batch_norm import SCALE, SHIFT, FixedNorm
 from .memory import Memory
 
 
 class ConvParams(NamedTuple):
-    """One convolution layer with its batch norm folded to a scale and a shift.
+    """One convolution layer and its batch norm.
 
     Attributes:
-        weight: ``[C_out, K, K, C_in]``, contiguous, K = 1 or 3, dtype of the activations.
+        weight: ``[C_out, K, K, C_in]``, K = 1 or 3. Where dtype or layout are not those of
+            contiguous activations, a rounded copy is made at every call.
         scale: ``[C_out]``, fp32 (fp64 for fp64): gamma / sqrt(var + eps).
         shift: ``[C_out]``, as ``scale``: beta + (bias - mean) * scale.
         stride: of the convolution, or of the depthwise one before it.
         depthwise: ``[3, 3, C_in]`` of a depthwise 3x3 that comes first, or None.
+        eps: None where the statistics are fixed, as above. Otherwise the norm takes those
+            of the batch: ``scale`` and ``shift`` are then gamma and beta themselves, and
+            ``eps`` is added to the variance.
+        group: name of the process group that shares the statistics of the batch (SyncBN).
     """
 
     weight: Tensor
@@ -30,6 +36,8 @@ class ConvParams(NamedTuple):
     shift: Tensor
     stride: int = 1
     depthwise: Tensor | None = None
+    eps: float | None = None
+    group: str = ""
 
 
 def fold(
@@ -45,13 +53,13 @@ def fold(
     depthwise: Tensor | None = None,
     dtype: torch.dtype | None = None,
 ) -> ConvParams:
-    """Fold a batch norm with fixed statistics, and pack weights for the backends.
+    """Fold a batch norm with fixed statistics. Differentiable.
 
     The scale is kept apart from the weight, and applied in fp32 to the fp32 sum:
     folding it into fp16 weights would round it a second time.
 
     Args:
-        weight: ``[C_out, C_in, K, K]``; ``channels_last`` ones are not copied.
+        weight: ``[C_out, C_in, K, K]``; ``channels_last`` ones need no copy.
         bias: ``[C_out]`` of the convolution, or None.
         bn_weight, bn_bias: ``[C_out]`` (gamma, beta), or None for one and zero.
         running_mean, running_var: ``[C_out]``.
@@ -60,25 +68,55 @@ def fold(
         depthwise: ``[C_in, 1, 3, 3]`` of a depthwise convolution that comes first.
         dtype: of the activations; that of ``weight`` by default.
     """
-    dtype = dtype or weight.dtype
-    high = _checks.accumulator(dtype)
-    scale = torch.rsqrt(running_var.to(high) + eps)
-    if bn_weight is not None:
-        scale = scale * bn_weight.to(high)
-    offset = running_mean.to(high) if bias is None else running_mean.to(high) - bias.to(high)
-    shift = -offset * scale
-    if bn_bias is not None:
-        shift = shift + bn_bias.to(high)
-    packed = weight.to(dtype).permute(0, 2, 3, 1).contiguous()
-    if depthwise is not None:
-        depthwise = depthwise.to(dtype)[:, 0].permute(1, 2, 0).contiguous()
-    return ConvParams(packed, scale, shift, stride, depthwise)
+    norm = FixedNorm(bn_weight, bn_bias, running_mean, running_var, eps, bias)
+    [(scale, shift)] = batch_norm.fold([norm], dtype or weight.dtype)
+    return ConvParams(
+        channels_last(weight),
+        scale,
+        shift,
+        stride,
+        None if depthwise is None else depthwise_last(depthwise),
+    )
+
+
+def channels_last(weight: Tensor) -> Tensor:
+    """View ``[C_out, C_in, K, K]`` as ``[C_out, K, K, C_in]``."""
+    return weight.permute(0, 2, 3, 1)
+
+
+def depthwise_last(weight: Tensor) -> Tensor:
+    """View ``[C, 1, 3, 3]`` as ``[3, 3, C]``."""
+    return weight[:, 0].permute(1, 2, 0)
+
+
+def pack(params: ConvParams, dtype: torch.dtype) -> ConvParams:
+    """Weights as the backends take them: contiguous, in the dtype of the activations."""
+    depthwise = params.depthwise
+    return params._replace(
+        weight=params.weight.to(dtype).contiguous(),
+        depthwise=None if depthwise is None else depthwise.to(dtype).contiguous(),
+    )
 
 
 def output_size(height: int, width: int, params: ConvParams) -> tuple[int, int]:
     """Height and width of a layer's output."""
     stride = params.stride
     return (height - 1) // stride + 1, (width - 1) // stride + 1
+
+
+class Kept(NamedTuple):
+    """What a layer leaves beside its output.
+
+    Attributes:
+        partials: partial sums of the output over its pixels, if they were asked for.
+        raw: ``[N, H', W', C_out]``, the convolution's output before a norm that takes the
+            batch's statistics. None with fixed ones: the output itself is enough.
+        norm: the statistics, see :mod:`.batch_norm`; None with fixed ones.
+    """
+
+    partials: Tensor | None = None
+    raw: Tensor | None = None
+    norm: Tensor | None = None
 
 
 def run(
@@ -89,39 +127,131 @@ def run(
     memory: Memory,
     *,
     pool: bool = False,
-) -> Tensor | None:
+) -> Kept:
     """Run a layer on ``[N, H, W, C]`` views; see :mod:`vovnet_fast.backends`."""
-    stride = params.stride
+    weight, scale, shift, stride, depthwise, eps, group = pack(params, x.dtype)
+    if depthwise is not None:
+        x, stride = _spatial(backend, x, depthwise, stride, out, memory), 1
+    if eps is None:
+        return Kept(backend.conv(x, weight, scale, shift, out, stride=stride, relu=True, pool=pool))
+    raw = memory.scratch("raw", out, *out.shape)
+    partials = backend.conv_statistics(x, weight, raw, stride=stride)
+    norm = batch_norm.statistics(backend, partials, scale, shift, eps, group)
+    return Kept(backend.normalize(raw, norm[SCALE], norm[SHIFT], out, pool=pool), raw, norm)
+
+
+def run_again(backend: ModuleType, kept: Kept, out: Tensor) -> None:
+    """Compute the output of a layer with the batch's statistics from what it kept."""
+    assert kept.raw is not None
+    assert kept.norm is not None
+    backend.normalize(kept.raw, kept.norm[SCALE], kept.norm[SHIFT], out)
+
+
+def _spatial(
+    backend: ModuleType, x: Tensor, weight: Tensor, stride: int, out: Tensor, memory: Memory
+) -> Tensor:
+    """The output of the depthwise convolution of a layer."""
+    spatial = memory.scratch("spatial", x, *out.shape[:3], x.shape[3])
+    backend.depthwise(x, weight, spatial, stride=stride)
+    return spatial
+
+
+class ConvGrads(NamedTuple):
+    """Gradients of :class:`ConvParams`, each in fp32 (fp64 for fp64) and of its shape."""
+
+    weight: Tensor
+    scale: Tensor
+    shift: Tensor
+    depthwise: Tensor | None = None
+
+
+def run_backward(
+    backend: ModuleType,
+    x: Tensor,
+    g: Tensor,
+    params: ConvParams,
+    kept: Kept,
+    *,
+    wanted: bool = True,
+    dx: Tensor | None = None,
+    add: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> ConvGrads | None:
+    """Gradients of a layer.
+
+    Args:
+        backend: who does the work.
+        x: ``[N, H, W, C_in]``, the layer's input.
+        g: ``[N, H', W', C_out]``, the gradient of its output, already zero where the ReLU
+            is. It is overwritten where the norm takes the batch's statistics.
+        params: of the layer.
+        kept: what the forward pass left.
+        wanted: whether a gradient of the parameters is.
+        dx: ``[N, H, W, C]`` receives the gradient of the last C channels of the input, or None.
+        add: added to it; for the first of its channels, may be ``dx`` itself.
+        mask: activations of the last channels of ``dx``: where they are not positive, the
+            gradient becomes zero.
+
+    Returns:
+        the parameters' gradients, or None if they are not wanted.
+    """
+    weight, stride = params.weight.contiguous(), params.stride
+    scale: Tensor | None = params.scale
+    dscale: Tensor | None
+    if params.eps is not None:
+        assert kept.raw is not None
+        assert kept.norm is not None
+        dscale, dshift = batch_norm.backward(
+            backend, g, kept.raw, kept.norm, params.scale, params.group
+        )
+        scale = None
+    spatial, depthwise = x, None
     if params.depthwise is not None:
-        spatial = memory.scratch("spatial", x, *out.shape[:3], x.shape[3])
-        backend.depthwise(x, params.depthwise, spatial, stride=stride)
-        x, stride = spatial, 1
-    partials: Tensor | None = backend.conv(
-        x, params.weight, params.scale, params.shift, out, stride=stride, relu=True, pool=pool
-    )
-    return partials
+        depthwise = params.depthwise.to(x.dtype).contiguous()
+        spatial, stride = _spatial(backend, x, depthwise, stride, g, Memory()), 1
+    grads = None
+    if wanted:
+        dw, by_scale, by_shift = backend.conv_weight_grad(spatial, g, weight, scale, stride=stride)
+        if params.eps is None:
+            dscale, dshift = by_scale, by_shift
+        assert dscale is not None
+        grads = ConvGrads(dw, dscale, dshift)
+    if depthwise is None:
+        if dx is not None:
+            first = x.shape[3] - dx.shape[3]
+            backend.conv_input_grad(
+                g, weight[..., first:].contiguous(), scale, dx, stride=stride, add=add, mask=mask
+            )
+        return grads
+    if dx is not None or wanted:
+        backend.conv_input_grad(g, weight, scale, spatial, stride=1)  # In place of its input.
+    if grads is not None:
+        dw = backend.depthwise_weight_grad(x, spatial, stride=params.stride)
+        grads = grads._replace(depthwise=dw)
+    if dx is not None:
+        backend.depthwise_input_grad(
+            spatial, depthwise, dx, stride=params.stride, add=add, mask=mask
+        )
+    return grads
 
 
 def check(op: str, params: ConvParams, x: Tensor, channels: int | None = None) -> None:
     """Refuse parameters that do not fit each other or the activations."""
     if params.weight.ndim != 4 or params.weight.shape[1] not in (1, 3):
         raise ValueError(
-            f"{op}: weight must be packed as [C_out, K, K, C_in] with K = 1 or 3 (see "
+            f"{op}: weight must be [C_out, K, K, C_in] with K = 1 or 3 (see "
             f"vovnet_fast.ops.fold), got {list(params.weight.shape)}"
         )
     c_out, kernel, _, c_in = params.weight.shape
     if channels is not None and c_in != channels:
         raise ValueError(f"{op}: a layer takes {c_in} channels, and is given {channels}")
     _checks.parameter(op, "weight", params.weight, (c_out, kernel, kernel, c_in), x)
-    if not params.weight.is_contiguous():
-        raise ValueError(f"{op}: weight must be contiguous, got strides {params.weight.stride()}")
-    if params.weight.dtype != x.dtype:
-        raise TypeError(f"{op}: weight is {params.weight.dtype} and x {x.dtype}: fold for x.dtype")
     for name, vector in (("scale", params.scale), ("shift", params.shift)):
         _checks.parameter(op, name, vector, (c_out,), x)
-        if vector.dtype != _checks.accumulator(x.dtype):
+        if vector.dtype != accumulator(x.dtype):
             raise TypeError(
-                f"{op}: {name} must be {_checks.accumulator(x.dtype)}, got {vector.dtype}"
+                f"{op}: {name} must be {accumulator(x.dtype)} for activations in {x.dtype}, got "
+                f"{vector.dtype}: fold for x.dtype"
             )
     if params.depthwise is not None:
         _checks.parameter(op, "depthwise", params.depthwise, (3, 3, c_in), x)
@@ -129,45 +259,90 @@ def check(op: str, params: ConvParams, x: Tensor, channels: int | None = None) -
         raise ValueError(f"{op}: stride must be 1 or 2, got {params.stride}")
 
 
-def conv_bn_relu(x: Tensor, params: ConvParams) -> Tensor:
-    """relu(conv(x) * scale + shift): a convolution with its batch norm folded, and ReLU.
+FlatConvs = tuple[
+    list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[int], list[float], str
+]
 
-    Args:
-        x: ``[N, C_in, H, W]`` in fp16, bf16, fp32 or fp64.
-        params: see :func:`fold`. Padding is K // 2.
 
-    Returns:
-        ``[N, C_out, H', W']``, ``channels_last``.
+def flatten(op: str, layers: list[ConvParams]) -> FlatConvs:
+    """Layers as what ``torch.library`` takes: lists of tensors and of numbers.
+
+    The integers are the stride, negative where a depthwise convolution comes first; the
+    other numbers are eps, negative where the statistics are fixed.
 
     Raises:
-        ValueError, TypeError: an argument does not fit; the message names it.
-        NotImplementedError: a gradient would be needed.
-        BackendError: the backend that was asked for cannot run.
+        ValueError: the layers belong to several process groups.
     """
-    op = "conv_bn_relu"
-    _checks.activations(op, "x", x, params.weight.shape[-1])
-    check(op, params, x)
-    _checks.no_gradient(op, x, *(t for t in params if isinstance(t, Tensor)))
-    out: Tensor = torch.ops.vovnet_fast.conv_bn_relu(
-        x, params.weight, params.scale, params.shift, params.stride, params.depthwise
+    groups = {layer.group for layer in layers if layer.eps is not None} or {""}
+    if len(groups) > 1:
+        raise ValueError(f"{op}: all SyncBN layers must share one process group, got {groups}")
+    return (
+        [layer.weight for layer in layers],
+        [layer.scale for layer in layers],
+        [layer.shift for layer in layers],
+        [layer.depthwise for layer in layers if layer.depthwise is not None],
+        [layer.stride if layer.depthwise is None else -layer.stride for layer in layers],
+        [-1.0 if layer.eps is None else layer.eps for layer in layers],
+        groups.pop(),
     )
-    return out
 
 
-@torch.library.custom_op("vovnet_fast::conv_bn_relu", mutates_args=())
-def _conv_bn_relu(
-    x: Tensor, weight: Tensor, scale: Tensor, shift: Tensor, stride: int, depthwise: Tensor | None
-) -> Tensor:
-    params = ConvParams(weight, scale, shift, stride, depthwise)
-    view = nhwc(x)
-    out = view.new_empty(x.shape[0], *output_size(x.shape[2], x.shape[3], params), weight.shape[0])
-    run(backends.get(x.device), view, params, out, Memory())
-    return nchw(out)
+def unflatten(
+    weights: list[Tensor],
+    scales: list[Tensor],
+    shifts: list[Tensor],
+    depthwise: list[Tensor],
+    strides: list[int],
+    epsilons: list[float] | None = None,
+    group: str = "",
+) -> list[ConvParams]:
+    """The inverse of :func:`flatten`. Without ``epsilons`` all statistics are fixed."""
+    spatial = iter(depthwise)
+    return [
+        ConvParams(
+            weight,
+            scale,
+            shift,
+            abs(stride),
+            next(spatial) if stride < 0 else None,
+            None if eps < 0 else eps,
+            group,
+        )
+        for weight, scale, shift, stride, eps in zip(
+            weights, scales, shifts, strides, epsilons or [-1.0] * len(strides), strict=True
+        )
+    ]
 
 
-@_conv_bn_relu.register_fake
-def _(x, weight, scale, shift, stride, depthwise):
-    params = ConvParams(weight, scale, shift, stride, depthwise)
-    return nchw(
-        x.new_empty(x.shape[0], *output_size(x.shape[2], x.shape[3], params), weight.shape[0])
-    )
+def regroup(
+    tensors: Sequence[Tensor], strides: list[int]
+) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
+    """The four lists of tensors of :func:`flatten`, from all of them in one row."""
+    n = len(strides)
+    weights, scales, shifts = (list(tensors[i * n : (i + 1) * n]) for i in range(3))
+    return weights, scales, shifts, list(tensors[3 * n :])
+
+
+def wanted(needs: Sequence[bool], strides: list[int]) -> list[bool]:
+    """For each layer, whether any of its tensors needs a gradient, in the order of flatten."""
+    n = len(strides)
+    found = [any(needs[i : 3 * n : n]) for i in range(n)]
+    for i, need in zip([i for i in range(n) if strides[i] < 0], needs[3 * n :], strict=True):
+        found[i] = found[i] or need
+    return found
+
+
+def flatten_grads(
+    grads: Sequence[ConvGrads | None], tensors: Sequence[Tensor], strides: list[int]
+) -> list[Tensor | None]:
+    """Gradients in the order of :func:`flatten`, each in the dtype of its tensor."""
+    found: list[Tensor | None] = []
+    for name in ("weight", "scale", "shift"):
+        found += [None if g is None else getattr(g, name) for g in grads]
+    found += [
+        None if g is None else g.depthwise for g, s in zip(grads, strides, strict=True) if s < 0
+    ]
+    return [
+        None if g is None else g.to(t.dtype).contiguous()
+        for g, t in zip(found, tensors, strict=True)
+    ]

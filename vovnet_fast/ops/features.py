@@ -42,13 +42,14 @@ class NetworkParams(NamedTuple):
         """All convolution layers in the order in which they run."""
         return [*self.stem, *(layer for block in self.blocks for layer in block.convs())]
 
+    def packed(self, dtype: torch.dtype) -> NetworkParams:
+        """The same with weights as the backends take them, so that no call has to pack them."""
+        layers = [conv.pack(layer, dtype) for layer in self.convs()]
+        return rebuild(layers, self.fcs(), self.spec, self.encoded_spec)
+
     def fcs(self) -> list[Tensor]:
         """The gates' weights and biases in the order in which they run."""
-        found = []
-        for block in self.blocks:
-            if block.fc_weight is not None and block.fc_bias is not None:
-                found += [block.fc_weight, block.fc_bias]
-        return found
+        return [t for block in self.blocks for t in block.fcs()]
 
 
 def features(x: Tensor, params: NetworkParams, out_features: tuple[str, ...]) -> list[Tensor]:
@@ -64,7 +65,8 @@ def features(x: Tensor, params: NetworkParams, out_features: tuple[str, ...]) ->
 
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
-        NotImplementedError: a gradient would be needed.
+        NotImplementedError: a gradient is needed, or statistics of the batch: the modules of
+            :mod:`vovnet_fast.layers` have both.
         BackendError: the backend that was asked for cannot run.
     """
     op = "features"
@@ -81,10 +83,19 @@ def features(x: Tensor, params: NetworkParams, out_features: tuple[str, ...]) ->
     for block in params.blocks:
         osa.check(op, block, x)
     layers, fcs = params.convs(), params.fcs()
-    flat = osa.flatten(layers)
-    _checks.no_gradient(op, x, *(t for tensors in flat[:4] for t in tensors), *fcs)
+    *tensors, strides, epsilons, _ = conv.flatten(op, layers)
+    if _checks.needs_gradient(x, *(t for group in tensors for t in group), *fcs):
+        raise NotImplementedError(
+            f"{op} keeps nothing for a backward pass: call it under torch.no_grad() or "
+            "torch.inference_mode(), or call the modules, which are differentiable"
+        )
+    if max(epsilons) >= 0:
+        raise NotImplementedError(
+            f"{op} takes batch norms with fixed statistics only: call eval() before fold(), or "
+            "call the modules"
+        )
     out: list[Tensor] = torch.ops.vovnet_fast.features(
-        x, *flat, fcs, params.encoded_spec, ",".join(out_features)
+        x, *tensors, strides, fcs, params.encoded_spec, ",".join(out_features)
     )
     return out
 
@@ -262,6 +273,7 @@ def rebuild(
 
 
 @torch.library.custom_op("vovnet_fast::features", mutates_args=())
+@_checks.in_given_dtypes
 def _features(
     x: Tensor,
     weights: list[Tensor],
@@ -273,9 +285,9 @@ def _features(
     spec: str,
     out_features: str,
 ) -> list[Tensor]:
-    layers = osa.unflatten(weights, scales, shifts, depthwise, strides)
+    layers = conv.unflatten(weights, scales, shifts, depthwise, strides)
     params = rebuild(layers, fcs, _decode(spec), spec)
-    found = run(backends.get(x.device), nhwc(x), params, tuple(out_features.split(",")))
+    found = run(backends.get(x.device, x.dtype), nhwc(x), params, tuple(out_features.split(",")))
     return [nchw(feature) for feature in found]
 
 

@@ -1,0 +1,129 @@
+"""What the input gradient of another library's convolution needs before it is in its slot."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ._common import (
+    Launch,
+    assert_nhwc,
+    assert_same,
+    batch_offset,
+    cdiv,
+    channel_block,
+    collapse_rows,
+    narrow,
+    needs_int64,
+    pixel_offsets,
+    program_tile,
+    relu_gradient,
+    soft_bf16,
+    strides,
+    triton_accumulator,
+)
+
+_STEP_ELEMENTS = 4096  # What a program holds in registers.
+
+
+@triton.jit(do_not_specialize=["height", "width", "tiles"])
+def accumulate_kernel(
+    z_ptr, add_ptr, mask_ptr, out_ptr, height, width, tiles,
+    z_stride_n, z_stride_h, z_stride_w, add_stride_n, add_stride_h, add_stride_w,
+    mask_stride_n, mask_stride_h, mask_stride_w, out_stride_n, out_stride_h, out_stride_w,
+    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ADD: tl.constexpr,
+    MASK: tl.constexpr, ACC: tl.constexpr, SOFT_BF16: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One program: BLOCK_P pixels of an image by BLOCK_C channels."""
+    n, tile, first = program_tile(tiles, C, BLOCK_C)
+    c = first + tl.arange(0, BLOCK_C)
+    pixel = tile * BLOCK_P + tl.arange(0, BLOCK_P)
+    h = pixel // width
+    w = pixel % width
+    inside = (pixel < height * width)[:, None]
+    within = inside & (c < C)[None, :]
+
+    z_ptr += batch_offset(n, z_stride_n)
+    offsets = pixel_offsets(h, w, z_stride_h, z_stride_w, WIDE)
+    y = tl.load(z_ptr + offsets[:, None] + c[None, :], mask=within, other=0.0).to(ACC)
+    if ADD > 0:
+        add_ptr += batch_offset(n, add_stride_n)
+        offsets = pixel_offsets(h, w, add_stride_h, add_stride_w, WIDE)
+        pointers = add_ptr + offsets[:, None] + c[None, :]
+        y += tl.load(pointers, mask=inside & (c < ADD)[None, :], other=0.0).to(ACC)
+    if MASK > 0:
+        channel = c - (C - MASK)
+        mask_ptr += batch_offset(n, mask_stride_n)
+        offsets = pixel_offsets(h, w, mask_stride_h, mask_stride_w, WIDE)
+        pointers = mask_ptr + offsets[:, None] + channel[None, :]
+        activation = tl.load(pointers, mask=within & (channel >= 0)[None, :], other=1.0)
+        y = relu_gradient(y, activation.to(ACC))
+    out_ptr += batch_offset(n, out_stride_n)
+    offsets = pixel_offsets(h, w, out_stride_h, out_stride_w, WIDE)
+    y = narrow(y, out_ptr.dtype.element_ty, SOFT_BF16)
+    tl.store(out_ptr + offsets[:, None] + c[None, :], y, mask=within)
+
+
+def plan(z: Tensor, out: Tensor, add: Tensor | None = None, mask: Tensor | None = None) -> Launch:
+    """Decide the launch of :func:`accumulate` without running it. Nothing may be empty."""
+    n, height, width, c = z.shape
+    assert_nhwc("z", z)
+    assert_nhwc("out", out, *z.shape)
+    assert_same("out", out, z)
+    for name, view in (("add", add), ("mask", mask)):
+        if view is not None:
+            assert_nhwc(name, view, n, height, width)
+            assert_same(name, view, z)
+            assert view.shape[3] <= c, f"{name} has {view.shape[3]} channels, z has {c}"
+    channels = [0 if view is None else view.shape[3] for view in (add, mask)]
+    # A tensor that is not there is never read: any stands for it.
+    z, out, add, mask = collapse_rows(
+        z, out, z if add is None else add, z if mask is None else mask
+    )
+    block_c = channel_block(c)
+    block_p = _STEP_ELEMENTS // block_c
+    tiles = cdiv(z.shape[1] * z.shape[2], block_p)
+    return Launch(
+        accumulate_kernel,
+        grid=(n * tiles * cdiv(c, block_c),),
+        args=dict(
+            z_ptr=z,
+            add_ptr=add if channels[0] else None,
+            mask_ptr=mask if channels[1] else None,
+            out_ptr=out,
+            height=z.shape[1],
+            width=z.shape[2],
+            tiles=tiles,
+            **strides("z", z),
+            **strides("add", add),
+            **strides("mask", mask),
+            **strides("out", out),
+        ),
+        constants=dict(
+            C=c,
+            BLOCK_C=block_c,
+            BLOCK_P=block_p,
+            ADD=channels[0],
+            MASK=channels[1],
+            ACC=triton_accumulator(z.dtype),
+            SOFT_BF16=soft_bf16(z.dtype),
+            WIDE=needs_int64(z, out, add, mask),
+        ),
+    )
+
+
+def accumulate(
+    z: Tensor, out: Tensor, add: Tensor | None = None, mask: Tensor | None = None
+) -> None:
+    """out = mask > 0 ? z + add : 0, computed in fp32 (fp64 for fp64), rounded once.
+
+    Args:
+        z: ``[N, H, W, C]`` view, the gradient of a convolution's input.
+        out: as ``z``, same dtype; may be ``z`` or ``add`` itself.
+        add: as in :func:`.conv.input_grad`, for the first channels, or None.
+        mask: as there, for the last channels, or None.
+    """
+    if out.numel() == 0:
+        return
+    plan(z, out, add, mask).run(z.device)

@@ -1,0 +1,20 @@
+"""The fused path on the backend of plain PyTorch, which takes any tensor and is quick.
+
+Asked for by name, ``reference`` means plain modules. Here it does the work of a fused
+backend: what is tested is everything above the kernels, which have tests of their own.
+"""
+
+import contextlib
+
+import pytest
+
+from vovnet_fast import backends
+
+
+@contextlib.contextmanager
+def fused():
+    """Let modules run as ops, whatever the device."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "fused", lambda *_: True)
+        patch.setattr(backends, "select", lambda *_: "reference")
+        yield

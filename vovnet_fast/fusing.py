@@ -1,0 +1,183 @@
+"""From modules to ops: the parameters of the fused path, and who can take it.
+
+The modules of :mod:`vovnet_fast.layers` hold parameters under their published names. What
+the ops take is made of them at every call, differentiably, so that optimisers, DDP and
+FSDP see nothing but the modules' own parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import backends
+from ._dtypes import accumulator
+from .norms import FrozenBatchNorm2d
+from .ops import ConvParams, batch_norm
+from .ops.batch_norm import FixedNorm
+from .ops.conv import channels_last, depthwise_last
+
+
+class Parts(NamedTuple):
+    """The modules of one convolution layer.
+
+    They are looked up at every call: SyncBN conversion, FSDP and quantisation replace
+    children, and must find their replacement used.
+    """
+
+    depthwise: Any
+    conv: Any
+    norm: Any
+
+    @classmethod
+    def of(cls, owner: nn.Module, name: str) -> Parts:
+        """Those of the layer ``name`` of ``owner``."""
+        parts: dict[str, Any] = owner._modules
+        if f"{name}/conv" in parts:
+            return cls(None, parts[f"{name}/conv"], parts[f"{name}/norm"])
+        return cls(
+            parts[f"{name}/dw_conv3x3"], parts[f"{name}/pw_conv1x1"], parts[f"{name}/pw_norm"]
+        )
+
+    def convs(self) -> list[Any]:
+        """The convolutions in the order in which they run."""
+        return [self.conv] if self.depthwise is None else [self.depthwise, self.conv]
+
+    @property
+    def batch(self) -> bool:
+        """Whether the norm takes its statistics from the batch."""
+        frozen = type(self.norm) is FrozenBatchNorm2d
+        fixed = getattr(self.norm, "running_mean", None) is not None and not self.norm.training
+        return not frozen and not fixed
+
+
+_FUSED_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
+
+
+class Fusable(nn.Module):
+    """A module whose convolution layers can run as one op."""
+
+    def conv_layers(self) -> dict[str, Parts]:
+        """Its convolution layers by name, in the order in which they run."""
+        raise NotImplementedError
+
+    @property
+    def batch(self) -> bool:
+        """Whether a norm takes its statistics from the batch."""
+        return any(parts.batch for parts in self.conv_layers().values())
+
+    def why_not_fused(self) -> str | None:
+        """The reason why no op can take the place of its parts, or None."""
+        for name, parts in self.conv_layers().items():
+            for conv in parts.convs():
+                if type(conv) is not nn.Conv2d:
+                    return f"{name}: the fused path knows nn.Conv2d, not {type(conv).__name__}"
+            if type(parts.norm) not in _FUSED_NORMS:
+                return f"{name}: the fused path knows batch norms, not {parts.norm}"
+        for name, child in self.named_modules():
+            if name and has_hooks(child):
+                return (
+                    f"{name} has hooks, and the fused path does not run this module: remove "
+                    "them, or use the reference backend"
+                )
+        return None
+
+    def goes_fused(self, x: Tensor) -> bool:
+        """Whether it runs as an op on ``x``.
+
+        Raises:
+            BackendError: a fused backend was asked for by name and cannot; the message says why.
+        """
+        if not fused(x):
+            return False
+        reason = self.why_not_fused()
+        if reason is not None and backends.chosen() != "auto":
+            raise backends.BackendError(reason)
+        return reason is None
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether something is to happen when ``module`` is called, which must then be called."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """Dtype of activations: that of ``x``, or autocast's."""
+    kind = x.device.type
+    if kind == "meta":  # PyTorch refuses to say whether autocast is on there.
+        return x.dtype
+    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return x.dtype
+
+
+def fused(x: Tensor) -> bool:
+    """Whether ``x`` goes through ops; see :func:`vovnet_fast.backends.fused`."""
+    return backends.fused(x.device, compute_dtype(x))
+
+
+def conv_params(layers: Sequence[Parts], dtype: torch.dtype) -> list[ConvParams]:
+    """Layers as the ops take them, for activations of ``dtype``. Differentiable."""
+    high = accumulator(dtype)
+    fixed = [
+        FixedNorm(n.weight, n.bias, n.running_mean, n.running_var, n.eps, conv.bias)
+        for _, conv, n in (parts for parts in layers if not parts.batch)
+    ]
+    folded = iter(batch_norm.fold(fixed, dtype) if fixed else [])
+    found = []
+    for parts in layers:
+        depthwise, conv, norm = parts
+        eps, group = None, ""
+        if not parts.batch:
+            scale, shift = next(folded)
+        else:
+            eps = norm.eps
+            if isinstance(norm, nn.SyncBatchNorm) and norm.training:
+                group = batch_norm.group_name(norm.process_group)
+            channels = conv.out_channels
+            scale, shift = (
+                conv.weight.new_full((channels,), value, dtype=high) if t is None else t.to(high)
+                for t, value in ((norm.weight, 1.0), (norm.bias, 0.0))
+            )
+            if conv.bias is not None:  # The mean takes it out again, and leaves a gradient of 0.
+                shift = shift + 0.0 * conv.bias.to(high)
+        found.append(
+            ConvParams(
+                channels_last(conv.weight),
+                scale,
+                shift,
+                (conv if depthwise is None else depthwise).stride[0],
+                None if depthwise is None else depthwise_last(depthwise.weight),
+                eps,
+                group,
+            )
+        )
+    return found
+
+
+@torch.no_grad()
+def update_running_statistics(layers: Sequence[Parts], statistics: Sequence[Tensor]) -> None:
+    """Let norms that took their statistics from the batch remember them, as PyTorch does."""
+    batch = [parts for parts in layers if parts.batch]
+    for parts, found in zip(batch, statistics, strict=True):
+        _, conv, norm = parts
+        if not norm.training or not norm.track_running_stats or norm.running_mean is None:
+            continue
+        factor: Any = norm.momentum
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.add_(1)
+            if factor is None:  # A cumulative average.
+                factor = 1.0 / norm.num_batches_tracked.to(found.dtype)
+        mean, variance = found[batch_norm.MEAN], found[batch_norm.VARIANCE]
+        if conv.bias is not None:
+            mean = mean + conv.bias.to(mean.dtype)
+        for running, new in ((norm.running_mean, mean), (norm.running_var, variance)):
+            running.copy_(torch.lerp(running.to(new.dtype), new, 0.0 if factor is None else factor))

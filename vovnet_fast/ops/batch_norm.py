@@ -1,0 +1,123 @@
+"""Batch norm: fixed statistics folded into a scale and a shift, or those of the batch.
+
+Statistics of the batch are kept as ``[6, C]`` in fp32 (fp64 for fp64): mean, 1 / sqrt(var
++ eps), scale, shift, unbiased variance, number of values. With a process group they are
+those of all its processes (SyncBN), each of which must then take part in every pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .._dtypes import accumulator
+
+MEAN, RSTD, SCALE, SHIFT, VARIANCE, COUNT = range(6)
+"""Rows of the statistics of a batch."""
+
+
+class FixedNorm(NamedTuple):
+    """A batch norm with fixed statistics, after a convolution.
+
+    Attributes:
+        weight, bias: ``[C]`` (gamma, beta), or None for one and zero.
+        mean, var: ``[C]`` running statistics.
+        eps: added to the variance.
+        conv_bias: ``[C]`` of the convolution before, or None.
+    """
+
+    weight: Tensor | None
+    bias: Tensor | None
+    mean: Tensor
+    var: Tensor
+    eps: float
+    conv_bias: Tensor | None = None
+
+
+def fold(norms: Sequence[FixedNorm], dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """(scale, shift) of each norm, in the accumulator of activations of ``dtype``.
+
+    Differentiable. All norms are folded at a time: one by one, the launches of these
+    few numbers would take longer than a small convolution.
+    """
+    high = accumulator(dtype)
+    sizes = [len(norm.mean) for norm in norms]
+
+    def joined(parts: list[Tensor | None], default: float) -> Tensor | None:
+        if all(part is None for part in parts):
+            return None
+        full = [
+            norm.mean.new_full((size,), default, dtype=high) if part is None else part.to(high)
+            for part, norm, size in zip(parts, norms, sizes, strict=True)
+        ]
+        return torch.cat(full) if len(full) > 1 else full[0]
+
+    mean, var = joined([n.mean for n in norms], 0.0), joined([n.var for n in norms], 0.0)
+    assert mean is not None
+    assert var is not None
+    if len({norm.eps for norm in norms}) == 1:
+        scale = torch.rsqrt(var + norms[0].eps)
+    else:
+        eps = torch.cat(
+            [var.new_full((size,), n.eps) for n, size in zip(norms, sizes, strict=True)]
+        )
+        scale = torch.rsqrt(var + eps)
+    gamma, beta = joined([n.weight for n in norms], 1.0), joined([n.bias for n in norms], 0.0)
+    conv_bias = joined([n.conv_bias for n in norms], 0.0)
+    if gamma is not None:
+        scale = scale * gamma
+    shift = (-mean if conv_bias is None else conv_bias - mean) * scale
+    if beta is not None:
+        shift = shift + beta
+    return list(zip(scale.split(sizes), shift.split(sizes), strict=True))
+
+
+def group_name(group: dist.ProcessGroup | None) -> str:
+    """Name by which ops know a process group (None: all processes); empty for one process."""
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size(group) == 1:
+        return ""
+    members = group or dist.group.WORLD
+    assert members is not None
+    return members.group_name
+
+
+def _group(name: str) -> dist.ProcessGroup:
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def statistics(
+    backend: ModuleType, partials: Tensor, gamma: Tensor, beta: Tensor, eps: float, group: str
+) -> Tensor:
+    """``[6, C]`` statistics from partial ones, ``[R, 3, C]``; see :mod:`vovnet_fast.backends`."""
+    if group:
+        local = backend.batch_norm_merge(partials)
+        members = _group(group)
+        rows, channels = local.shape
+        gathered = local.new_empty(dist.get_world_size(members) * rows, channels)
+        dist.all_gather_into_tensor(gathered, local, members)
+        partials = gathered.view(-1, rows, channels)
+    norm: Tensor = backend.batch_norm_finish(partials, gamma, beta, eps)
+    return norm
+
+
+def backward(
+    backend: ModuleType, g: Tensor, z: Tensor, norm: Tensor, gamma: Tensor, group: str
+) -> tuple[Tensor, Tensor]:
+    """Turn the gradient of the norm's output into that of its input ``z``, in place.
+
+    Returns:
+        gradients of gamma and of beta. As in SyncBN they are this process's share: DDP
+        averages them.
+    """
+    sums = backend.batch_norm_sums(g, z, norm)
+    total = sums
+    if group:
+        total = sums.clone()
+        dist.all_reduce(total, group=_group(group))
+    backend.batch_norm_input_grad(g, z, norm, total, gamma, g)
+    return sums[1].clone(), sums[0].clone()  # Ops return tensors that share no memory.
