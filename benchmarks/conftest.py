@@ -17,10 +17,10 @@ def watch(device):
 
 
 @pytest.fixture(autouse=True)
-def _best_cudnn(device):
+def _best_cudnn(device, request):
     """cuDNN may try its algorithms, for every provider: nobody is compared with a bad one."""
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
-    with torch.inference_mode():
+    with torch.inference_mode(not getattr(request.module, "TRAINS", False)):
         yield
     torch.backends.cudnn.benchmark = before
     if device.type == "cuda":

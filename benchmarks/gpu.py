@@ -6,8 +6,9 @@ time limit of its own; one that fails, crashes or hangs costs its own results on
 valuable steps come first: what does not fit into ``--minutes`` is left out at the end.
 
 The folder: ``summary.json`` and ``summary.md`` (rewritten after every step), ``log.txt``
-(what the steps printed), ``junit_kernels.xml``, ``junit_gpu.xml``, ``benchmarks.json`` (the rows
-of pytest-benchmark) and ``tuning.json`` (the engines that were measured to be the fastest).
+(what the steps printed), ``junit_*.xml`` (the tests), ``benchmarks.json`` (the rows of
+pytest-benchmark), ``tuning.json`` (the engines that were measured to be the fastest), and
+``comparison.png`` and ``comparison.json`` of two trainings, where mmdet is installed.
 
 Exit status: 0, 1 if a step failed or ran out of time, 2 without a GPU.
 """
@@ -213,7 +214,8 @@ class Run:
         part = self.out / "summary.json.part"
         part.write_text(json.dumps(content, indent=1) + "\n")
         part.replace(self.out / "summary.json")
-        (self.out / "summary.md").write_text(_markdown(self.provenance, self.results))
+        text = _markdown(self.provenance, self.results) + _networks(self.out / "benchmarks.json")
+        (self.out / "summary.md").write_text(text)
 
 
 def _end_group(process: subprocess.Popen) -> None:
@@ -243,6 +245,34 @@ def _markdown(provenance: dict[str, Any], results: Sequence[Result]) -> str:
     for row in results:
         detail = row.detail.replace("|", "\\|").replace("\n", " ")
         lines.append(f"| {row.name} | {row.what} | {row.status} | {row.seconds:.0f} | {detail} |")
+    return "\n".join(lines) + "\n"
+
+
+_NETWORK_COLUMNS = {
+    "ms": ("device_ms", "{:.2f}"),
+    "eager's time : this": ("ratio_to_eager", "{:.2f}"),
+    "peak MiB": ("peak_mib", "{:.0f}"),
+    "this peak : eager's": ("peak_to_eager", "{:.2f}"),
+    "kept MiB": ("kept_mib", "{:.0f}"),
+    "distance": ("distance", "{:.1e}"),
+}
+
+
+def _networks(rows: Path) -> str:
+    """A table of what was measured of whole networks, compared with eager of the same run."""
+    if not rows.exists():
+        return ""
+    found = [row for row in json.loads(rows.read_text())["benchmarks"] if "ratio_to_eager" in row]
+    if not found:
+        return ""
+    header = ["step", "network", "images", "provider", *_NETWORK_COLUMNS]
+    lines = ["", "# Networks", "", f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
+    for row in found:
+        cells = [row["step"], row["spec"], row["shape"], row["provider"]]
+        cells += [
+            shown.format(row[key]) if key in row else "" for key, shown in _NETWORK_COLUMNS.values()
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -458,6 +488,22 @@ class Folder:
 
         return Step("tuning", what, command, limit, self.environment, finish=finish)
 
+    def comparison(self, limit: float, *words: str) -> Step:
+        """Two trainings of the demo's detector, on plain PyTorch and on the fused path."""
+        out = self.scratch / "comparison"
+        command = [self.python, "demo/compare.py", "--out", str(out), *words]
+        missing = None if _installed("mmdet") else "mmdet is not installed"
+
+        def finish() -> None:
+            for name, target in (("comparison.png", ".png"), ("metrics.json", ".json")):
+                if (out / name).exists():
+                    shutil.copy(out / name, self.out / f"comparison{target}")
+
+        return Step(
+            "trainings", "the demo's detector, trained twice", command, limit, self.environment,
+            finish=finish, missing=missing,
+        )  # fmt: skip
+
 
 def gpu_steps(folder: Folder) -> list[Step]:
     """All steps, the most valuable first."""
@@ -467,13 +513,26 @@ def gpu_steps(folder: Folder) -> list[Step]:
         what = f"inference, {name}"
         return folder.benchmark(name, what, limit, cases, "-k", selected, *words, **options)
 
+    def training(name: str, limit: float, selected: str, *words: str) -> Step:
+        what, file = f"training steps, {name}", "benchmarks/test_training.py"
+        return folder.benchmark(
+            f"training {name}", what, limit, file, "-k", selected, *words, reserve=last
+        )
+
     precompile = [folder.python, "-m", "benchmarks.precompile"]
+    trained = [*precompile, "--training", "--spec", "V-39-eSE", "V-99-eSE"]
     last = 15.0  # For the export.
     return [
         folder.tests("kernels", "the kernels on the device", 150, "tests/kernels"),
         Step("compile", "kernels of the benchmarks", precompile, 90, folder.environment),
         inference("V-39 800x1344", 45, "V-39-eSE and 800x1344", reserve=last),
         inference("V-99 800x1344", 45, "V-99-eSE and 800x1344", reserve=last),
+        Step(
+            "compile training", "kernels of the training steps", trained, 90, folder.environment,
+            reserve=last,
+        ),
+        training("V-99 640x1600", 60, "V-99-eSE and 640x1600"),
+        training("V-39 800x1344", 45, "V-39-eSE and 800x1344"),
         folder.tests(
             "gpu", "graphs, streams and frozen networks", 75,
             "tests", "--ignore=tests/kernels", "--continue-on-collection-errors", "-m", "gpu",
@@ -482,6 +541,11 @@ def gpu_steps(folder: Folder) -> list[Step]:
         folder.benchmark(
             "conv", "every layer on every engine", 75, "benchmarks/test_conv.py", reserve=last
         ),
+        folder.tests(
+            "gradients", "gradients of all architectures", 90,
+            "tests/kernels/test_device.py", "-m", "slow",
+        ),
+        training("others", 90, "(V-39-eSE and 640x1600) or (V-99-eSE and 800x1344)"),
         inference("V-39 others", 45, "V-39-eSE and not 800x1344", reserve=last),
         inference("V-99 others", 60, "V-99-eSE and not 800x1344", reserve=last),
         inference("V-19", 60, "V-19-slim-dw-eSE", reserve=last),
@@ -491,7 +555,13 @@ def gpu_steps(folder: Folder) -> list[Step]:
             "compiled", 180, "V-39-eSE and 800x1344 and (eager or compiled)",
             "-m", "slow or not slow", reserve=last,
         ),
+        training(
+            "compiled", 180, "V-39-eSE and 800x1344 and compiled", "-m", "slow or not slow"
+        ),
         folder.tuning(30),
+        folder.comparison(
+            120, "--iterations", "300", "--train-scenes", "600", "--val-scenes", "100", "--amp"
+        ),
     ]  # fmt: skip
 
 
@@ -513,7 +583,9 @@ def dry_steps(folder: Folder) -> list[Step]:
         folder.tests("gpu", "tests with a GPU", 60, "tests/test_freeze_gpu.py", "-m", "gpu"),
         folder.sanitizer("memcheck", 60),
         folder.benchmark("conv", "one layer on every engine", 60, "benchmarks/test_conv.py"),
+        folder.benchmark("training", "training steps", 60, "benchmarks/test_training.py"),
         folder.tuning(30),
+        folder.comparison(60, "--help"),
     ]
 
 

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import importlib
 import types
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from vovnet_fast import VoVNet
+from vovnet_fast import VoVNet, backends, tuning
+from vovnet_fast.fusing import Fusable
 from vovnet_fast.ops._checks import nhwc
 from vovnet_fast.ops.features import run
 from vovnet_fast.plan import plan_forward
@@ -54,6 +58,93 @@ def image(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
     torch.manual_seed(1)
     x = torch.randn(shape[0], 3, *shape[1:], device=device, dtype=dtype)
     return x.to(memory_format=torch.channels_last)
+
+
+# --------------------------------------------------------------------------------------
+# Training
+# --------------------------------------------------------------------------------------
+
+
+TRAINING_SPECS = ("V-39-eSE", "V-99-eSE")
+TRAINING_SHAPES: tuple[Shape, ...] = ((2, 800, 1344), (6, 640, 1600))
+"""Two of a detector's images, PETR's six cameras."""
+
+TRAINING_SMALL: tuple[str, Shape] = ("V-19-slim-dw-eSE", (1, 64, 64))
+"""What a CPU is given."""
+
+
+def build_training(spec: str, device: torch.device, *, with_cp: bool = False) -> VoVNet:
+    """A network in training mode, batch norms with fixed statistics, fp32, ``channels_last``."""
+    torch.manual_seed(0)
+    with torch.device(device):
+        model: Any = VoVNet(spec, with_cp=with_cp)
+    return cast(VoVNet, model.to(memory_format=torch.channels_last).train())
+
+
+class TrainingStep:
+    """Forward and backward pass; calling it leaves gradients of all parameters.
+
+    Args:
+        model: makes features of images. On a GPU it runs under autocast to bf16.
+        shape: of the images.
+        device: of both.
+    """
+
+    def __init__(self, model: nn.Module, shape: Shape, device: torch.device) -> None:
+        self.model, self.parameters = model, list(model.parameters())
+        self._images = image(shape, torch.float32, device)
+        self._gradients: list[Tensor] = []
+
+    def __call__(self) -> None:
+        self.clear()
+        self.backward(self.forward())
+
+    def clear(self) -> None:
+        """Forget gradients, and give their memory back."""
+        for parameter in self.parameters:
+            parameter.grad = None
+
+    def forward(self) -> tuple[Tensor, ...]:
+        """The features, and all that autograd keeps."""
+        kind = self._images.device.type
+        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
+            features: tuple[Tensor, ...] = self.model(self._images)
+        return features
+
+    def backward(self, features: tuple[Tensor, ...]) -> None:
+        """Take gradients of the features back: normal numbers, the same for every model."""
+        if not self._gradients:
+            torch.manual_seed(2)
+            random = [torch.randn(f.shape, device=f.device).to(f.dtype) for f in features]
+            self._gradients = [g.to(memory_format=torch.channels_last) for g in random]
+        torch.autograd.backward(features, self._gradients)
+
+    def distance(self, gradients: list[Tensor]) -> float:
+        """Of this step's gradients from others, of all parameters together, relative."""
+        ours = [cast(Tensor, parameter.grad) for parameter in self.parameters]
+        apart = sum((g - h).double().square().sum() for g, h in zip(ours, gradients, strict=True))
+        return cast(Tensor, apart / sum(h.double().square().sum() for h in gradients)).sqrt().item()
+
+
+def fold_in_graph(model: VoVNet) -> VoVNet:
+    """Fold fixed batch norms into weights at every call, as mmengine's efficient_conv_bn_eval.
+
+    Autograd then keeps no input of a batch norm, and still has gradients of its parameters.
+    """
+    for part in model.modules():
+        for _, conv, norm in part.conv_layers().values() if isinstance(part, Fusable) else ():
+            conv.forward = functools.partial(_conv_and_norm, conv, norm)
+            norm.forward = lambda x: x
+    return model
+
+
+def _conv_and_norm(conv: nn.Conv2d, norm: Any, x: Tensor) -> Tensor:
+    """A convolution whose weights take the fixed batch norm after it along."""
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    shift = norm.bias - norm.running_mean * scale
+    shift = shift if conv.bias is None else shift + conv.bias * scale
+    weight = conv.weight * scale[:, None, None, None]
+    return nn.functional.conv2d(x, weight, shift, conv.stride, cast(Any, conv.padding))
 
 
 @functools.cache
@@ -139,8 +230,8 @@ class _Listener:
         self.layers.setdefault(layer.name, layer)
         return scale.new_empty(x.shape[0], 1, weight.shape[0]) if pool else None
 
-    def gates(self, partials: Tensor, *_: Any) -> Tensor:
-        return partials[:, 0]
+    def gates(self, partials: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+        return partials[:, 0], partials[:, 0]
 
     def depthwise(self, *_: Any, **__: Any) -> None: ...
 
@@ -159,35 +250,77 @@ def layers(spec: str, shape: Shape) -> dict[str, Layer]:
     return listener.layers
 
 
-def launches(spec: str, shape: Shape) -> Iterator[Launch]:
-    """Everything that a fused network and its tuning can launch in bf16, on meta tensors."""
-    from vovnet_fast.backends import triton as backend
-    from vovnet_fast.kernels import conv
+# --------------------------------------------------------------------------------------
+# Launches
+# --------------------------------------------------------------------------------------
+
+
+def launches(spec: str, shape: Shape, *, training: bool = False) -> Iterator[Launch]:
+    """Everything that a fused network and its tuning can launch, on meta tensors.
+
+    The static choices come first. Activations are in bf16; weights too, and in training,
+    which is then forward and backward pass, in fp32.
+    """
     from vovnet_fast.kernels._common import recording
 
-    meta, bf16 = torch.device("meta"), torch.bfloat16
-    with recording() as rest, torch.device("meta"), torch.no_grad():
-        model = VoVNet(spec).to(bf16).eval()
-        view = torch.empty(shape[0], *shape[1:], 3, dtype=bf16)
-        run(backend, view, model.fold(bf16), model.out_features)
-    for layer in layers(spec, shape).values():
-        x, weight, scale, shift, out = layer.tensors(bf16, meta)
-        options: dict[str, Any] = dict(stride=layer.stride)
-        with recording() as rest_of_aten:
-            backend.run_engine(
-                backend.ATEN, x, weight, scale, shift, out,
-                relu=True, pool=layer.pool, **options,
-            )  # fmt: skip
-        rest += rest_of_aten
-        for config in conv.choices(x, weight, out, **options)[0]:
-            partials = None
-            if layer.pool:
-                tiles = conv.pool_tiles(x, weight, out, config=config, **options)
-                partials = scale.new_empty(x.shape[0], tiles, weight.shape[0])
-            yield conv.plan(
-                x, weight, scale, shift, out, pool_partials=partials, config=config, **options
-            )
-    yield from (launch for launch in rest if not launch.kernel.fn.__name__.startswith("conv"))
+    for every in (False, True):
+        with recording() as found, _choosing(every), torch.device("meta"):
+            if training:
+                _plan_training(spec, shape)
+            else:
+                _plan_inference(spec, shape)
+        yield from found
+
+
+@contextlib.contextmanager
+def _choosing(every: bool) -> Iterator[None]:
+    """Let all choices be the static ones, and with ``every`` let each candidate run before."""
+
+    def choose(device, problem, candidates, static, run, timer=None, prepare=None):
+        for candidate in candidates if every else ():
+            run(candidate)
+        return static
+
+    with mock.patch.object(tuning, "choose", choose):
+        yield
+
+
+def _plan_inference(spec: str, shape: Shape) -> None:
+    from vovnet_fast.backends import triton as backend
+
+    model = VoVNet(spec).to(torch.bfloat16).eval()
+    view = torch.empty(shape[0], *shape[1:], 3, dtype=torch.bfloat16)
+    with torch.no_grad():
+        run(backend, view, model.fold(torch.bfloat16), model.out_features)
+
+
+# Not by attribute: the package's functions of the same names hide some of the modules.
+_BACKWARD_OPS = [
+    getattr(importlib.import_module(f"vovnet_fast.ops.{module}"), f"_{op}_backward")
+    for module, op in (("osa", "osa_block"), ("chain", "conv_chain"), ("max_pool", "max_pool"))
+]
+
+
+@contextlib.contextmanager
+def on_meta() -> Iterator[None]:
+    """Let the ops of the Triton backend, backward ones too, run on meta tensors.
+
+    torch.library would run no op on them, but its fake.
+    """
+    with backends.shapes_only("triton"), contextlib.ExitStack() as stack:
+        for op in _BACKWARD_OPS:
+            name = op._name.removeprefix("vovnet_fast::")
+            stack.enter_context(mock.patch.object(torch.ops.vovnet_fast, name, op._init_fn))
+        yield
+
+
+def _plan_training(spec: str, shape: Shape) -> None:
+    model = build_training(spec, torch.device("meta"))
+    images = torch.empty(shape[0], 3, *shape[1:], dtype=torch.bfloat16)
+    with on_meta():
+        # Not the model itself, which wants images in the weights' dtype where autocast is off.
+        features = model._run_modules(images.to(memory_format=torch.channels_last))
+        torch.autograd.backward(features, [torch.empty_like(f) for f in features])
 
 
 # --------------------------------------------------------------------------------------

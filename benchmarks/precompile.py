@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from . import sanitize
-from .networks import SHAPES, SPECS, Shape, launches
+from .networks import SHAPES, SPECS, TRAINING_SHAPES, Shape, launches
 
 if TYPE_CHECKING:
     from vovnet_fast.kernels._common import Launch
@@ -30,11 +30,15 @@ if TYPE_CHECKING:
 PLANNED_FOR = (9, 0)
 
 
-def different(networks: Iterable[tuple[str, Shape]]) -> Iterator[Launch]:
-    """What these networks and :mod:`benchmarks.sanitize` launch, each different kernel once."""
+def different(networks: Iterable[tuple[str, Shape]], *, training: bool = False) -> Iterator[Launch]:
+    """What these networks launch, each different kernel once, and without ``training`` what
+    :mod:`benchmarks.sanitize` does.
+    """
     seen = set()
-    everything = (launches(*network) for network in networks)
-    for launch in itertools.chain(*everything, sanitize.launches()):
+    everything = [launches(*network, training=training) for network in networks]
+    if not training:
+        everything.append(iter(sanitize.launches()))
+    for launch in itertools.chain(*everything):
         # Sizes and strides count as far as Triton specialises kernels for them.
         integers = [
             (name, value == 1, value % 16 == 0)
@@ -52,14 +56,16 @@ def different(networks: Iterable[tuple[str, Shape]]) -> Iterator[Launch]:
             yield launch
 
 
-def compile_share(networks: list[tuple[str, Shape]], share: int, of: int) -> tuple[int, int]:
+def compile_share(
+    networks: list[tuple[str, Shape]], training: bool, share: int, of: int
+) -> tuple[int, int]:
     """Compile every ``of``-th different kernel, without running it.
 
     Returns:
         how many were compiled, and how many the compiler refused.
     """
     done = refused = 0
-    for launch in itertools.islice(different(networks), share, None, of):
+    for launch in itertools.islice(different(networks, training=training), share, None, of):
         options = dict(num_warps=launch.num_warps, num_stages=launch.num_stages)
         try:
             launch.kernel.warmup(**launch.args, **launch.constants, **options, grid=launch.grid)
@@ -74,12 +80,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Entry of ``python -m benchmarks.precompile``."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.precompile")
     parser.add_argument("--spec", nargs="+", default=list(SPECS), choices=SPECS)
+    parser.add_argument("--training", action="store_true", help="what training steps launch")
     parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
     parser.add_argument("--list", action="store_true", help="count launches, compile nothing")
     options = parser.parse_args(arguments)
-    networks = [(spec, shape) for spec in options.spec for shape in SHAPES]
+    shapes = TRAINING_SHAPES if options.training else SHAPES
+    networks = [(spec, shape) for spec in options.spec for shape in shapes]
     if options.list:
-        count = sum(1 for _ in different(networks[:1]))
+        count = sum(1 for _ in different(networks[:1], training=options.training))
         print(f"{count} different kernels, {options.spec[0]} at its first shape among them")
         return 0
     if torch.cuda.get_device_capability() != PLANNED_FOR:
@@ -89,7 +97,10 @@ def main(arguments: list[str] | None = None) -> int:
     # A forked process could not use the GPU.
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(count, mp_context=context) as pool:
-        shares = [pool.submit(compile_share, networks, share, count) for share in range(count)]
+        shares = [
+            pool.submit(compile_share, networks, options.training, share, count)
+            for share in range(count)
+        ]
         results = [share.result() for share in shares]
     done, refused = map(sum, zip(*results, strict=True))
     print(f"{done} kernels compiled, {refused} refused, {time.perf_counter() - begin:.0f} s")

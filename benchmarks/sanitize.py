@@ -1,4 +1,4 @@
-"""Launch every kernel, and one whole network, once: what compute-sanitizer watches.
+"""Launch every kernel, and whole networks, once: what compute-sanitizer watches.
 
 ``compute-sanitizer python -m benchmarks.sanitize``. Sizes are small and odd, so that every tile
 hangs over an edge. Nothing is measured and no result is compared: the tests do that. Without
@@ -12,9 +12,10 @@ import sys
 
 import torch
 
-from vovnet_fast import VoVNet
+from benchmarks.networks import on_meta
+from vovnet_fast import VoVNet, backends
 from vovnet_fast.backends import triton as backend
-from vovnet_fast.kernels import conv, max_pool
+from vovnet_fast.kernels import accumulate, conv, conv_weight_grad, max_pool
 from vovnet_fast.kernels._common import Launch, recording
 from vovnet_fast.ops.features import run as run_network
 
@@ -37,6 +38,25 @@ def _convolutions(device: torch.device, dtype: torch.dtype) -> None:
                 )
 
 
+def _gradients(device: torch.device, dtype: torch.dtype) -> None:
+    """The same for the convolutions of a backward pass, and those that leave statistics."""
+    for c_in, c_out, kernel, stride in LAYERS:
+        options = dict(stride=stride)
+        size = [conv.output_size(19, 37, kernel, stride)[axis] for axis in (0, 1)]
+        x = torch.zeros(2, 19, 37, c_in, dtype=dtype, device=device)
+        g = torch.zeros(2, *size, c_out, dtype=dtype, device=device)
+        weight = torch.zeros(c_out, kernel, kernel, c_in, dtype=dtype, device=device)
+        packed = torch.zeros(c_in, kernel, kernel, c_out, dtype=dtype, device=device)
+        scale = torch.ones(c_out, device=device)
+        for config in conv.choices(x, weight, g, statistics=True, **options)[0]:
+            backend.run_statistics_engine(config.name, x, weight, g, **options)
+        for config in conv_weight_grad.choices(x, g, kernel, **options)[0]:
+            backend.run_weight_grad_engine(config.name, x, g, weight, scale, **options)
+        for views in (dict(add=None, mask=None), dict(add=x, mask=torch.ones_like(x))):
+            for config in conv.input_grad_choices(g, packed, x, **views, **options)[0]:
+                backend.run_input_grad_engine(config.name, g, packed, x, **views, **options)
+
+
 def _others(device: torch.device, dtype: torch.dtype) -> None:
     """Everything but convolutions, on a width that fills no block of channels."""
     x = torch.zeros(2, 9, 13, 56, dtype=dtype, device=device)
@@ -48,7 +68,7 @@ def _others(device: torch.device, dtype: torch.dtype) -> None:
     )
     assert partials is not None
     for kind in ("hard_sigmoid", "sigmoid"):
-        gates = backend.gates(partials, 9 * 13, fc, one, kind)
+        gates, _ = backend.gates(partials, 9 * 13, fc, one, kind)
         backend.apply_gates(x, gates, x, out)
     taps = torch.zeros(3, 3, 56, dtype=dtype, device=device)
     for stride, into in ((1, out), (2, small)):
@@ -56,6 +76,7 @@ def _others(device: torch.device, dtype: torch.dtype) -> None:
     argmax = torch.zeros(small.shape, dtype=torch.uint8, device=device)
     max_pool.max_pool(x, small, "padded", argmax)
     max_pool.max_pool(x, small[:, :4, :6], "ceil")
+    accumulate.accumulate(x, out, out, x)
 
 
 def _network(device: torch.device, dtype: torch.dtype) -> None:
@@ -66,11 +87,23 @@ def _network(device: torch.device, dtype: torch.dtype) -> None:
     run_network(backend, view, model.fold(dtype), model.out_features)
 
 
+def _training(device: torch.device, dtype: torch.dtype) -> None:
+    """A training step of it, with fixed statistics and with those of the batch."""
+    on_gpu = device.type == "cuda"
+    for norm_eval in (True, False):
+        with torch.device(device):
+            model = VoVNet("V-19-slim-dw-eSE", norm_eval=norm_eval).to(dtype).train()
+        image = torch.zeros(2, 3, 72, 104, dtype=dtype, device=device)
+        with backends.use_backend("triton") if on_gpu else on_meta(), torch.enable_grad():
+            features = model(image)
+            torch.autograd.backward(features, [torch.zeros_like(f) for f in features])
+
+
 def launches() -> list[Launch]:
     """What :func:`main` launches on a GPU, for compiling it beforehand."""
     meta = torch.device("meta")
     with recording() as found, torch.no_grad():
-        for part in (_others, _convolutions, _network):
+        for part in (_others, _convolutions, _gradients, _network, _training):
             part(meta, torch.float16)
     return found
 
@@ -85,8 +118,8 @@ def main() -> int:
     with torch.no_grad():
         _others(device, torch.float16)
         if device.type == "cuda":  # Minutes in the interpreter.
-            _convolutions(device, torch.float16)
-            _network(device, torch.float16)
+            for part in (_convolutions, _gradients, _network, _training):
+                part(device, torch.float16)
             torch.cuda.synchronize()
     print("every kernel was launched")
     return 0

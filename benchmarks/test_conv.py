@@ -43,6 +43,7 @@ def test_conv(name, benchmark, watch, device):
     reason = backends.why_not("triton", device)
     if reason is not None:
         pytest.skip(reason)
+    from vovnet_fast.backends import cudnn_graph
     from vovnet_fast.backends import triton as backend
 
     layer = CASES[name]
@@ -50,12 +51,18 @@ def test_conv(name, benchmark, watch, device):
     x, weight, _, _, out = tensors
     found, static = backend._kernels().conv.choices(x, weight, out, stride=layer.stride)
     engines, times = {}, {}
+    graphs, missing = [], "it has no sums for the pool"
+    if not layer.pool:
+        graphs = cudnn_graph.engines(*tensors, stride=layer.stride)
+        missing = cudnn_graph.why_none(*tensors, stride=layer.stride)
+    if not graphs:
+        engines[cudnn_graph.NAME] = {"error": missing}
 
     def run(engine):
         options = dict(stride=layer.stride, relu=True, pool=layer.pool)
         backend.run_engine(engine, *tensors, **options)
 
-    for engine in (backend.ATEN, *(config.name for config in found)):
+    for engine in (backend.ATEN, *graphs, *(config.name for config in found)):
         try:
             seconds = watch.median(lambda engine=engine: run(engine), *(() if ON_GPU else (1, 0)))
         except Exception as error:

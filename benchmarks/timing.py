@@ -64,12 +64,20 @@ class Stopwatch:
         return statistics.median(seconds)
 
 
-def measure(benchmark: Any, watch: Stopwatch, work: Callable[[], Any]) -> float:
-    """Give ``work`` to pytest-benchmark; returns the median in ms, which extra_info has too."""
+def measure(
+    benchmark: Any,
+    watch: Stopwatch,
+    work: Callable[[], Any],
+    before: Callable[[], None] | None = None,
+) -> float:
+    """Give ``work`` to pytest-benchmark; returns the median in ms, which extra_info has too.
+
+    ``before`` runs ahead of every round; it should leave the device idle, and its cache cold.
+    """
     seconds: list[float] = []
     benchmark.pedantic(
         lambda: seconds.append(watch.time(work)),
-        setup=watch.chill,
+        setup=before or watch.chill,
         rounds=ROUNDS,
         warmup_rounds=WARM_UP,
     )

@@ -181,6 +181,58 @@ def draw_losses(
     save(figure, target)
 
 
+_COMPARED = {"mAP": "bbox_mAP", "mAP50": "bbox_mAP_50", "mAP75": "bbox_mAP_75"}
+
+
+def draw_comparison(
+    losses: dict[str, np.ndarray],
+    metrics: dict[str, dict[str, float | None]],
+    target: Path,
+    title: str,
+) -> None:
+    """Draw two trainings: their losses over the iterations, and what they reached.
+
+    Args:
+        losses: ``[iterations]`` total loss by training.
+        metrics: mmdet's COCO metrics by training, of the same names. These three are
+            never None.
+        target: PNG to write.
+        title: heading.
+    """
+    figure = Figure(figsize=(10, 4.5), dpi=110, layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=[2, 1])
+    # Told apart by dashes and hatching too, in print and with any kind of colour vision.
+    styles = [(BLACK, "-", ""), (VERMILION, "--", "///")]
+    width, places = 0.36, np.arange(len(_COMPARED))
+    for i, ((name, values), (color, line, hatch)) in enumerate(
+        zip(losses.items(), styles, strict=True)
+    ):
+        iterations = np.arange(1, len(values) + 1)
+        left.plot(iterations, values, color=color, linewidth=0.5, alpha=0.2)
+        left.plot(iterations, smooth(values), color=color, linestyle=line, label=name)
+        heights = [metrics[name][key] for key in _COMPARED.values()]
+        bars = right.bar(
+            places + (i - 0.5) * width, heights, width,
+            facecolor="white" if hatch else "0.75", edgecolor=color, hatch=hatch, label=name,
+        )  # fmt: skip
+        right.bar_label(bars, fmt="%.3f", fontsize=8, padding=2)
+    left.set_yscale("log")
+    left.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter(NullFormatter())
+    left.set_xlabel("iteration")
+    left.set_ylabel("training loss (log scale)")
+    left.grid(alpha=0.3)
+    left.legend(title="mean of 30 iterations")
+    right.set_xticks(places, list(_COMPARED))
+    right.set_ylim(0, 1.15)  # Room for the legend above the bars.
+    right.set_yticks(np.linspace(0, 1, 6))
+    right.set_ylabel("average precision on unseen scenes")
+    right.legend(loc="upper center", ncols=2)
+    figure.suptitle(shorten(title, 110))
+    save(figure, target)
+
+
 def smooth(values: np.ndarray, window: int = 30) -> np.ndarray:
     """Mean of the last ``window`` values, of fewer at the start; ``[n]`` to ``[n]``."""
     total = np.cumsum(np.insert(values, 0, 0.0))

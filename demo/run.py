@@ -16,6 +16,7 @@ import shutil
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,22 +55,28 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         epilog="The folder gets detections.png, loss_curve.png, metrics.json, checkpoint.pth, "
         "config.py, \ndetections.bbox.json (COCO results), scenes/ (the dataset) and logs/.",
     )
+    add_training_arguments(parser, Path("work_dirs/demo"))
+    parser.add_argument(
+        "--device",
+        choices=("cpu", "cuda"),
+        default="cpu",
+        help="where to train (default: %(default)s)",
+    )
+    return parser.parse_args(argv)
+
+
+def add_training_arguments(parser: argparse.ArgumentParser, out: Path) -> None:
+    """Add what says where the results go, and what is trained on what, and how long."""
     parser.add_argument(
         "--out",
         type=Path,
-        default=Path("work_dirs/demo"),
+        default=out,
         help="output folder; what an earlier run left there is replaced (default: %(default)s)",
     )
     parser.add_argument(
         "--spec",
         default="V-19-slim-dw-eSE",
         help="any architecture that vovnet_fast.specs.names() lists (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--device",
-        choices=("cpu", "cuda"),
-        default="cpu",
-        help="where to train (default: %(default)s)",
     )
     parser.add_argument(
         "--iterations",
@@ -95,7 +102,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default=0,
         help="of the scenes, the weights and the order of training (default: %(default)s)",
     )
-    return parser.parse_args(argv)
 
 
 def _positive(text: str) -> int:
@@ -117,16 +123,23 @@ def _whole_number(text: str, smallest: int, largest: int) -> int:
 def main(argv: list[str] | None = None) -> int:
     """Run the demo; returns the process's exit status."""
     args = parse_arguments(argv)
+    return report_errors("demo/run.py", lambda: run(args))
+
+
+def report_errors(program: str, work: Callable[[], None]) -> int:
+    """Do the work of a program; returns its exit status."""
     # Read by OpenMP when PyTorch is loaded. By default its threads wait by spinning, and
     # one other busy process on a small machine then makes training ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # An optional package of mmdet's, for a metric that is not used here.
+    warnings.filterwarnings("ignore", message="faster_coco_eval is not installed")
     try:
-        run(args)
+        work()
     except DemoError as error:
-        print(f"demo/run.py: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("demo/run.py: interrupted; the output folder is incomplete", file=sys.stderr)
+        print(f"{program}: interrupted; the output folder is incomplete", file=sys.stderr)
         return 130
     return 0
 
@@ -138,8 +151,6 @@ def run(args: argparse.Namespace) -> None:
         DemoError: see :func:`check`.
     """
     start = time.perf_counter()
-    # An optional package of mmdet's, for a metric that is not used here.
-    warnings.filterwarnings("ignore", message="faster_coco_eval is not installed")
     spec = check(args)
     # Imported late: --help and wrong arguments should not wait for mmdet.
     import drawing
@@ -222,11 +233,11 @@ def check(args: argparse.Namespace) -> VoVNetSpec:
     return spec
 
 
-def prepare_folder(out: Path) -> None:
+def prepare_folder(out: Path, outputs: tuple[str, ...] = OUTPUTS) -> None:
     """Make the output folder, without what an earlier run left in it."""
     out.mkdir(parents=True, exist_ok=True)
     (out / MARKER).touch()
-    for name in OUTPUTS:
+    for name in outputs:
         path = out / name
         if path.is_dir():
             shutil.rmtree(path)
@@ -253,11 +264,6 @@ def make_report(
     total_seconds: float,
 ) -> dict:
     """The content of metrics.json."""
-    import mmcv
-    import mmdet
-    import mmengine
-    import torch
-
     return {
         **result.metrics,
         "AP50_by_class": result.class_ap50,
@@ -274,13 +280,23 @@ def make_report(
             "evaluation": round(result.evaluation_seconds, 1),
             "total": round(total_seconds, 1),
         },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "mmdet": mmdet.__version__,
-            "mmcv": mmcv.__version__,
-            "mmengine": mmengine.__version__,
-        },
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what the results depend on."""
+    import mmcv
+    import mmdet
+    import mmengine
+    import torch
+
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "mmdet": mmdet.__version__,
+        "mmcv": mmcv.__version__,
+        "mmengine": mmengine.__version__,
     }
 
 

@@ -195,7 +195,7 @@ def train_and_evaluate(cfg: Config, out: Path, display: Display) -> Result:
     }
     return Result(
         metrics=_coco_metrics(hook.metrics),
-        class_ap50=_class_ap50(out),
+        class_ap50=_class_ap50(Path(cfg.data_root), out),
         losses=losses,
         learning_rates=np.array(hub.get_scalar("train/lr").data[0]),
         training_seconds=hook.seconds["training"],
@@ -217,12 +217,12 @@ def _coco_metrics(found: dict[str, float]) -> dict[str, float | None]:
     }
 
 
-def _class_ap50(out: Path) -> dict[str, float | None]:
+def _class_ap50(scenes: Path, out: Path) -> dict[str, float | None]:
     """AP at IoU 0.5 for each class, from the files of the evaluation.
 
     mmdet returns each class's mean over all IoU thresholds only.
     """
-    truth = COCO(str(out / "scenes" / "val.json"))
+    truth = COCO(str(scenes / "val.json"))
     names = [category["name"] for category in truth.loadCats(truth.getCatIds())]
     if not json.loads((out / "detections.bbox.json").read_text()):
         return dict.fromkeys(names, 0.0)
