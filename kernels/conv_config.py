@@ -54,12 +54,15 @@ class ConvConfig:
 
     @functools.cached_property
     def name(self) -> str:
-        """Short and unique, for tables: ``tma-8x16-128+64-k64-w8-s3-p``."""
-        tile = f"{self.tile_h}x{self.tile_w}"
+        """Short and unique, for tables: ``tma-128x128+64-k64-w8-s3-p``.
+
+        It says the pixels of a tile and not its shape, which follows from the image: a
+        choice by name holds for images of other sizes.
+        """
         blocks = "+".join(map(str, self.block_out))
         suffix = "-p" if self.persistent else ""
         return (
-            f"{self.form}-{tile}-{blocks}-k{self.block_k}-w{self.num_warps}-s{self.num_stages}"
+            f"{self.form}-{self.pixels}x{blocks}-k{self.block_k}-w{self.num_warps}-s{self.num_stages}"
             f"{suffix}"
         )
 

@@ -48,12 +48,14 @@ class WeightGradConfig:
 
     @functools.cached_property
     def name(self) -> str:
-        """Short and unique, for tables: ``tma-3x64-128+64-p64-w8-s3``."""
+        """Short and unique, for tables: ``pointer-1x128-128+64-w8-p32-s4``.
+
+        The pixels of a step of the ``tma`` form follow from the width of the image, and are
+        left out: a choice by name holds for images of other sizes.
+        """
         blocks = "+".join(map(str, self.block_out))
-        return (
-            f"{self.form}-{self.groups}x{self.columns}-{blocks}-p{self.pixels}"
-            f"-w{self.num_warps}-s{self.num_stages}"
-        )
+        name = f"{self.form}-{self.groups}x{self.columns}-{blocks}-w{self.num_warps}"
+        return name if self.form == "tma" else f"{name}-p{self.pixels}-s{self.num_stages}"
 
 
 def column_groups(config: WeightGradConfig, c_in: int, kernel: int) -> int:

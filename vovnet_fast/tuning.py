@@ -278,6 +278,17 @@ def may_measure(device: torch.device) -> bool:
     return enabled() and device.type == "cuda" and not torch.cuda.is_current_stream_capturing()
 
 
+@functools.cache
+def _announce() -> None:
+    """Say once why the first steps are slow."""
+    _log.warning(
+        "measuring which engines are fastest for layers not seen before on this machine; this "
+        "compiles many kernels, takes minutes, and is remembered in %s (%s=0 does without)",
+        cache_file(),
+        ENVIRONMENT,
+    )
+
+
 def choose(
     device: torch.device,
     problem: str,
@@ -308,10 +319,11 @@ def choose(
     if _static_only.get():
         return static
     known = table().get(machine(device), problem)
-    if known is not None and known in candidates:
-        return known
+    if known is not None:  # It may be one that cannot take these very tensors.
+        return known if known in candidates else static
     if not may_measure(device):
         return static
+    _announce()
     sound = candidates
     if prepare is not None:
         with torch.autocast(device.type, enabled=False):  # It would round what must be exact.

@@ -171,3 +171,24 @@ def test_the_static_choice_runs_where_nothing_can_be_measured(monkeypatch, devic
     _, static = backend._kernels().conv.choices(x, weight, out)
     engine = backend.choose_engine(x, weight, scale, shift, out, stride=1, relu=True, pool=False)
     assert engine == static.name
+
+
+def test_choices_hold_for_images_of_similar_sizes(monkeypatch, device):
+    """Detectors train on images of hundreds of sizes: not each may be measured."""
+    problems, names = set(), set()
+
+    def choose(device, problem, candidates, static, run, prepare=None):
+        problems.add(problem)
+        names.add(tuple(candidates))
+        return static
+
+    monkeypatch.setattr(tuning, "choose", choose)
+    for height, width in ((40, 48), (33, 60), (61, 32)):
+        x = torch.zeros(1, height, width, 32, device=device)
+        out, weight = torch.zeros_like(x), torch.zeros(32, 3, 3, 32, device=device)
+        vector = torch.zeros(32, device=device)
+        options = dict(stride=1, relu=True, pool=False)
+        backend.choose_engine(x, weight, vector, vector, out, **options)
+        backend.choose_weight_grad_engine(x, out, weight, None, stride=1)
+    assert len(problems) == 2
+    assert len(names) == 2

@@ -159,11 +159,15 @@ def _judge(
 
 
 def _problem(op: str, x: Tensor, weight: Sequence[int], stride: int, *words: str) -> str:
-    """What choices are remembered by: the op, ``[C_out, K, K, C_in]``, sizes and dtype of x."""
+    """What choices are remembered by: the op, ``[C_out, K, K, C_in]``, pixels and dtype of x.
+
+    Pixels are rounded up to a power of two: images of a detector in training have
+    hundreds of sizes, and what is fastest for one is for its neighbours.
+    """
     c_out, kernel, _, c_in = weight
-    size = "x".join(map(str, x.shape[:3]))
+    pixels = 1 << (x.shape[:3].numel() - 1).bit_length()
     dtype = str(x.dtype).removeprefix("torch.")
-    layer = f"{op} {kernel}x{kernel} stride {stride} {c_in}>{c_out} on {size} {dtype}"
+    layer = f"{op} {kernel}x{kernel} stride {stride} {c_in}>{c_out} on {pixels} pixels {dtype}"
     return " ".join(filter(None, (layer, "tf32" if _tf32(x) else "", *words)))
 
 
