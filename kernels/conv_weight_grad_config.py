@@ -126,12 +126,16 @@ def row_tile(width: int) -> int:
     return min(_TMA_STAGES, key=lambda pixels: (-width % pixels, -pixels))
 
 
-def _tma_candidates(c_in: int, c_out: int, kernel: int, width: int) -> list[WeightGradConfig]:
+def _tma_candidates(
+    capability: tuple[int, int], c_in: int, c_out: int, kernel: int, width: int
+) -> list[WeightGradConfig]:
     pixels = row_tile(width)
     found = [
         WeightGradConfig("tma", columns, groups, blocks, pixels, warps, _TMA_STAGES[pixels])
         for (groups, columns), shapes in _TMA_SHAPES.items()
         for blocks, warps in shapes
+        # It spills a register on sm_100.
+        if capability < (10, 0) or (groups, blocks) != (3, (128,))
     ]
     work = {config: _padded(config, c_in, c_out, kernel) for config in found}
     good = [config for config in found if work[config] <= _SPARE * min(work.values())]
@@ -199,5 +203,5 @@ def _candidates(
     ]
     found = list(dict.fromkeys(found))
     if tma and kind == "half" and capability >= (9, 0):
-        found = _tma_candidates(c_in, c_out, kernel, width) + found
+        found = _tma_candidates(capability, c_in, c_out, kernel, width) + found
     return tuple(found)
