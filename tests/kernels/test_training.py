@@ -212,3 +212,28 @@ def test_a_backward_pass_stays_on_the_backend_of_its_forward(monkeypatch):
     with backends.use_backend("reference"):
         sum(f.sum() for f in features).backward()
     assert {"conv_weight_grad", "max_pool_backward"} == set(ran)
+
+
+def test_ten_steps_follow_the_reference():
+    """The loss curve of a tiny network that learns, on the kernels and on plain PyTorch."""
+    curves = []
+    for backend in ("triton", "reference"):
+        model = network("detectron2", norm_eval=False, out_features=("stage2",))
+        head = nn.Linear(16, 3).double()
+        optimizer = torch.optim.SGD([*model.parameters(), *head.parameters()], 0.3, 0.9)
+        curve = []
+        for seed in range(10):
+            torch.manual_seed(seed)
+            labels = torch.arange(3)
+            images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
+            with backends.use_backend(backend):
+                [feature] = model(images * (1 + labels[:, None, None, None]))
+                logits = head(feature.mean((2, 3)))
+                loss = nn.functional.cross_entropy(logits, labels)
+                optimizer.zero_grad()
+                loss.backward()
+            optimizer.step()
+            curve.append(loss.item())
+        curves.append(torch.tensor(curve))
+    assert curves[1][-3:].mean() < 0.8 * curves[1][:3].mean()
+    torch.testing.assert_close(curves[0], curves[1], rtol=1e-6, atol=1e-7)
