@@ -248,6 +248,61 @@ def sweep(x: Tensor, elements: int, per_processor: int) -> Sweep:
     return Sweep(block_c, block_p, steps, tiles, groups * tiles)
 
 
+def pixelwise(
+    kernel: Any,
+    views: dict[str, Tensor | None],
+    *,
+    elements: int,
+    tile: int | None = None,
+    args: dict[str, Any] | None = None,
+    constants: dict[str, Any] | None = None,
+    num_warps: int = 4,
+) -> Launch:
+    """A kernel that does the same to every pixel: a program for a tile and a block of channels.
+
+    Args:
+        kernel: takes ``<name>_ptr`` and strides of each view, ``height``, ``width``, ``tiles``,
+            ``C``, ``BLOCK_C``, ``BLOCK_P``, ``ACC``, ``SOFT_BF16`` and ``WIDE``.
+        views: ``[N, H, W, C]`` by name. The first one has the channels of the launch; None
+            stands for one that is absent, which the kernel must not read.
+        elements: of a view that a program holds at a time.
+        tile: pixels of a program, if not those that it holds at a time.
+        args, constants: what else the kernel takes.
+        num_warps: warps a program.
+    """
+    present = {name: view for name, view in views.items() if view is not None}
+    given = dict(zip(present, collapse_rows(*present.values()), strict=True))
+    first = next(iter(given.values()))
+    n, height, width, c = first.shape
+    block_c = channel_block(c)
+    block_p = min(elements // block_c, tile or elements)
+    tiles = cdiv(height * width, tile or block_p)
+    pointers = {f"{name}_ptr": given.get(name) for name in views}
+    all_strides = [strides(name, given.get(name, first)) for name in views]
+    return Launch(
+        kernel,
+        grid=(n * tiles * cdiv(c, block_c),),
+        args=dict(
+            height=height,
+            width=width,
+            tiles=tiles,
+            **pointers,
+            **{key: value for found in all_strides for key, value in found.items()},
+            **(args or {}),
+        ),
+        constants=dict(
+            C=c,
+            BLOCK_C=block_c,
+            BLOCK_P=block_p,
+            ACC=triton_accumulator(first.dtype),
+            SOFT_BF16=soft_bf16(first.dtype),
+            WIDE=needs_int64(*given.values()),
+            **(constants or {}),
+        ),
+        num_warps=num_warps,
+    )
+
+
 @triton.jit
 def program_tile(tiles, C: tl.constexpr, BLOCK_C: tl.constexpr):
     """(image, tile, first channel) of this program, of ``tiles`` an image.

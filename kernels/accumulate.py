@@ -11,17 +11,11 @@ from ._common import (
     assert_nhwc,
     assert_same,
     batch_offset,
-    cdiv,
-    channel_block,
-    collapse_rows,
     narrow,
-    needs_int64,
     pixel_offsets,
+    pixelwise,
     program_tile,
     relu_gradient,
-    soft_bf16,
-    strides,
-    triton_accumulator,
 )
 
 _STEP_ELEMENTS = 4096  # What a program holds in registers.
@@ -76,39 +70,13 @@ def plan(z: Tensor, out: Tensor, add: Tensor | None = None, mask: Tensor | None 
             assert_nhwc(name, view, n, height, width)
             assert_same(name, view, z)
             assert view.shape[3] <= c, f"{name} has {view.shape[3]} channels, z has {c}"
-    channels = [0 if view is None else view.shape[3] for view in (add, mask)]
-    # A tensor that is not there is never read: any stands for it.
-    z, out, add, mask = collapse_rows(
-        z, out, z if add is None else add, z if mask is None else mask
-    )
-    block_c = channel_block(c)
-    block_p = _STEP_ELEMENTS // block_c
-    tiles = cdiv(z.shape[1] * z.shape[2], block_p)
-    return Launch(
+    return pixelwise(
         accumulate_kernel,
-        grid=(n * tiles * cdiv(c, block_c),),
-        args=dict(
-            z_ptr=z,
-            add_ptr=add if channels[0] else None,
-            mask_ptr=mask if channels[1] else None,
-            out_ptr=out,
-            height=z.shape[1],
-            width=z.shape[2],
-            tiles=tiles,
-            **strides("z", z),
-            **strides("add", add),
-            **strides("mask", mask),
-            **strides("out", out),
-        ),
+        dict(z=z, out=out, add=add, mask=mask),
+        elements=_STEP_ELEMENTS,
         constants=dict(
-            C=c,
-            BLOCK_C=block_c,
-            BLOCK_P=block_p,
-            ADD=channels[0],
-            MASK=channels[1],
-            ACC=triton_accumulator(z.dtype),
-            SOFT_BF16=soft_bf16(z.dtype),
-            WIDE=needs_int64(z, out, add, mask),
+            ADD=0 if add is None else add.shape[3],
+            MASK=0 if mask is None else mask.shape[3],
         ),
     )
 

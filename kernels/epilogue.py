@@ -14,18 +14,13 @@ from ._common import (
     assert_same,
     batch_offset,
     cdiv,
-    channel_block,
-    collapse_rows,
     narrow,
-    needs_int64,
     pixel_offsets,
+    pixelwise,
     program_tile,
     scale_shift_relu,
-    soft_bf16,
     store_statistics,
-    strides,
     tile_statistics,
-    triton_accumulator,
 )
 from .batch_norm import merge_two
 
@@ -113,37 +108,24 @@ def plan(
     if statistics is not None:
         assert scale is None, "statistics are those of z: a batch norm's scale follows from them"
         assert_packed("statistics", statistics, (n, tiles, 3, c), accumulator(z.dtype))
-    z, out = collapse_rows(z, out)
-    block_c = channel_block(c)
-    return Launch(
+    return pixelwise(
         epilogue_kernel,
-        grid=(n * tiles * cdiv(c, block_c),),
+        dict(z=z, out=out),
+        elements=_STEP_ELEMENTS,
+        tile=TILE_PIXELS,
         args=dict(
-            z_ptr=z,
             scale_ptr=scale,
             shift_ptr=shift,
-            out_ptr=out,
             pool_ptr=pool_partials,
             statistics_ptr=statistics,
-            height=z.shape[1],
-            width=z.shape[2],
-            tiles=tiles,
-            **strides("z", z),
-            **strides("out", out),
         ),
         constants=dict(
-            C=c,
-            BLOCK_C=block_c,
-            BLOCK_P=min(_STEP_ELEMENTS // block_c, TILE_PIXELS),
             TILE=TILE_PIXELS,
             SCALE=scale is not None,
             RELU=relu,
             POOL=pool_partials is not None,
             STATISTICS=statistics is not None,
             STORE=scale is not None or out.data_ptr() != z.data_ptr(),
-            ACC=triton_accumulator(z.dtype),
-            SOFT_BF16=soft_bf16(z.dtype),
-            WIDE=needs_int64(z, out),
         ),
     )
 

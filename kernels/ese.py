@@ -29,15 +29,14 @@ from ._common import (
     assert_same,
     batch_offset,
     cdiv,
-    channel_block,
     collapse_rows,
     narrow,
     needs_int64,
     pixel_offsets,
+    pixelwise,
     program_tile,
     relu,
     relu_gradient,
-    soft_bf16,
     strides,
     sum_rows,
     sweep,
@@ -328,36 +327,12 @@ def plan_apply(z: Tensor, gates: Tensor | None, identity: Tensor | None, out: Te
     for name, view in zip(("z", "out", "identity"), views, strict=False):
         assert_nhwc(name, view, *z.shape)
         assert_same(name, view, z)
-    z, out, *rest = collapse_rows(*views)
-    identity = rest[0] if rest else None
-    block_c = channel_block(c)
-    block_p = _APPLY_ELEMENTS // block_c
-    tiles = cdiv(z.shape[1] * z.shape[2], block_p)
-    return Launch(
+    return pixelwise(
         apply_kernel,
-        grid=(n * tiles * cdiv(c, block_c),),
-        args=dict(
-            z_ptr=z,
-            gates_ptr=gates,
-            identity_ptr=identity,
-            out_ptr=out,
-            height=z.shape[1],
-            width=z.shape[2],
-            tiles=tiles,
-            **strides("z", z),
-            **strides("identity", z if identity is None else identity),
-            **strides("out", out),
-        ),
-        constants=dict(
-            C=c,
-            BLOCK_C=block_c,
-            BLOCK_P=block_p,
-            GATED=gates is not None,
-            IDENTITY=identity is not None,
-            ACC=triton_accumulator(z.dtype),
-            SOFT_BF16=soft_bf16(z.dtype),
-            WIDE=needs_int64(z, out, *rest),
-        ),
+        dict(z=z, out=out, identity=identity),
+        elements=_APPLY_ELEMENTS,
+        args=dict(gates_ptr=gates),
+        constants=dict(GATED=gates is not None, IDENTITY=identity is not None),
     )
 
 
@@ -510,35 +485,12 @@ def plan_apply_backward(
     for name, view in dict(dout=dout, y=y, out=out).items():
         assert_nhwc(name, view, *y.shape)
         assert_same(name, view, y)
-    dout, y, out = collapse_rows(dout, y, out)
-    block_c = channel_block(c)
-    block_p = _APPLY_ELEMENTS // block_c
-    tiles = cdiv(y.shape[1] * y.shape[2], block_p)
-    return Launch(
+    return pixelwise(
         apply_backward_kernel,
-        grid=(n * tiles * cdiv(c, block_c),),
-        args=dict(
-            dout_ptr=dout,
-            gates_ptr=gates,
-            dpixel_ptr=dpixel,
-            y_ptr=y,
-            out_ptr=out,
-            height=y.shape[1],
-            width=y.shape[2],
-            tiles=tiles,
-            **strides("dout", dout),
-            **strides("y", y),
-            **strides("out", out),
-        ),
-        constants=dict(
-            C=c,
-            BLOCK_C=block_c,
-            BLOCK_P=block_p,
-            GATED=gates is not None,
-            ACC=triton_accumulator(y.dtype),
-            SOFT_BF16=soft_bf16(y.dtype),
-            WIDE=needs_int64(dout, y, out),
-        ),
+        dict(dout=dout, y=y, out=out),
+        elements=_APPLY_ELEMENTS,
+        args=dict(gates_ptr=gates, dpixel_ptr=dpixel),
+        constants=dict(GATED=gates is not None),
         num_warps=_APPLY_BACKWARD_WARPS,
     )
 
