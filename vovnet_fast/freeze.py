@@ -101,7 +101,7 @@ def _fold(model: VoVNet, dtype: torch.dtype) -> NetworkParams:
     nn.Module.train(twin, False)  # Not VoVNet.train, which would freeze stages.
     exact = accumulator(dtype)
     if dtype != exact:
-        return twin.fold(dtype)
+        return twin.fold(dtype).packed(dtype)
     params = twin.fold(torch.promote_types(dtype, model.stem.first_weight.dtype))
 
     def fold(layer: ConvParams) -> ConvParams:

@@ -306,13 +306,14 @@ def test_small_images_get_small_tiles():
         assert config.pixels == pixels
 
 
-def test_names_are_unique():
-    configs = {
-        c
-        for c_out in WIDTHS
-        for c_in in (64, 80)
-        for kernel in (1, 3)
-        for c in candidates(HOPPER, c_in, c_out, kernel=kernel)
-    }
-    assert len({c.name for c in configs}) == len(configs)
-    assert set(conv_module._FORMS) == {c.form for c in configs}
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("c_in", [64, 80])
+def test_names_are_unique_and_hold_for_all_sizes(c_in, kernel):
+    for c_out in WIDTHS:
+        configs = candidates(HOPPER, c_in, c_out, kernel=kernel)
+        names = [c.name for c in configs]
+        assert len(set(names)) == len(configs)
+        assert set(conv_module._FORMS) == {c.form for c in configs}
+        for size in ((1, 7), (13, 25)):
+            others = candidates(HOPPER, c_in, c_out, kernel=kernel, size=size)
+            assert [c.name for c in others] == names

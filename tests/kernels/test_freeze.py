@@ -32,7 +32,7 @@ def backend(request):
 @pytest.fixture
 def fused(monkeypatch):
     """The fused path, arenas and all, on the reference backend: that is quick."""
-    monkeypatch.setattr(backends, "fused", lambda device: True)
+    monkeypatch.setattr(backends, "fused", lambda *_: True)
 
 
 class Poisoned(Arena):
@@ -54,7 +54,7 @@ def image(*shape, dtype=torch.float64):
 
 def eager(model, x):
     chosen = backends.fused
-    backends.fused = lambda device: False
+    backends.fused = lambda *_: False
     try:
         with torch.no_grad():
             return model.eval()(x)
@@ -97,7 +97,7 @@ def test_chosen_features(name, out_features, monkeypatch):
     model, x = network(name, out_features=out_features), image()
     frozen, expected = freeze(model), eager(model, x)
     assert_equal(frozen(x), expected)
-    monkeypatch.setattr(backends, "fused", lambda device: True)
+    monkeypatch.setattr(backends, "fused", lambda *_: True)
     monkeypatch.setattr(module, "Arena", Poisoned)
     for _ in range(2):
         assert_equal(frozen(x), expected)
