@@ -30,7 +30,7 @@ _SUM_COLUMNS = 32
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. Triton's own takes 20 us, at every launch."""
+    """a / b, rounded up. Triton's own is traced: slow, at every launch."""
     return -(-a // b)
 
 
