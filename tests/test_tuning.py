@@ -62,6 +62,17 @@ def test_the_fastest_is_taken_measured_once_and_kept(measurable, cache):
     assert [p.name for p in cache.parent.iterdir()] == ["tuning.json"]
 
 
+def test_measuring_is_announced_once(measurable, cache, caplog):
+    """It takes minutes, in which nothing else would tell the user what goes on."""
+    tuning._announce.cache_clear()
+    choose([])
+    choose([], problem="another")
+    [message] = caplog.messages
+    assert "takes minutes" in message
+    assert str(cache) in message
+    assert "VOVNET_FAST_TUNE=0" in message
+
+
 def test_other_versions_measure_again(measurable, monkeypatch):
     ran = []
     choose(ran)

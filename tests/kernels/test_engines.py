@@ -70,6 +70,8 @@ def ran(monkeypatch, tmp_path):
     """The engines that run, where anything may be measured, into a file of its own."""
     monkeypatch.setenv("VOVNET_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr(tuning, "may_measure", lambda device: True)
+    # It is said once a process: which test would see it depends on their order.
+    monkeypatch.setattr(tuning, "_announce", lambda: None)
     ran, run_engine = [], backend.run_engine
 
     def watch(engine, *args, **kwargs):
