@@ -413,9 +413,10 @@ def _exact_fp32(monkeypatch):
 @pytest.mark.usefixtures("_exact_fp32")
 @pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 1)])
 def test_engines_agree(kernel, stride, dtype, case):
+    """In fp32, where that of fp16 and bf16 comes from sums that no engine may round to them."""
     layer = case(2, 3, 7, 16, 48, dtype, kernel=kernel, stride=stride)
     exact = layer.reference(torch.float64)
-    tolerance = {2: 2e-2, 4: 1e-5, 8: 1e-12}[dtype.itemsize]
+    tolerance = {2: 1e-5, 4: 1e-5, 8: 1e-12}[dtype.itemsize]
     names, _ = engines(layer)
     assert len(names) > 1
     for engine in names:

@@ -86,14 +86,18 @@ def test_ese(kind):
     assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
 
 
-def block(*, reduction=False, depthwise=False, eps=(None, None, None), gate=True, identity=True):
-    c_in = c_out = 16
+def block(
+    width=8, *, reduction=False, depthwise=False, eps=(None, None, None), gate=True, identity=True
+):
+    """Two layers of ``width`` channels between twice as many."""
+    c_in = c_out = 2 * width
     options = dict(kernel=1, depthwise=True) if depthwise else {}
     fc = [randn(c_out, c_out), randn(c_out)] if gate else [None, None]
+    first = layer(width if reduction else c_in, width, eps=eps[0], **options)
     return ops.BlockParams(
-        (layer(8 if reduction else c_in, 8, eps=eps[0], **options), layer(8, 8, **options)),
-        layer(c_in + 16, c_out, 1, eps=eps[1]),
-        layer(c_in, 8, 1, eps=eps[2]) if reduction else None,
+        (first, layer(width, width, **options)),
+        layer(c_in + 2 * width, c_out, 1, eps=eps[1]),
+        layer(c_in, width, 1, eps=eps[2]) if reduction else None,
         *fc,
         "hard_sigmoid",
         identity,
@@ -110,7 +114,7 @@ BLOCKS = {
 }
 
 
-def check_block(options, *, recompute=False, **check):
+def check_block(options, *, size=(3, 4), recompute=False, **check):
     params = block(**options)
     tensors = [t for p in params.convs() for t in p if isinstance(t, torch.Tensor)]
     tensors += params.fcs()
@@ -127,7 +131,8 @@ def check_block(options, *, recompute=False, **check):
         replaced = ops.BlockParams(layers, concat, reduction, *fcs, *params[5:])
         return osa_block_with_statistics(x, replaced, recompute=recompute)[0]
 
-    assert torch.autograd.gradcheck(call, (randn(1, 16, 3, 4), *tensors), **check)
+    x = randn(1, params.concat.weight.shape[0], *size)
+    assert torch.autograd.gradcheck(call, (x, *tensors), **check)
 
 
 @pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS.keys())
@@ -142,8 +147,11 @@ def test_recomputed_blocks():
 @pytest.mark.slow
 @pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS.keys())
 def test_blocks_entry_by_entry(options):
-    """Every entry of the Jacobian, and not a random projection of it. For nightly runs."""
-    check_block(options, recompute=False)
+    """Every entry of the Jacobian, and not a random projection of it. For nightly runs.
+
+    As small as blocks can be: every weight takes two forward passes in the interpreter.
+    """
+    check_block(dict(options, width=2), size=(2, 3))
 
 
 def network(name, dtype=torch.float64, **options):

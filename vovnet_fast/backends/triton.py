@@ -383,15 +383,18 @@ def run_weight_grad_engine(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Run :func:`conv_weight_grad` on one engine; all have the same result, up to rounding.
 
-    :data:`ATEN` sums in fp32 as well, but hands its sums over in the dtype of ``x``.
+    :data:`ATEN` hands sums over in the dtype of its operands, so that it is given fp32 copies
+    of fp16 and bf16 ones: the gradient is to be rounded once, at the end. Where torch allows
+    TF32, as it does by default, tensor cores take these copies as they are.
     """
     kernel, size = _kernels().conv_weight_grad, weight.shape[1]
     if engine == ATEN:
+        high = accumulator(x.dtype)
         _, dw, _ = torch.ops.aten.convolution_backward(
-            g.permute(0, 3, 1, 2),
-            x.permute(0, 3, 1, 2),
+            g.to(high).permute(0, 3, 1, 2),
+            x.to(high).permute(0, 3, 1, 2),
             # Of the weight only shape, layout and dtype matter.
-            torch.empty_like(weight, dtype=x.dtype).permute(0, 3, 1, 2),
+            torch.empty_like(weight, dtype=high).permute(0, 3, 1, 2),
             None,
             [stride, stride],
             [size // 2, size // 2],
