@@ -36,6 +36,12 @@ def layer(c_in, c_out, kernel=3, *, stride=1, depthwise=False, eps=None):
     return ops.ConvParams(weight, scale, randn(c_out), stride, taps, eps)
 
 
+every_mode = pytest.mark.parametrize(
+    "fast", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["fast", "entry by entry"]
+)
+"""gradcheck of a random projection of the Jacobian, or, for nightly runs, of all of it."""
+
+
 LAYERS = {
     "3x3": dict(),
     "1x1": dict(kernel=1),
@@ -46,9 +52,10 @@ LAYERS = {
 }
 
 
+@every_mode
 @pytest.mark.parametrize("options", LAYERS.values(), ids=LAYERS.keys())
-def test_layers(options):
-    params = layer(5, 12, **options)
+def test_layers(options, fast):
+    params = layer(5, 12 if fast else 4, **options)
     tensors = [t for t in params if isinstance(t, torch.Tensor)]
     depthwise = params.depthwise is not None
 
@@ -58,32 +65,38 @@ def test_layers(options):
             weight=tensors[0], scale=tensors[1], shift=tensors[2]
         ))  # fmt: skip
 
-    assert torch.autograd.gradcheck(call, (randn(2, 5, 5, 4), *tensors), fast_mode=True)
+    x = randn(2, 5, 5, 4) if fast else randn(2, 5, 3, 2)
+    assert torch.autograd.gradcheck(call, (x, *tensors), fast_mode=fast)
 
 
+@every_mode
 @pytest.mark.parametrize("eps", [None, 1e-5], ids=["fixed", "batch"])
-def test_chains(eps):
-    layers = [layer(3, 8, stride=2, eps=eps), layer(8, 8, eps=eps), layer(8, 16)]
+def test_chains(eps, fast):
+    width = 8 if fast else 2
+    layers = [layer(3, width, stride=2, eps=eps), layer(width, width, eps=eps), layer(width, 16)]
 
     def call(x, *weights):
         replaced = [p._replace(weight=w) for p, w in zip(layers, weights, strict=True)]
         return conv_chain(x, replaced)[0][1:]
 
     weights = [p.weight for p in layers]
-    assert torch.autograd.gradcheck(call, (randn(1, 3, 7, 6), *weights), fast_mode=True)
+    assert torch.autograd.gradcheck(call, (randn(1, 3, 7, 6), *weights), fast_mode=fast)
 
 
+@every_mode
 @pytest.mark.parametrize("mode", ["ceil", "padded"])
-def test_max_pool(mode):
-    x = randn(2, 12, 5, 6)
-    assert torch.autograd.gradcheck(lambda x: ops.max_pool(x, mode), (x,), fast_mode=True)
+def test_max_pool(mode, fast):
+    x = randn(2, 12 if fast else 4, 5, 6)
+    assert torch.autograd.gradcheck(lambda x: ops.max_pool(x, mode), (x,), fast_mode=fast)
 
 
+@every_mode
 @pytest.mark.parametrize("kind", ["hard_sigmoid", "sigmoid"])
-def test_ese(kind):
-    inputs = (randn(2, 12, 4, 3), randn(12, 12), randn(12), randn(2, 12, 4, 3))
+def test_ese(kind, fast):
+    c = 12 if fast else 4
+    inputs = (randn(2, c, 4, 3), randn(c, c), randn(c), randn(2, c, 4, 3))
     call = lambda x, w, b, y: ops.ese(x, w, b, kind, y)  # noqa: E731
-    assert torch.autograd.gradcheck(call, inputs, fast_mode=True)
+    assert torch.autograd.gradcheck(call, inputs, fast_mode=fast)
 
 
 def block(
@@ -135,23 +148,17 @@ def check_block(options, *, size=(3, 4), recompute=False, **check):
     assert torch.autograd.gradcheck(call, (x, *tensors), **check)
 
 
+@every_mode
 @pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS.keys())
-def test_blocks(options):
-    check_block(options, fast_mode=True)
+def test_blocks(options, fast):
+    if fast:
+        check_block(options, fast_mode=True)
+    else:  # As small as blocks can be: every weight takes two forward passes.
+        check_block(dict(options, width=2), size=(2, 3), fast_mode=False)
 
 
 def test_recomputed_blocks():
     check_block(BLOCKS["batch statistics"], recompute=True, fast_mode=True)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("options", BLOCKS.values(), ids=BLOCKS.keys())
-def test_blocks_entry_by_entry(options):
-    """Every entry of the Jacobian, and not a random projection of it. For nightly runs.
-
-    As small as blocks can be: every weight takes two forward passes in the interpreter.
-    """
-    check_block(dict(options, width=2), size=(2, 3))
 
 
 def network(name, dtype=torch.float64, **options):
