@@ -448,7 +448,8 @@ def test_revert_sync_batchnorm() -> None:
     for mode in (True, False):
         plain.train(mode)
         reverted.train(mode)
-        torch.testing.assert_close(reverted(image), plain(image))
+        with vovnet_fast.use_backend("reference"):  # The ops know no norm of the reverted one.
+            torch.testing.assert_close(reverted(image), plain(image))
     torch.testing.assert_close(reverted.state_dict(), plain.state_dict())
     reverted.norm_eval = True
     reverted.train()

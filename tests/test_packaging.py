@@ -44,7 +44,7 @@ def wheel(tmp_path_factory):
 
 
 def test_wheel_holds_the_package_and_nothing_else(wheel):
-    assert wheel.name.startswith(f"vovnet_fast-{__version__}-")
+    assert wheel.name == f"vovnet_fast-{__version__}-py3-none-any.whl"
     names = zipfile.ZipFile(wheel).namelist()
     assert {n.split("/")[0] for n in names} == {
         "vovnet_fast",

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,12 +14,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import __version__, checkpoints, specs, tuning
+from . import __version__, checkpoints, doctor, specs, tuning
 from .backends import BackendError
+from .bench import command as bench
 from .checkpoints import LAYOUTS, CheckpointError
 from .model import VoVNet
-from .plan import DTYPES, H200_TBS, H200_TFLOPS, Plan, Rates, Row, plan_forward
-from .training_memory import TrainingMemory, training_memory
 
 _REPORTED = (BackendError, CheckpointError, specs.UnknownSpecError, OSError, ValueError)
 _SAFE_ENDINGS = (".pth", ".pt", ".bin", ".safetensors")
@@ -32,16 +31,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: the words after the command's name; the process's own by default.
 
     Returns:
-        the exit status: 0, or 1 after an error that was reported.
+        the exit status: 0, or 1 after an error that was reported, and where ``doctor`` found
+        something wrong.
     """
     args = _parser().parse_args(argv)
     try:
-        args.run(args)
+        status: int | None = args.run(args)
     except _REPORTED as error:
         Console(stderr=True).print(f"[bold red]vovnet-fast {args.command}:[/] ", end="")
         print(error, file=sys.stderr)
         return 1
-    return 0
+    return status or 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -86,73 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("names", nargs="*", metavar="NAME", help="only these")
     listing.set_defaults(run=_specs)
 
-    _add_bench(commands)
+    bench.add(commands)
     _add_tuning(commands)
+    _add_doctor(commands)
     return parser
-
-
-def _add_bench(commands: argparse._SubParsersAction) -> None:
-    bench = commands.add_parser(
-        "bench",
-        help="what a forward pass, or training, costs",
-        description="Say what a network costs on images of a size. The mode says what of it.",
-        epilog=(
-            "examples: vovnet-fast bench --plan V-99-eSE 6x640x1600; "
-            "vovnet-fast bench --memory V-99-eSE 6x640x1600 --no-norm-eval"
-        ),
-    )
-    mode = bench.add_mutually_exclusive_group(required=True)
-    network = dict(nargs=2, metavar=("SPEC", "NxHxW"))
-    mode.add_argument(
-        "--plan",
-        **network,
-        help="count launches, FLOP and bytes of a forward pass, fused and eager, and a floor; "
-        "nothing is run or measured, and no GPU is needed",
-    )
-    mode.add_argument(
-        "--memory",
-        **network,
-        help="count the bytes that autograd keeps for the backward pass, eager and fused, each "
-        "without and with recomputing the OSA blocks; no GPU is needed",
-    )
-    bench.add_argument(
-        "--dtype", choices=DTYPES, default="bf16", help="of activations (default: %(default)s)"
-    )
-    bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    plan = bench.add_argument_group("with --plan")
-    plan.add_argument(
-        "--peak-tflops",
-        type=float,
-        metavar="RATE",
-        help=f"matrix rate for the floor, 1e12 FLOP/s (default: {H200_TFLOPS:g}, bf16 on an H200)",
-    )
-    plan.add_argument(
-        "--bandwidth-tbs",
-        type=float,
-        metavar="RATE",
-        help=f"memory bandwidth for the floor, 1e12 bytes/s (default: {H200_TBS:g}, an H200)",
-    )
-    memory = bench.add_argument_group("with --memory")
-    memory.add_argument(
-        "--norm-eval",
-        action=argparse.BooleanOptionalAction,
-        help="batch norms keep their statistics, as mmdet's norm_eval has it (default), or take "
-        "the batch's",
-    )
-    memory.add_argument(
-        "--measure",
-        action="store_true",
-        default=None,
-        help="run training steps on this machine's GPU as well, and print their peaks",
-    )
-    bench.set_defaults(run=_bench)
-
-
-_BENCH_OPTIONS = {
-    "plan": {"--peak-tflops": "peak_tflops", "--bandwidth-tbs": "bandwidth_tbs"},
-    "memory": {"--norm-eval": "norm_eval", "--measure": "measure"},
-}
-"""The options that only one mode of ``bench`` has."""
 
 
 def _add_tuning(commands: argparse._SubParsersAction) -> None:
@@ -181,6 +118,27 @@ def _add_tuning(commands: argparse._SubParsersAction) -> None:
     take.add_argument("file", metavar="FILE", type=Path)
     take.add_argument("--replace", action="store_true", help="also where a choice is known already")
     take.set_defaults(run=_tuning_import)
+
+
+def _add_doctor(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "doctor",
+        help="what is installed, what of it is used, and whether it computes right numbers",
+        description=(
+            "Print what vovnet_fast finds: versions, GPUs, the extension and how it was built, "
+            "every backend or why it cannot run; then run every function of the backends that "
+            "can run on small tensors, and compare with fp64. The exit status is 1 if one of "
+            "them computes wrong numbers."
+        ),
+    )
+    command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    command.add_argument(
+        "--no-self-test",
+        dest="self_test",
+        action="store_false",
+        help="only look, compute nothing; on a GPU the self-test may take minutes",
+    )
+    command.set_defaults(run=_doctor)
 
 
 def _convert(args: argparse.Namespace) -> None:
@@ -249,142 +207,6 @@ def _count_parameters(spec: specs.VoVNetSpec) -> int:
         return sum(p.numel() for p in VoVNet(spec).parameters())
 
 
-def _bench(args: argparse.Namespace) -> None:
-    mode = "plan" if args.memory is None else "memory"
-    for other, options in _BENCH_OPTIONS.items():
-        for option, name in options.items():
-            if other != mode and getattr(args, name) is not None:
-                raise ValueError(f"{option} belongs to --{other}, and has no part in --{mode}")
-    found = _bench_plan(args) if mode == "plan" else _bench_memory(args)
-    if args.json:
-        print(json.dumps(found.as_dict(), indent=2))
-    elif isinstance(found, Plan):
-        _print_plan(found)
-    else:
-        _print_memory(found)
-
-
-def _bench_plan(args: argparse.Namespace) -> Plan:
-    spec, shape = args.plan
-    rates = Rates(
-        H200_TFLOPS if args.peak_tflops is None else args.peak_tflops,
-        H200_TBS if args.bandwidth_tbs is None else args.bandwidth_tbs,
-    )
-    return plan_forward(spec, _parse_shape(shape), dtype=args.dtype, rates=rates)
-
-
-def _bench_memory(args: argparse.Namespace) -> TrainingMemory:
-    spec, shape = args.memory
-    return training_memory(
-        spec,
-        _parse_shape(shape),
-        dtype=args.dtype,
-        norm_eval=args.norm_eval is not False,
-        measure=bool(args.measure),
-    )
-
-
-def _parse_shape(text: str) -> tuple[int, int, int]:
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text, re.ASCII)
-    if match is None:
-        raise ValueError(
-            f"an input is written NxHxW, images by height by width, as in 6x640x1600; got {text!r}"
-        )
-    batch, height, width = map(int, match.groups())
-    return batch, height, width
-
-
-def _print_plan(plan: Plan) -> None:
-    shape = "x".join(map(str, plan.shape))
-    table = Table(
-        title=f"Forward pass of {plan.spec}, {shape}, {plan.dtype}",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("kind of launch", no_wrap=True)
-    for header in ("launches", "GFLOP", "GB read", "written", "total", "floor ms"):
-        table.add_column(header, justify="right", no_wrap=True)
-    for name, tally in (("fused", plan.fused), ("eager", plan.eager)):
-        for row in tally.rows:
-            table.add_row(*_cells(row.kind, row))
-        table.add_row(*_cells(f"{name}, total", tally.total), style="bold", end_section=True)
-    console = Console(highlight=False)
-    console.print(table)
-    fused, eager = plan.fused.total, plan.eager.total
-    ratios = (
-        ("launches", fused.launches / eager.launches),
-        ("bytes", fused.bytes_moved / eager.bytes_moved),
-        ("floor", fused.floor_seconds / eager.floor_seconds),
-    )
-    console.print("fused : eager  " + ", ".join(f"{name} {ratio:.2f}" for name, ratio in ratios))
-    console.print(_caption(plan), style="dim")
-
-
-def _cells(name: str, row: Row) -> list[str]:
-    numbers = [row.flop / 1e9]
-    numbers += [count / 1e9 for count in (row.bytes_read, row.bytes_written, row.bytes_moved)]
-    numbers.append(row.floor_seconds * 1e3)
-    # Large inputs must fit into a terminal too.
-    return [name, str(row.launches), *(f"{x:.3f}" if x < 1000 else f"{x:,.0f}" for x in numbers)]
-
-
-def _caption(plan: Plan) -> str:
-    """What the numbers of a plan are, and are not."""
-    rates = plan.rates
-    source = ", both measured on an H200" if rates == Rates() else ""
-    if plan.dtype == "fp32" and rates.tflops == H200_TFLOPS:
-        source += f"; {rates.tflops:g} is a bf16 rate, so for fp32 the floor is too low"
-    return (
-        "Counted, not measured: nothing has run. The floor is a bound: for each launch the longer "
-        f"of FLOP at {rates.tflops:g} TFLOP/s and bytes at {rates.tbs:g} TB/s{source}. Each "
-        "operand of a launch counts once, as if no cache kept it between launches; halos and "
-        "workspaces are left out. In eager, an ATen operation is one launch. Fused, batch norms "
-        "have been folded before."
-    )
-
-
-def _print_memory(memory: TrainingMemory) -> None:
-    shape = "x".join(map(str, memory.shape))
-    norms = "fixed norms" if memory.norm_eval else "norms of the batch"
-    table = Table(
-        title=f"Kept for the backward pass of {memory.spec}, {shape}, {memory.dtype}, {norms}",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-    )
-    table.add_column("GB", no_wrap=True)
-    for row in memory.rows:
-        table.add_column(row.mode, justify="right", no_wrap=True)
-    for stage in memory.rows[0].stages:
-        table.add_row(stage, *(f"{row.stages[stage] / 1e9:.3f}" for row in memory.rows))
-    table.add_section()
-    kept = [f"{row.kept / 1e9:.3f}" for row in memory.rows]
-    table.add_row("total", *kept, style="bold")
-    table.add_row("of eager", *(f"{memory.ratio(row):.2f}" for row in memory.rows))
-    if memory.device is not None:
-        table.add_section()
-        peaks = (None if row.peak is None else f"{row.peak / 1e9:.3f}" for row in memory.rows)
-        table.add_row("peak", *(peak or "does not fit" for peak in peaks))
-    console = Console(highlight=False)
-    console.print(table)
-    console.print(_memory_caption(memory), style="dim")
-
-
-def _memory_caption(memory: TrainingMemory) -> str:
-    """What the numbers of a table of memory are, and are not."""
-    peaks = (
-        "nothing has run."
-        if memory.device is None
-        else f"the peak alone was measured, of a training step on {escape(memory.device)}, "
-        "gradients of the parameters included."
-    )
-    return (
-        f"Counted, not measured: {peaks} Images, parameters and buffers are left out, and the "
-        "casts of weights that autocast makes; what two stages need counts for the later one. "
-        "Images and weights are channels_last. Checkpoint and recompute are with_cp=True: of an "
-        "OSA block only the input is kept."
-    )
-
-
 def _tuning_choices(text: str) -> tuning.Choices:
     """What is known of the machines whose name contains ``text``."""
     known = tuning.table().choices()
@@ -435,6 +257,39 @@ def _tuning_import(args: argparse.Namespace) -> None:
     table.add(found, replace=args.replace)
     fate = "replaced" if args.replace else "kept"
     print(f"{_count(found)} added to {table.path}; what it knew already was {fate}")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    report = doctor.examine(self_test=args.self_test)
+    if args.json:
+        print(json.dumps(report.as_dict(), indent=2))
+    else:
+        _print_doctor(report)
+    return 0 if report.healthy else 1
+
+
+def _print_doctor(report: doctor.Report) -> None:
+    table = Table(title="vovnet_fast", title_justify="left", box=box.SIMPLE_HEAD, show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
+    rows = [(fact.section, fact.name, fact.value, "") for fact in report.facts]
+    for check in report.checks:
+        section = f"self-test of {check.backend} on {check.device}"
+        rows.append((section, check.function, str(check), "" if check.passed else "red"))
+    for section, found in itertools.groupby(rows, lambda row: row[0]):
+        table.add_row(f"[bold]{escape(section)}[/]")
+        for _, name, value, style in found:
+            table.add_row(f"  {escape(name)}", escape(value), style=style)
+        table.add_section()
+    console = Console(highlight=False)
+    console.print(table)
+    if report.checks:
+        failed = sum(not check.passed for check in report.checks)
+        console.print(
+            f"[bold red]{failed} of {len(report.checks)} functions compute wrong numbers.[/]"
+            if failed
+            else f"All {len(report.checks)} functions of the usable backends are right."
+        )
 
 
 def _count(choices: tuning.Choices) -> str:

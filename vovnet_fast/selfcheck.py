@@ -691,8 +691,10 @@ def trusted(backend: str, device: torch.device) -> bool:
 
 def _find_out(backend: str, device: torch.device) -> bool:
     path, machine, subject = _key(backend, device)
-    _log.info("checking the %s backend on %s, once; this takes minutes", backend, machine)
-    rows = run(backend, device, progress=True)
+    compiles = device.type != "cpu"
+    long = "minutes" if compiles else "a few seconds"
+    _log.info("checking the %s backend on %s, once; this takes %s", backend, machine, long)
+    rows = run(backend, device, progress=compiles)
     failures = [row for row in rows if not row.passed]
     if not failures:
         _table(path).put(machine, subject, _PASSED)
@@ -714,15 +716,19 @@ def _key(backend: str, device: torch.device) -> tuple[str, str, str]:
     """The file, the machine and the subject of a verdict."""
     path = tuning.cache_file().with_name("verified.json")
     subject = f"{backend} of vovnet_fast {__version__}, sources {_sources()}"
+    variant = getattr(_backend(backend), "variant", None)
+    if variant is not None:
+        subject += f", {variant()}"
     return str(path), tuning.machine(device), subject + (" with TF32" if _tf32(device) else "")
 
 
 @functools.cache
 def _sources() -> str:
-    """A digest of what computes: versions of a working copy have one number."""
+    """A digest of what computes, the extension too: versions of a working copy have one number."""
     folder = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in sorted([*folder.glob("backends/*.py"), *folder.glob("kernels/*.py")]):
+    patterns = ("backends/*.py", "kernels/*.py", "_C.*")
+    for path in sorted(path for pattern in patterns for path in folder.glob(pattern)):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 

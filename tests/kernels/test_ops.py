@@ -11,19 +11,22 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import straight_line
+from tests.extension_cases import require
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, backends, ops, reference
 from vovnet_fast.layers import OSABlock
 from vovnet_fast.ops import _checks
 from vovnet_fast.ops.features import run as run_network
 
-BACKENDS = ["reference", "triton"]
+BACKENDS = ["reference", "cpu", "triton"]
 
 
 @pytest.fixture(params=BACKENDS, autouse=True)
 def backend(request):
     if request.param == "triton" and torch.cuda.is_available():
         pytest.skip("CPU tensors, for the interpreter; test_device.py has networks on the GPU")
+    if request.param == "cpu":
+        require("cpu")
     with backends.use_backend(request.param):
         yield request.param
 
@@ -206,8 +209,8 @@ def test_nothing_is_concatenated_or_passed_over_twice(backend, monkeypatch):
 
     Kernels are only counted here: the interpreter itself copies tensors about.
     """
-    if backend == "reference":
-        pytest.skip("it is made of PyTorch's ops")
+    if backend != "triton":
+        pytest.skip("PyTorch's ops, or oneDNN's, are among what it is made of")
     model, x = network(TINY["detectron2"]), torch.randn(1, 3, 64, 64, dtype=torch.float64)
     params = model.to(memory_format=torch.channels_last).fold(x.dtype)
     view = x.permute(0, 2, 3, 1).contiguous()
@@ -317,14 +320,16 @@ def test_bad_arguments_are_refused():
 def test_choosing_a_backend(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("on a GPU, Triton does not take CPU tensors")
-    assert backends.available_backends() == {"reference": None, "triton": None}
+    found = backends.available_backends()
+    assert list(found) == list(backends.NAMES)
+    assert (found["reference"], found["triton"]) == (None, None)
     with (
         pytest.raises(ValueError, match="unknown backend 'cuda13'"),
         backends.use_backend("cuda13"),
     ):
         pass
     with backends.use_backend("auto"):
-        assert backends.select(torch.device("cpu")) == "reference"
+        assert backends.select(torch.device("cpu"), torch.float64) == "reference"
         with backends.use_backend("triton"):
             assert backends.select(torch.device("cpu")) == "triton"
         assert backends.chosen() == "auto"
@@ -332,5 +337,5 @@ def test_choosing_a_backend(monkeypatch):
     monkeypatch.setenv("VOVNET_FAST_BACKEND", "triton")
     assert backends.select(torch.device("cpu")) == "triton"
     monkeypatch.setenv("VOVNET_FAST_BACKEND", "tritn")
-    with pytest.raises(ValueError, match="'tritn': choose one of auto, reference, triton"):
+    with pytest.raises(ValueError, match="'tritn': choose one of auto, reference, cpu, triton"):
         backends.select(torch.device("cpu"))

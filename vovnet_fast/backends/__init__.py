@@ -2,7 +2,11 @@
 
 =================  ==========================================================
 ``reference``      plain PyTorch, any device
+``cpu``            the CPU half of the extension ``vovnet_fast._C`` (csrc/cpu), with oneDNN's
+                   convolutions
 ``triton``         the Triton kernels of :mod:`vovnet_fast.kernels`, NVIDIA GPUs
+``cuda``           the CUDA half of the extension (csrc/cuda), with cuDNN's convolutions,
+                   NVIDIA GPUs
 =================  ==========================================================
 
 A backend asked for by name that cannot run is an error, never a silent fallback. Asked
@@ -86,10 +90,10 @@ import torch
 
 from .. import selfcheck, tuning
 
-NAMES = ("reference", "triton")
+NAMES = ("reference", "cpu", "triton", "cuda")
 ENVIRONMENT = "VOVNET_FAST_BACKEND"
 
-CANDIDATES: dict[str, tuple[str, ...]] = {"cuda": ("triton",)}
+CANDIDATES: dict[str, tuple[str, ...]] = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
 """What ``auto`` considers by type of device, best first. After them comes the reference."""
 
 

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import selfcheck, tuning
 from .._dtypes import accumulator
 from ..specs import Gate, Pool
-from . import cudnn_graph, reference
+from . import _aten, conv_sm90, cudnn_graph, reference
+from ._engines import ATEN, aten, conv_trial, judge, problem, tf32, tolerance
 
 MIN_CAPABILITY = (8, 0)
 
@@ -60,10 +59,6 @@ def why_not(device: torch.device | None) -> str | None:
     return None
 
 
-ATEN = "aten"
-"""The engine of ATen's (cuDNN's) convolution, followed by one fused epilogue into the slot."""
-
-
 def conv(
     x: Tensor,
     weight: Tensor,
@@ -95,92 +90,27 @@ def choose_engine(
 ) -> str:
     """The fastest engine for a layer.
 
-    That is :data:`ATEN`, one of :func:`.cudnn_graph.engines`, or the name of a Triton
-    configuration. Those that are measured must agree with the reference first.
+    That is :data:`ATEN`, one of :func:`.cudnn_graph.engines` or :func:`.conv_sm90.engines`, or
+    the name of a Triton configuration. Those that are measured must agree with the reference first.
     """
-    found, static = _kernels().conv.choices(x, weight, out, stride=stride, tf32=_tf32(x))
+    found, static = _kernels().conv.choices(x, weight, out, stride=stride, tf32=tf32(x))
     graphs: list[str] = []
     if not pool:  # Its graph has no partial sums.
-        options: dict[str, Any] = dict(stride=stride, relu=relu, tf32=_tf32(x))
+        options: dict[str, Any] = dict(stride=stride, relu=relu, tf32=tf32(x))
         graphs = cudnn_graph.engines(x, weight, scale, shift, out, **options)
-    words = ("pool" if pool else "", found[0].form, "and cudnn-graph" if graphs else "")
-    problem = _problem("conv", x, weight.shape, stride, *words)
+    own = conv_sm90.engines(x, weight, out, stride=stride)
+    offered = {"cudnn-graph": graphs, "conv-sm90": own}
+    words = ("pool" if pool else "", found[0].form, *(f"and {n}" for n, o in offered.items() if o))
+    key = problem("conv", x, weight.shape, stride, *words)
 
     def run(engine: str) -> None:
         run_engine(engine, x, weight, scale, shift, out, stride=stride, relu=relu, pool=pool)
 
-    names = [*_aten(x, out), *graphs, *(config.name for config in found)]
-    prepare = functools.partial(_trial, x, weight, out, stride=stride, relu=relu, pool=pool)
-    return tuning.choose(x.device, problem, names, static.name, run, prepare=prepare)
-
-
-def _trial(
-    x: Tensor, weight: Tensor, out: Tensor, *, stride: int, relu: bool, pool: bool
-) -> tuning.Trial:
-    """Holds engines against the reference in fp32, on random numbers in memory like the layer's.
-
-    The layer's own numbers would prove little where they are zeros, as in a warm-up, and
-    an engine that writes outside its slot would spoil the slots beside it.
-    """
-    images = selfcheck.few_images(x, out)
-    source, target = selfcheck.Slot.like(x, images), selfcheck.Slot.like(out, images)
-    random = torch.Generator(x.device).manual_seed(0)
-    high = accumulator(x.dtype)
-    source.randomise(random)
-    weight = torch.empty_like(weight).normal_(0, weight[0].numel() ** -0.5, generator=random)
-    scale, shift = torch.randn(2, weight.shape[0], generator=random, dtype=high, device=x.device)
-    expected = torch.empty(target.view.shape, dtype=high, device=x.device)
-    options: dict[str, Any] = dict(stride=stride, relu=relu, pool=pool)
-    exact = reference.conv(source.view.to(high), weight.to(high), scale, shift, expected, **options)
-
-    def run(engine: str) -> list[tuple[Tensor, Tensor]]:
-        sums = run_engine(engine, source.view, weight, scale, shift, target.view, **options)
-        pairs = [(target.view, expected)]
-        if sums is not None and exact is not None:
-            pairs.append((sums.sum(1), exact.sum(1)))
-        return pairs
-
-    return _judge(target, run, _tolerance(x))
-
-
-def _judge(
-    target: selfcheck.Slot,
-    run: Callable[[str], Iterable[tuple[Tensor, Tensor]]],
-    tolerance: float,
-) -> tuning.Trial:
-    """Runs an engine into a cleared slot; ``run`` returns what came out and what should have."""
-
-    def trial(engine: str) -> str | None:
-        target.clear()
-        wrong = selfcheck.disagreement(run(engine), tolerance)
-        return wrong or (None if target.untouched() else "it wrote outside its slot")
-
-    return trial
-
-
-def _problem(op: str, x: Tensor, weight: Sequence[int], stride: int, *words: str) -> str:
-    """What choices are remembered by: the op, ``[C_out, K, K, C_in]``, pixels and dtype of x.
-
-    Pixels are rounded up to a power of two: images of a detector in training have
-    hundreds of sizes, and what is fastest for one is for its neighbours.
-    """
-    c_out, kernel, _, c_in = weight
-    pixels = 1 << (x.shape[:3].numel() - 1).bit_length()
-    dtype = str(x.dtype).removeprefix("torch.")
-    layer = f"{op} {kernel}x{kernel} stride {stride} {c_in}>{c_out} on {pixels} pixels {dtype}"
-    return " ".join(filter(None, (layer, "tf32" if _tf32(x) else "", *words)))
-
-
-def _aten(*views: Tensor) -> list[str]:
-    """:data:`ATEN`, but not where cuDNN, which counts in 32 bits, may crash."""
-    return [ATEN] if max(view.numel() for view in views) < 2**31 else []
-
-
-def _tolerance(x: Tensor) -> float:
-    """Of an engine's error, as a fraction of the largest value: a few roundings."""
-    if x.dtype.itemsize == 2 or _tf32(x):
-        return 4 * torch.finfo(torch.float16 if _tf32(x) else x.dtype).eps
-    return 1000 * torch.finfo(x.dtype).eps  # Engines sum in another order, or by Winograd's rule.
+    names = [*aten(x, out), *graphs, *own, *(config.name for config in found)]
+    prepare = functools.partial(
+        conv_trial, run_engine, x, weight, out, stride=stride, relu=relu, pool=pool
+    )
+    return tuning.choose(x.device, key, names, static.name, run, prepare=prepare)
 
 
 def run_engine(
@@ -198,16 +128,18 @@ def run_engine(
     """Run :func:`conv` on one engine. All of them leave the same result, up to rounding."""
     kernels, n, c_out = _kernels(), x.shape[0], weight.shape[0]
     if engine == ATEN:
-        z = _aten_conv(x, weight, stride=stride)
+        z = _aten.conv(x, weight, stride=stride)
         tiles = kernels.epilogue.pool_tiles(out)
         partials = scale.new_empty(n, tiles, c_out) if pool else None
         kernels.epilogue.epilogue(z, scale, shift, out, relu=relu, pool_partials=partials)
         return partials
-    options: dict[str, Any] = dict(stride=stride, tf32=_tf32(x))
+    options: dict[str, Any] = dict(stride=stride, tf32=tf32(x))
     if engine.startswith(cudnn_graph.NAME):
         assert not pool, f"{engine} has no pool partials"
         cudnn_graph.run(engine, x, weight, scale, shift, out, relu=relu, **options)
         return None
+    if engine.startswith(conv_sm90.NAME):
+        return conv_sm90.run(engine, x, weight, scale, shift, out, relu=relu, pool=pool)
     found, _ = kernels.conv.choices(x, weight, out, **options)
     options["config"] = next(config for config in found if config.name == engine)
     partials = None
@@ -216,22 +148,6 @@ def run_engine(
         partials = scale.new_empty(n, tiles, c_out)
     kernels.conv.conv(x, weight, scale, shift, out, relu=relu, pool_partials=partials, **options)
     return partials
-
-
-def _aten_conv(x: Tensor, weight: Tensor, *, stride: int) -> Tensor:
-    """ATen's convolution of ``[N, H, W, C]`` views, with channel stride 1."""
-    z = F.conv2d(
-        x.permute(0, 3, 1, 2),
-        weight.permute(0, 3, 1, 2),
-        stride=stride,
-        padding=weight.shape[1] // 2,
-    ).permute(0, 2, 3, 1)
-    return z if z.stride(3) == 1 else z.contiguous()
-
-
-def _tf32(x: Tensor) -> bool:
-    """Whether products of ``x`` may be rounded to TF32: where torch lets cuDNN do it."""
-    return x.dtype == torch.float32 and x.is_cuda and tuning.tf32_allowed()
 
 
 def depthwise(x: Tensor, weight: Tensor, out: Tensor, *, stride: int = 1) -> None:
@@ -340,20 +256,20 @@ def choose_weight_grad_engine(
     x: Tensor, g: Tensor, weight: Tensor, scale: Tensor | None, *, stride: int
 ) -> str:
     """The fastest engine for a weight gradient: :data:`ATEN`, or a Triton configuration."""
-    options: dict[str, Any] = dict(stride=stride, tf32=_tf32(x))
+    options: dict[str, Any] = dict(stride=stride, tf32=tf32(x))
     found, static = _kernels().conv_weight_grad.choices(x, g, weight.shape[1], **options)
-    problem = _problem("conv weight gradient", x, weight.shape, stride, found[0].form)
+    key = problem("conv weight gradient", x, weight.shape, stride, found[0].form)
 
     def run(engine: str) -> None:
         run_weight_grad_engine(engine, x, g, weight, scale, stride=stride)
 
-    names = [*_aten(x, g), *(config.name for config in found)]
+    names = [*aten(x, g), *(config.name for config in found)]
     prepare = functools.partial(_weight_grad_trial, x, g, weight, stride=stride)
-    return tuning.choose(x.device, problem, names, static.name, run, prepare=prepare)
+    return tuning.choose(x.device, key, names, static.name, run, prepare=prepare)
 
 
 def _weight_grad_trial(x: Tensor, g: Tensor, weight: Tensor, *, stride: int) -> tuning.Trial:
-    """Holds engines against the reference, as :func:`_trial` does for the convolution."""
+    """Holds engines against the reference, as :func:`conv_trial` does for the convolution."""
     images = selfcheck.few_images(x, g)
     source, gradient = selfcheck.Slot.like(x, images), selfcheck.Slot.like(g, images)
     random = torch.Generator(x.device).manual_seed(0)
@@ -373,7 +289,7 @@ def _weight_grad_trial(x: Tensor, g: Tensor, weight: Tensor, *, stride: int) -> 
         pairs = [
             (f, e) for f, e in zip(found, expected, strict=True) if f is not None and e is not None
         ]
-        return selfcheck.disagreement(pairs, _tolerance(x))
+        return selfcheck.disagreement(pairs, tolerance(x))
 
     return trial
 
@@ -390,23 +306,10 @@ def run_weight_grad_engine(
     kernel, size = _kernels().conv_weight_grad, weight.shape[1]
     if engine == ATEN:
         high = accumulator(x.dtype)
-        _, dw, _ = torch.ops.aten.convolution_backward(
-            g.to(high).permute(0, 3, 1, 2),
-            x.to(high).permute(0, 3, 1, 2),
-            # Of the weight only shape, layout and dtype matter.
-            torch.empty_like(weight, dtype=high).permute(0, 3, 1, 2),
-            None,
-            [stride, stride],
-            [size // 2, size // 2],
-            [1, 1],
-            False,
-            [0, 0],
-            1,
-            [False, True, False],
-        )
-        products = dw.permute(0, 2, 3, 1).contiguous().unsqueeze(0)
+        dw = _aten.weight_grad(x.to(high), g.to(high), weight, stride=stride)
+        products = dw.contiguous().unsqueeze(0)
         return kernel.finish(products, kernel.channel_sums(g), weight, scale)
-    options: dict[str, Any] = dict(stride=stride, tf32=_tf32(x))
+    options: dict[str, Any] = dict(stride=stride, tf32=tf32(x))
     found, _ = kernel.choices(x, g, size, **options)
     config = next(config for config in found if config.name == engine)
     return kernel.weight_grad(x, g, weight, scale, config=config, **options)
@@ -440,20 +343,20 @@ def conv_statistics(x: Tensor, weight: Tensor, out: Tensor, *, stride: int = 1) 
 
 def choose_statistics_engine(x: Tensor, weight: Tensor, out: Tensor, *, stride: int) -> str:
     """The fastest engine for :func:`conv_statistics`: :data:`ATEN`, or a Triton configuration."""
-    options: dict[str, Any] = dict(stride=stride, tf32=_tf32(x), statistics=True)
+    options: dict[str, Any] = dict(stride=stride, tf32=tf32(x), statistics=True)
     found, static = _kernels().conv.choices(x, weight, out, **options)
-    problem = _problem("conv", x, weight.shape, stride, "statistics", found[0].form)
+    key = problem("conv", x, weight.shape, stride, "statistics", found[0].form)
 
     def run(engine: str) -> None:
         run_statistics_engine(engine, x, weight, out, stride=stride)
 
-    names = [*_aten(x, out), *(config.name for config in found)]
+    names = [*aten(x, out), *(config.name for config in found)]
     prepare = functools.partial(_statistics_trial, x, weight, out, stride=stride)
-    return tuning.choose(x.device, problem, names, static.name, run, prepare=prepare)
+    return tuning.choose(x.device, key, names, static.name, run, prepare=prepare)
 
 
 def _statistics_trial(x: Tensor, weight: Tensor, out: Tensor, *, stride: int) -> tuning.Trial:
-    """Holds engines against the reference, as :func:`_trial` does."""
+    """Holds engines against the reference, as :func:`conv_trial` does."""
     images = selfcheck.few_images(x, out)
     source, target = selfcheck.Slot.like(x, images), selfcheck.Slot.like(out, images)
     random = torch.Generator(x.device).manual_seed(0)
@@ -470,7 +373,7 @@ def _statistics_trial(x: Tensor, weight: Tensor, out: Tensor, *, stride: int) ->
         merged = reference.batch_norm_merge(partials)
         return [(target.view, expected), *zip(merged, exact[0], strict=True)]
 
-    return _judge(target, run, _tolerance(x))
+    return judge(target, run, tolerance(x))
 
 
 def run_statistics_engine(
@@ -480,12 +383,12 @@ def run_statistics_engine(
     kernels, n, c_out = _kernels(), x.shape[0], weight.shape[0]
     high = accumulator(x.dtype)
     if engine == ATEN:
-        z = _aten_conv(x, weight, stride=stride)
+        z = _aten.conv(x, weight, stride=stride)
         tiles = kernels.epilogue.pool_tiles(out)
         partials = x.new_empty(n, tiles, 3, c_out, dtype=high)
         kernels.epilogue.epilogue(z, None, None, out, relu=False, statistics=partials)
         return partials.flatten(0, 1)
-    options: dict[str, Any] = dict(stride=stride, tf32=_tf32(x))
+    options: dict[str, Any] = dict(stride=stride, tf32=tf32(x))
     found, _ = kernels.conv.choices(x, weight, out, statistics=True, **options)
     options["config"] = next(config for config in found if config.name == engine)
     tiles = kernels.conv.pool_tiles(x, weight, out, **options)
@@ -549,12 +452,12 @@ def choose_input_grad_engine(
     anything was measured is put back.
     """
     options: dict[str, Any] = dict(stride=stride, add=add, mask=mask)
-    found, static = _kernels().conv.input_grad_choices(g, packed, out, tf32=_tf32(g), **options)
+    found, static = _kernels().conv.input_grad_choices(g, packed, out, tf32=tf32(g), **options)
     c_in, kernel, _, c_out = packed.shape
     named = (("add", add), ("mask", mask))
     words = [f"{name} {view.shape[3]}" for name, view in named if view is not None]
     layer = (c_out, kernel, kernel, c_in)
-    problem = _problem("conv input gradient", out, layer, stride, *words, found[0].form)
+    key = problem("conv input gradient", out, layer, stride, *words, found[0].form)
     before: list[Tensor] = []
 
     def run(engine: str) -> None:
@@ -565,9 +468,9 @@ def choose_input_grad_engine(
             before.append(out.clone())
         return _input_grad_trial(g, packed, out, **options)
 
-    names = [*_aten(g, out), *(config.name for config in found)]
+    names = [*aten(g, out), *(config.name for config in found)]
     try:
-        return tuning.choose(g.device, problem, names, static.name, run, prepare=prepare)
+        return tuning.choose(g.device, key, names, static.name, run, prepare=prepare)
     finally:
         for values in before:
             out.copy_(values)
@@ -587,7 +490,7 @@ def _input_grad_trial(
     add: Tensor | None,
     mask: Tensor | None,
 ) -> tuning.Trial:
-    """Holds engines against the reference, as :func:`_trial` does; in place where ``add`` is."""
+    """Holds engines against the reference, as :func:`conv_trial` does; in place if ``add`` is."""
     views = {name: view for name, view in (("add", add), ("mask", mask)) if view is not None}
     images = selfcheck.few_images(g, out, *views.values())
     source, target = selfcheck.Slot.like(g, images), selfcheck.Slot.like(out, images)
@@ -614,7 +517,7 @@ def _input_grad_trial(
         run_input_grad_engine(engine, source.view, packed, target.view, **options)
         return [(target.view, expected)]
 
-    return _judge(target, run, _tolerance(g))
+    return judge(target, run, tolerance(g))
 
 
 def run_input_grad_engine(
@@ -630,25 +533,9 @@ def run_input_grad_engine(
     """Run :func:`conv_input_grad` on one engine, with weights that are packed already."""
     kernels = _kernels()
     if engine == ATEN:
-        kernels.accumulate.accumulate(_aten_input_grad(g, packed, out, stride), out, add, mask)
+        kernels.accumulate.accumulate(_aten.input_grad(g, packed, out, stride), out, add, mask)
         return
-    options: dict[str, Any] = dict(stride=stride, add=add, mask=mask, tf32=_tf32(g))
+    options: dict[str, Any] = dict(stride=stride, add=add, mask=mask, tf32=tf32(g))
     found, _ = kernels.conv.input_grad_choices(g, packed, out, **options)
     config = next(config for config in found if config.name == engine)
     kernels.conv.input_grad(g, packed, out, config=config, **options)
-
-
-def _aten_input_grad(g: Tensor, packed: Tensor, out: Tensor, stride: int) -> Tensor:
-    """ATen's gradient of the input of a convolution, ``[N, H, W, C_in]`` with channel stride 1."""
-    if stride == 1:
-        return _aten_conv(g, packed, stride=1)
-    kernel = packed.shape[1]
-    rest = [(size - 1) % stride for size in out.shape[1:3]]  # What the stride left over.
-    dx = F.conv_transpose2d(
-        g.permute(0, 3, 1, 2),
-        packed.flip(1, 2).permute(3, 0, 1, 2),
-        stride=stride,
-        padding=kernel // 2,
-        output_padding=rest,
-    ).permute(0, 2, 3, 1)
-    return dx if dx.stride(3) == 1 else dx.contiguous()

@@ -1,0 +1,119 @@
+// Which convolution engines there are, and their choice by name.
+#include <stdexcept>
+
+#include "conv_engines.h"
+#include "conv_plan.h"
+#include "dispatch.h"
+
+#if defined(__linux__) && defined(__x86_64__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace vovnet_fast {
+
+#define VF_DECLARE(isa, name)                                       \
+  namespace isa {                                                   \
+  void conv_##name(const ConvParams& params, int threads);          \
+  void conv_pack_##name(const ConvPackParams& params, int threads); \
+  }
+#ifdef VF_WITH_AVX2
+VF_DECLARE(avx2, fma)
+#endif
+#ifdef VF_WITH_AVX512
+VF_DECLARE(avx512, fma)
+#endif
+#ifdef VF_WITH_AMX
+VF_DECLARE(amx, amx)
+#endif
+#undef VF_DECLARE
+
+namespace cpu {
+
+namespace {
+
+struct Engine {
+  const char* name;
+  const char* isa;  // that must be in use
+  bool (*supported)();
+  void (*run)(const ConvParams& params, int threads);
+  void (*pack)(const ConvPackParams& params, int threads);
+  int64_t chunk;  // channels that make 64 bytes
+};
+
+bool always() { return true; }
+
+#ifdef VF_WITH_AMX
+// Whether the processor has it, and Linux lets this process have its large registers.
+bool find_amx() {
+  unsigned a, b, c, d;
+  constexpr unsigned kBFloat16Bit = 1u << 22, kTileBit = 1u << 24;  // EDX of leaf 7
+  constexpr unsigned kAvx512BFloat16Bit = 1u << 5;                  // EAX of its first sub-leaf
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  if ((d & kBFloat16Bit) == 0 || (d & kTileBit) == 0) return false;
+  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || (a & kAvx512BFloat16Bit) == 0) return false;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+
+bool has_amx() {
+  static const bool found = find_amx();
+  return found;
+}
+#endif
+
+constexpr Engine kEngines[] = {
+#ifdef VF_WITH_AVX2
+    {"fma", "avx2", always, avx2::conv_fma, avx2::conv_pack_fma, 16},
+#endif
+#ifdef VF_WITH_AVX512
+    {"fma", "avx512", always, avx512::conv_fma, avx512::conv_pack_fma, 16},
+#endif
+#ifdef VF_WITH_AMX
+    {"amx", "avx512", has_amx, amx::conv_amx, amx::conv_pack_amx, 32},
+#endif
+    {"", "", nullptr, nullptr, nullptr, 0},  // No array is empty.
+};
+
+bool runs(const Engine& engine) { return engine.isa == isa() && engine.supported(); }
+
+const Engine& find(const std::string& name) {
+  for (const Engine& engine : kEngines) {
+    if (engine.name == name && runs(engine)) return engine;
+  }
+  throw std::invalid_argument("no convolution engine \"" + name + "\" runs on instruction set " +
+                              isa());
+}
+
+}  // namespace
+
+std::vector<std::string> conv_engines() {
+  std::vector<std::string> names;
+  for (const Engine& engine : kEngines) {
+    if (runs(engine)) names.emplace_back(engine.name);
+  }
+  return names;
+}
+
+void conv(const ConvParams& params, const std::string& engine, int threads) {
+  find(engine).run(params, threads);
+}
+
+void conv_pack(const ConvPackParams& params, const std::string& engine, int threads) {
+  find(engine).pack(params, threads);
+}
+
+int64_t conv_pack_bytes(const std::string& engine, int64_t c_out, int64_t kernel, int64_t c_in) {
+  const auto plan = conv::divide({1, 1, c_in, c_out, kernel, 1}, find(engine).chunk);
+  return plan.tiles * conv::tile_step(plan);
+}
+
+int64_t conv_parts(const std::string& engine, int64_t out_height, int64_t out_width, int64_t c_in,
+                   int64_t c_out, int64_t kernel, int64_t stride) {
+  return conv::divide({out_height, out_width, c_in, c_out, kernel, stride}, find(engine).chunk)
+      .strips;
+}
+
+}  // namespace cpu
+}  // namespace vovnet_fast

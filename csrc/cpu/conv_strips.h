@@ -1,0 +1,285 @@
+// Convolution straight from a slot into a slot: all but the multiplication of a block, which is the
+// engine's. conv_plan.h says how the work is divided: by shape alone, so that results do not depend
+// on the number of threads.
+//
+// An Engine has
+//   Packed                    what gathered inputs and packed weights are in
+//   kPixels, kTiles           the largest block: pixels, and tiles of 16 output channels
+//   kByRows                   see multiply
+//   kDirect                   it can read the pixels of a 1x1 where they lie
+//   Session                   what a thread holds while it works
+//   block_pixels(pixels)      the size of blocks, at most kPixels, for a strip
+//   kSteps                    chunks times taps whose weights stay in its L1 cache; sums of so many
+//                             are complete before they are added to others, which keeps them exact
+//   multiply(Block, sums, add)  sums, [pixel][channel], added to those that are there or not
+//   store(T*, Vector, span)   rounds a vector into the output
+#pragma once
+
+#include <cstdlib>
+#include <new>
+
+#include "conv_gather.h"
+
+namespace vovnet_fast {
+inline namespace VF_ISA {
+namespace conv {
+
+constexpr int64_t kWideRow = 7;  // Pixels: below, short blocks cost more than is saved.
+
+// Input and weight of a block. Distances are in bytes.
+struct Block {
+  const char* input;
+  int64_t pixel_step, chunk_step;
+  const int64_t* offsets;  // of the taps, from the first one
+  const char* weight;
+  int64_t tile_step;
+  int64_t chunks;
+  int taps, pixels, tiles;
+};
+
+// Memory of a thread, kept for its next convolution.
+class Workspace {
+ public:
+  Workspace() = default;
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+  ~Workspace() { free(data_); }
+
+  // Null where there is none: a thread must not throw.
+  char* get(int64_t bytes) {
+    if (bytes > size_) {
+      constexpr int64_t kPage = 4096;
+      const int64_t size = ceil_div(bytes, kPage) * kPage;
+      void* data = aligned_alloc(kPage, size);
+      if (data == nullptr) return nullptr;
+      memset(data, 0, size);  // Blocks read behind their pixels: numbers that nobody uses.
+      free(data_);
+      data_ = static_cast<char*>(data);
+      size_ = size;
+    }
+    return data_;
+  }
+
+ private:
+  char* data_ = nullptr;
+  int64_t size_ = 0;
+};
+
+// Vectors of a block's channels in registers: scale, shift, and sums for the pool.
+template <int kVectors>
+struct Epilogue {
+  Vector<float> scale[kVectors], shift[kVectors], total[kVectors];
+};
+
+// body(vector, span) for the vectors of `channels` channels.
+template <int kVectors, class Body>
+VF_HD void for_vectors(int64_t channels, Body body) {
+  for (int v = 0; v < kVectors; ++v) {
+    const int64_t left = channels - v * kLanes<float>;
+    if (left >= kLanes<float>) {
+      body(v, Full{});
+    } else if (left > 0) {
+      body(v, Part{static_cast<int>(left)});
+    }
+  }
+}
+
+// Where outputs that are counted through over gathered rows lie.
+struct Range {
+  int64_t first;
+  int pixels;
+};
+
+// Sums of a block, [pixel][kTiles * 16], into the slot from `channel` on.
+template <class Engine, class T, int kTiles>
+void store_block(const ConvParams& p, const Plan& plan, const float* sums, Range range, T* out,
+                 int64_t channel, float* pool) {
+  constexpr int kChannels = kTiles * kTileChannels, kVectors = kChannels / kLanes<float>;
+  const int64_t channels = least<int64_t>(kChannels, p.c_out - channel);
+  Epilogue<kVectors> e{};
+  for_vectors<kVectors>(channels, [&](int v, auto span) VF_LAMBDA {
+    const int64_t c = channel + v * kLanes<float>;
+    e.scale[v] = load(static_cast<const float*>(p.scale) + c, span);
+    e.shift[v] = load(static_cast<const float*>(p.shift) + c, span);
+  });
+  Pixel at{range.first / plan.width, range.first % plan.width};
+  const auto store_pixels = [&](auto relued, auto each) VF_LAMBDA {
+    for (int i = 0; i < range.pixels; ++i, sums += kChannels) {
+      if (at.w < p.out_width) {
+        T* to = out + at.h * p.out.stride_h + at.w * p.out.stride_w + channel;
+        each([&](int v, auto span) VF_LAMBDA {
+          auto y = scale_shift(load(sums + v * kLanes<float>, Full{}), e.scale[v], e.shift[v]);
+          if constexpr (relued.value == 1) y = relu(y);
+          e.total[v] += y;
+          Engine::store(to + v * kLanes<float>, y, span);
+        });
+      }
+      if (++at.w == plan.width) at = {at.h + 1, 0};
+    }
+  };
+  const auto all = [&](auto body) VF_LAMBDA {
+    for (int v = 0; v < kVectors; ++v) body(v, Full{});
+  };
+  const auto some = [&](auto body) VF_LAMBDA { for_vectors<kVectors>(channels, body); };
+  if (channels < kChannels) {
+    p.relu != 0 ? store_pixels(Fixed<1>{}, some) : store_pixels(Fixed<0>{}, some);
+  } else {
+    p.relu != 0 ? store_pixels(Fixed<1>{}, all) : store_pixels(Fixed<0>{}, all);
+  }
+  if (pool == nullptr) return;
+  for_vectors<kVectors>(channels, [&](int v, auto span) VF_LAMBDA {
+    float* to = pool + channel + v * kLanes<float>;
+    store(to, load(to, span) + e.total[v], span);
+  });
+}
+
+// store_block for a number of tiles that is known when it runs.
+template <class Engine, class T, int kTiles = Engine::kTiles, class... Args>
+VF_HD void store_tiles(int tiles, const Args&... args) {
+  if constexpr (kTiles > 1) {
+    if (tiles < kTiles) return store_tiles<Engine, T, kTiles - 1>(tiles, args...);
+  }
+  store_block<Engine, T, kTiles>(args...);
+}
+
+// One strip of an image, or a part of its output channels.
+struct Task {
+  int64_t image, strip, row, rows;  // output rows from `row` on
+  int64_t first_tile, last_tile;
+};
+
+// The chunks of a pixel that a block multiplies before its sums are put aside.
+template <class Engine>
+VF_HD int64_t chunks_at_once(const Plan& plan) {
+  const int64_t chunks = Engine::kSteps / taps(plan);
+  return chunks < 1 ? 1 : least(chunks, plan.chunks);
+}
+
+// Pixels whose sums are kept: all of a strip, unless a block's are complete at once.
+template <class Engine>
+VF_HD int64_t kept_pixels(const Plan& plan) {
+  const bool complete = chunks_at_once<Engine>(plan) == plan.chunks;
+  return complete ? Engine::kPixels : plan.rows * plan.width + Engine::kPixels;
+}
+
+// The sums of a task from gathered input, or from the input itself, behind which nothing is read.
+template <class Engine, class T>
+void multiply(const ConvParams& p, const Plan& plan, const Task& task, Block block, bool gathered,
+              float* kept, float* pool) {
+  T* out = static_cast<T*>(p.out.data) + task.image * p.out.stride_n + task.row * p.out.stride_h;
+  // Runs of pixels that are counted through: all of the strip, or, for an engine to which pixels
+  // that are not stored cost as much as others, each row by itself.
+  const bool by_rows = Engine::kByRows && plan.extra > 0 && p.out_width >= kWideRow;
+  const int64_t runs = by_rows ? task.rows : 1;
+  const int64_t length = by_rows ? p.out_width : (task.rows - 1) * plan.width + p.out_width;
+  const int64_t size = Engine::block_pixels(length), group = chunks_at_once<Engine>(plan);
+  const char *input = block.input, *weight = block.weight;
+  for (int64_t tile = task.first_tile; tile < task.last_tile; tile += Engine::kTiles) {
+    block.tiles = static_cast<int>(least<int64_t>(Engine::kTiles, task.last_tile - tile));
+    const int64_t channels = block.tiles * kTileChannels;
+    for (int64_t chunk = 0; chunk < plan.chunks; chunk += group) {
+      block.chunks = least(group, plan.chunks - chunk);
+      block.weight = weight + tile * block.tile_step + chunk * taps(plan) * kTileBytes;
+      for (int64_t i = 0; i < runs * ceil_div(length, size); ++i) {
+        const int64_t blocks = ceil_div(length, size), run = i / blocks, first = i % blocks * size;
+        const int pixels = static_cast<int>(least(size, length - first));
+        // The last block then begins earlier, and has some pixels of the one before.
+        const int64_t begin = gathered ? first : least(first, length - size);
+        block.input =
+            input + (run * plan.width + begin) * block.pixel_step + chunk * block.chunk_step;
+        block.pixels = static_cast<int>(gathered ? pixels : size);
+        const int64_t at = run * plan.width + first;
+        float* sums = group == plan.chunks ? kept : kept + at * channels;
+        Engine::multiply(block, sums, chunk > 0);
+        if (chunk + group < plan.chunks) continue;
+        store_tiles<Engine, T>(block.tiles, p, plan, sums + (first - begin) * channels,
+                               Range{at, pixels}, out, tile * kTileChannels, pool);
+      }
+    }
+  }
+}
+
+template <class Engine>
+VF_HD Plan plan_of(const ConvParams& p) {
+  return divide({p.out_height, p.out_width, p.c_in, p.c_out, p.kernel, p.stride},
+                kChunkBytes / static_cast<int64_t>(sizeof(typename Engine::Packed)));
+}
+
+template <class Engine, class T>
+void run_task(const ConvParams& p, const Plan& plan, const Task& task, const int64_t* offsets,
+              char* gathered, float* kept) {
+  using Packed = typename Engine::Packed;
+  constexpr int64_t kChunk = kChunkBytes / static_cast<int64_t>(sizeof(Packed));
+  Block block{gathered,
+              kChunkBytes,
+              plan.pixels * kChunkBytes,
+              offsets,
+              static_cast<const char*>(p.tiles),
+              tile_step(plan),
+              plan.chunks,
+              static_cast<int>(taps(plan)),
+              0,
+              0};
+  const bool direct = Engine::kDirect && p.kernel == 1 && p.stride == 1 && p.c_in % kChunk == 0 &&
+                      p.x.stride_h == p.width * p.x.stride_w &&
+                      task.rows * p.width >= Engine::kPixels;
+  if (direct) {
+    const T* x =
+        static_cast<const T*>(p.x.data) + task.image * p.x.stride_n + task.row * p.x.stride_h;
+    block.input = reinterpret_cast<const char*>(x);
+    block.pixel_step = p.x.stride_w * static_cast<int64_t>(sizeof(T));
+    block.chunk_step = kChunkBytes;
+  } else {
+    gather<T, Packed>(p, plan, task.image, task.row, task.rows, gathered);
+  }
+  float* pool = nullptr;
+  if (p.pool_partials != nullptr) {
+    const int64_t first = task.first_tile * kTileChannels;
+    pool = static_cast<float*>(p.pool_partials) + (task.image * plan.strips + task.strip) * p.c_out;
+    zero(pool + first, least(task.last_tile * kTileChannels, p.c_out) - first);
+  }
+  multiply<Engine, T>(p, plan, task, block, !direct, kept, pool);
+}
+
+template <class Engine, class T>
+void run(const ConvParams& p, int threads) {
+  const Plan plan = plan_of<Engine>(p);
+  int64_t offsets[kMaxTaps];
+  for (int64_t tap = 0; tap < taps(plan); ++tap) {
+    const int64_t h = tap / plan.kernel, w = tap % plan.kernel;
+    const int64_t plane = h % plan.stride * plan.planes + w % plan.stride;
+    offsets[tap] =
+        kChunkBytes * (plane * plan.plane_pixels + h / plan.stride * plan.width + w / plan.stride);
+  }
+  // Few strips are divided further, by output channels; each part gathers for itself.
+  const int64_t strips = p.n * plan.strips;
+  const int64_t parts = least(plan.tiles, ceil_div(threads, strips));
+  const int64_t behind = Engine::kPixels + plan.extra * (plan.width + 1);  // read by a last block
+  const int64_t input_bytes = (plan.chunks * plan.pixels + behind) * kChunkBytes;
+  const int64_t sum_bytes = kept_pixels<Engine>(plan) * Engine::kTiles * kTileChannels * 4;
+  bool failed = false;
+#pragma omp parallel num_threads(threads) reduction(|| : failed)
+  {
+    static thread_local Workspace workspace;
+    char* gathered = workspace.get(input_bytes + sum_bytes);
+    failed = gathered == nullptr;
+    auto* kept = reinterpret_cast<float*>(gathered + input_bytes);
+    const typename Engine::Session session;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < strips * parts; ++i) {
+      if (failed) continue;
+      const int64_t part = i % parts, strip = i / parts % plan.strips;
+      const int64_t row = strip * plan.rows;
+      run_task<Engine, T>(
+          p, plan,
+          {i / parts / plan.strips, strip, row, least(plan.rows, p.out_height - row),
+           plan.tiles * part / parts, plan.tiles * (part + 1) / parts},
+          offsets, gathered, kept);
+    }
+  }
+  if (failed) throw std::bad_alloc();
+}
+
+}  // namespace conv
+}  // namespace VF_ISA
+}  // namespace vovnet_fast

@@ -1,0 +1,152 @@
+// Which instruction set the ops run on: the best one that the processor has, or the one that the
+// environment variable VOVNET_FAST_CPU_ISA names.
+//
+// How this folder is compiled: every file that is named *_kernels.cpp once per instruction set,
+// with -DVF_ISA=<name> and the flags below, and each of its functions lies in a namespace of that
+// name; all other files once, without them.
+//
+//   baseline  none
+//   avx2      -mavx2 -mfma -mf16c
+//   avx512    avx2 and -mavx512f -mavx512bw -mavx512vl -mavx512dq
+//
+// VF_WITH_AVX2 and VF_WITH_AVX512 are defined where these were compiled, on x86-64.
+#include "dispatch.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "../math.h"
+#include "../ops.h"
+
+namespace vovnet_fast {
+
+#define VF_DECLARE(name, Params) void name(const Params& params, int threads);
+namespace baseline {
+VF_OPS(VF_DECLARE)
+}
+#ifdef VF_WITH_AVX2
+namespace avx2 {
+VF_OPS(VF_DECLARE)
+}
+#endif
+#ifdef VF_WITH_AVX512
+namespace avx512 {
+VF_OPS(VF_DECLARE)
+}
+#endif
+#undef VF_DECLARE
+
+namespace cpu {
+namespace {
+
+// All ops of an instruction set.
+struct Table {
+  const char* isa;
+  bool (*supported)();
+#define VF_FIELD(name, Params) void (*name)(const Params& params, int threads);
+  VF_OPS(VF_FIELD)
+#undef VF_FIELD
+};
+
+bool always() { return true; }
+
+#ifdef VF_WITH_AVX2
+bool has_avx2() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c");
+}
+#endif
+
+#ifdef VF_WITH_AVX512
+bool has_avx512() {
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+         __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avx512f") &&
+         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
+         __builtin_cpu_supports("avx512dq");
+}
+#endif
+
+// The best one last.
+constexpr Table kTables[] = {
+#define VF_ENTRY(name, Params) baseline::name,
+    {"baseline", always, VF_OPS(VF_ENTRY)},
+#undef VF_ENTRY
+#ifdef VF_WITH_AVX2
+#define VF_ENTRY(name, Params) avx2::name,
+    {"avx2", has_avx2, VF_OPS(VF_ENTRY)},
+#undef VF_ENTRY
+#endif
+#ifdef VF_WITH_AVX512
+#define VF_ENTRY(name, Params) avx512::name,
+    {"avx512", has_avx512, VF_OPS(VF_ENTRY)},
+#undef VF_ENTRY
+#endif
+};
+
+const Table& find(const std::string& isa) {
+  std::string known;
+  for (const Table& table : kTables) {
+    if (isa == table.isa && table.supported()) return table;
+    if (table.supported()) known += (known.empty() ? "" : ", ") + std::string(table.isa);
+  }
+  throw std::invalid_argument("this processor, or this build, has no instruction set \"" + isa +
+                              "\": choose one of " + known);
+}
+
+const Table& best() {
+  const Table* found = kTables;
+  for (const Table& table : kTables) {
+    if (table.supported()) found = &table;
+  }
+  return *found;
+}
+
+std::atomic<const Table*> chosen{nullptr};
+
+const Table& current() { return *chosen.load(std::memory_order_relaxed); }
+
+}  // namespace
+
+void choose_isa() {
+  const char* asked = std::getenv("VOVNET_FAST_CPU_ISA");
+  if (asked == nullptr || *asked == '\0') {
+    chosen = &best();
+    return;
+  }
+  try {
+    chosen = &find(asked);
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument("VOVNET_FAST_CPU_ISA=" + std::string(asked) + ": " + error.what());
+  }
+}
+
+void use_isa(const std::string& isa) { chosen = &find(isa); }
+
+std::string isa() { return current().isa; }
+
+std::vector<std::string> isas() {
+  std::vector<std::string> names;
+  for (const Table& table : kTables) {
+    if (table.supported()) names.emplace_back(table.isa);
+  }
+  return names;
+}
+
+void refuse_dtype(int32_t dtype) {
+  throw std::invalid_argument("no kernel for the dtype with code " + std::to_string(dtype));
+}
+
+#define VF_DEFINE(name, Params) \
+  void name(const Params& params, int threads) { current().name(params, threads); }
+VF_OPS(VF_DEFINE)
+#undef VF_DEFINE
+
+int64_t reduction_parts(int64_t, int64_t height, int64_t width, int64_t) {
+  return ceil_div(height * width, kTilePixels);
+}
+
+int64_t merge_groups(int64_t, int64_t) { return 0; }
+
+}  // namespace cpu
+}  // namespace vovnet_fast

@@ -1,0 +1,112 @@
+// A convolution for Hopper: bulk copies, WGMMA with exactly C_out columns, and strips of pixels
+// that three taps share.
+//
+// What a tile takes from L2 for every 64 input channels of a 3x3 layer: three strips of
+// (tile_h + 2) * tile_w pixels and nine taps of weights, 128 bytes a row. A kernel that fetches the
+// pixels of every tap takes nine times the pixels. In FLOP a byte:
+//
+//     pixels    channels    here    fetching every tap
+//     16 x 16     112        138       78
+//     16 x 16     128        146       85
+//     16 x 16     160        160       98
+//     16 x  8     224        105       81
+//
+// At 790 TFLOP/s 85 FLOP a byte ask L2 for 9.3 TB/s, 146 for 5.4. WGMMA reads both operands from
+// shared memory, (64 + N) * 32 bytes in N / 2 cycles for 64 pixels by N channels, at 128 bytes a
+// cycle: 64 channels take all of it, 160 leave 30 % to the copies. The channels are never padded,
+// where 80, 112 or 224 would become 128 or 256. So it should win where Triton pads or splits, and
+// on wide 3x3 layers, and not with 64 channels. All of this is arithmetic: nothing was measured
+// yet.
+//
+// CTAs are persistent: one fills a processor's shared memory, so that only a CTA which goes on to
+// the next tile can fetch it under the epilogue. Where the last wave is short, smaller tiles help.
+#include <cuda.h>
+#include <cuda_runtime.h>
+
+#include "common.cuh"
+#include "conv_sm90.h"
+#include "conv_sm90_kernels.cuh"
+#include "conv_sm90_plan.h"
+
+namespace vovnet_fast {
+namespace conv_sm90 {
+namespace {
+
+constexpr char kOp[] = "conv_sm90";
+
+using Encode = decltype(&cuTensorMapEncodeTiled);
+
+// The driver's function, which libcuda has: nothing links against that.
+Encode encoder() {
+  static const Encode found = [] {
+    void* function = nullptr;
+    cudaDriverEntryPointQueryResult result;
+#if CUDART_VERSION >= 12050
+    const cudaError_t status = cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function,
+                                                                12000, cudaEnableDefault, &result);
+#else
+    const cudaError_t status =
+        cudaGetDriverEntryPoint("cuTensorMapEncodeTiled", &function, cudaEnableDefault, &result);
+#endif
+    cuda::check(kOp, status, "cannot ask the driver for cuTensorMapEncodeTiled");
+    if (result != cudaDriverEntryPointSuccess) {
+      throw std::runtime_error(
+          "conv_sm90: the driver has no cuTensorMapEncodeTiled: update it to CUDA 12.0 or newer");
+    }
+    return reinterpret_cast<Encode>(function);
+  }();
+  return found;
+}
+
+CUtensorMap encode(const Box& box, CUtensorMapDataType type, const char* name) {
+  const cuuint32_t steps[4] = {1, 1, 1, 1};
+  CUtensorMap map;
+  const CUresult status =
+      encoder()(&map, type, box.rank, const_cast<void*>(box.data),
+                reinterpret_cast<const cuuint64_t*>(box.sizes),
+                reinterpret_cast<const cuuint64_t*>(box.strides), box.box, steps,
+                CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+                CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (status != CUDA_SUCCESS) {
+    throw std::runtime_error(std::string("conv_sm90: cuTensorMapEncodeTiled refuses ") + name +
+                             " with CUresult " + std::to_string(status));
+  }
+  return map;
+}
+
+int processors() {
+  int device, count;
+  cuda::check(kOp, cudaGetDevice(&device), "no current device");
+  cuda::check(kOp, cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device),
+              "cannot count processors");
+  return count;
+}
+
+}  // namespace
+}  // namespace conv_sm90
+
+namespace cuda {
+
+void conv_sm90(const ConvSm90Params& params, void* stream) {
+  using namespace vovnet_fast::conv_sm90;
+  if (params.n == 0 || params.height == 0 || params.width == 0 || params.c_out == 0) return;
+  const Problem p = plan(params);
+  check_device(kOp, params.out.data);
+  const bool half = params.dtype == kFloat16;
+  const int blocks = blocks_of(params);
+  const Kernel kernel =
+      half ? float16_kernel(p.block_out, blocks) : bfloat16_kernel(p.block_out, blocks);
+  const auto type = half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
+  const CUtensorMap x = encode(strip_box(params), type, "x");
+  const CUtensorMap weight = encode(weight_box(params), type, "weight");
+  const int bytes = static_cast<int>(shared_bytes(p)) + kAtomBytes;
+  check(kOp, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        "no kernel for this device (it is for compute capability 9.0), or none with " +
+            std::to_string(bytes) + " bytes of shared memory");
+  const int grid = std::min(p.tiles, processors());
+  kernel<<<grid, conv_sm90::kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(x, weight, p);
+  check(kOp, cudaGetLastError(), "cannot launch " + std::to_string(grid) + " blocks");
+}
+
+}  // namespace cuda
+}  // namespace vovnet_fast

@@ -1,0 +1,149 @@
+// The machine of conv_sm90_kernel.h that is a Hopper GPU: each function is one instruction of
+// sm_90a.
+#pragma once
+
+#include <cuda.h>
+
+#include <cstdint>
+
+#include "../dtypes.h"
+#include "conv_sm90_layout.h"
+#include "conv_sm90_wgmma.cuh"
+
+namespace vovnet_fast {
+namespace conv_sm90 {
+
+// Registers of a thread that fetches and of one that multiplies. They start with what the launch
+// bounds leave to each, 168: 24 + 2 * 240 = 3 * 168.
+constexpr int kFetchRegisters = 24;
+constexpr int kMultiplyRegisters = 240;
+
+class Sm90 {
+ public:
+  // shared: an address in the window of shared memory that starts an atom.
+  __device__ __forceinline__ Sm90(uint32_t shared, char* generic, const CUtensorMap* x,
+                                  const CUtensorMap* weight)
+      : shared_(shared), generic_(generic), x_(x), weight_(weight) {}
+
+  __device__ __forceinline__ int thread() const { return threadIdx.x; }
+  __device__ __forceinline__ int cta() const { return blockIdx.x; }
+  __device__ __forceinline__ int ctas() const { return gridDim.x; }
+  __device__ __forceinline__ void synchronise() { __syncthreads(); }
+  __device__ __forceinline__ void synchronise_consumers() {
+    asm volatile("bar.sync 1, %0;" ::"n"(kConsumers * kWarpgroup) : "memory");
+  }
+  __device__ __forceinline__ void shrink_registers() {
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kFetchRegisters));
+  }
+  __device__ __forceinline__ void grow_registers() {
+    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMultiplyRegisters));
+  }
+  __device__ __forceinline__ float* floats(uint32_t offset) const {
+    return reinterpret_cast<float*>(generic_ + offset);
+  }
+
+  // ---- Barriers in shared memory
+
+  __device__ __forceinline__ void initialise(uint32_t barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_ + barrier), "r"(arrivals)
+                 : "memory");
+  }
+  // Lets the bulk copies, too, see barriers as they were initialised.
+  __device__ __forceinline__ void publish_barriers() {
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+  }
+  // Wait for the end of the phase that has this parity.
+  __device__ __forceinline__ void wait(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+    do {
+      asm volatile(
+          "{\n.reg .pred p;\n"
+          "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+          "selp.u32 %0, 1, 0, p;\n}\n"
+          : "=r"(done)
+          : "r"(shared_ + barrier), "r"(parity)
+          : "memory");
+    } while (done == 0);
+  }
+  __device__ __forceinline__ void expect(uint32_t barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_ + barrier),
+                 "r"(bytes)
+                 : "memory");
+  }
+  // Once for a warp, all of whose threads waited for their products.
+  __device__ __forceinline__ void arrive(uint32_t barrier) {
+    __syncwarp();
+    if (threadIdx.x % kWarp == 0) {
+      asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_ + barrier) : "memory");
+    }
+  }
+
+  // ---- Bulk copies
+
+  __device__ __forceinline__ void copy_strip(uint32_t to, uint32_t full, int c, int w, int h,
+                                             int n) {
+    asm volatile(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared_ + to),
+        "l"(x_), "r"(shared_ + full), "r"(c), "r"(w), "r"(h), "r"(n)
+        : "memory");
+  }
+  __device__ __forceinline__ void copy_weights(uint32_t to, uint32_t full, int c, int tap,
+                                               int first) {
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+        " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_ + to),
+        "l"(weight_), "r"(shared_ + full), "r"(c), "r"(tap), "r"(first)
+        : "memory");
+  }
+
+  // ---- Products
+
+  __device__ __forceinline__ uint64_t operand(uint32_t offset) const {
+    return descriptor(shared_ + offset);
+  }
+  __device__ __forceinline__ void begin_products() {
+    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
+  }
+  template <class T, int N>
+  __device__ __forceinline__ void multiply_add(float (&sums)[N / 2], uint64_t a, uint64_t b,
+                                               bool add) {
+    Wgmma<T, N>::run(sums, a, b, add);
+  }
+  __device__ __forceinline__ void commit_products() {
+    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
+  }
+  // Wait for all but the last PENDING groups.
+  template <int PENDING>
+  __device__ __forceinline__ void wait_products() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
+  }
+
+  // ---- Epilogue
+
+  template <class V>
+  __device__ __forceinline__ V shuffle_xor(V value, int lanes) {
+    return __shfl_xor_sync(0xffffffffu, value, lanes);
+  }
+  template <class T>
+  __device__ __forceinline__ uint32_t narrow_pair(float a, float b) {
+    const T pair[2] = {narrow<T>(a), narrow<T>(b)};
+    uint32_t word;
+    memcpy(&word, pair, sizeof word);
+    return word;
+  }
+  template <class T>
+  __device__ __forceinline__ void store(T* to, const uint32_t (&words)[4]) {
+    *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+
+ private:
+  uint32_t shared_;
+  char* generic_;
+  const CUtensorMap* x_;
+  const CUtensorMap* weight_;
+};
+
+}  // namespace conv_sm90
+}  // namespace vovnet_fast

@@ -1,0 +1,185 @@
+// Where everything lies in the Hopper convolution: tiles, shared memory, descriptors, fragments.
+//
+// Plain arithmetic for host and device. The kernel computes with it, and so does the simulator that
+// the tests run the kernel on.
+//
+// Shared memory holds rows of 128 bytes: kChunk input channels of one pixel, or of one tap of one
+// output channel. Eight rows, 1024 bytes, make an atom of the 128-byte swizzle, in which bits 4-6
+// of an address are XORed with its bits 7-9. Bulk copies write that pattern and WGMMA reads it,
+// both by the address itself, so that operands which start at an atom need no base offset.
+//
+// A strip is what the three taps of a column read: tile_h + 2 rows of tile_w pixels, copied once
+// for each of the three columns. The taps of one column start tile_w rows of 128 bytes apart, which
+// are whole atoms, as tile_w is a multiple of 8. (To share one copy among the columns too, operands
+// would have to start within an atom, at every pixel.)
+#pragma once
+
+#include <cstdint>
+
+#include "../math.h"
+
+namespace vovnet_fast {
+namespace conv_sm90 {
+
+constexpr int kChunk = 64;        // input channels of a step of the pipeline
+constexpr int kStep = 16;         // input channels of one WGMMA
+constexpr int kElementBytes = 2;  // fp16 and bf16
+constexpr int kRowBytes = kChunk * kElementBytes;
+constexpr int kAtomRows = 8;
+constexpr int kAtomBytes = kAtomRows * kRowBytes;
+constexpr int kBlockRows = 64;  // pixels of one WGMMA
+
+constexpr int kWarp = 32;
+constexpr int kWarpgroup = 128;
+constexpr int kConsumers = 2;  // warpgroups that multiply; one more fetches
+constexpr int kConsumerWarps = kConsumers * kWarpgroup / kWarp;
+constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
+constexpr int kBarrierBytes = 8;
+constexpr int kMaxStages = 8;
+
+// All that the kernel is told, besides where to copy from.
+struct Problem {
+  const float* scale;           // [C_out]
+  const float* shift;           // [C_out]
+  float* pool_partials;         // [N, down * across, C_out], or null
+  void* out;                    // [N, H, W, C_out]
+  int64_t out_n, out_h, out_w;  // strides of out in elements
+  int32_t height, width, c_in, c_out, kernel, relu;
+  int32_t tile_h, tile_w, block_out;
+  int32_t down, across, groups;  // tiles: of rows, of columns, of output channels
+  int32_t tiles;                 // all of them, over all images
+  int32_t chunks;                // of input channels
+  int32_t x_stages, w_stages;    // depth of the rings of strips and of weights of a tap
+};
+
+// ---- Tiles -------------------------------------------------------------------------------------
+
+// What one pass of a CTA computes.
+struct Tile {
+  int n, h, w;      // its first pixel
+  int first;        // its first output channel
+  int64_t partial;  // which of all pool partials is its own
+};
+
+// Tiles that share pixels are neighbours: the second one finds them in L2.
+VF_HD Tile tile_at(const Problem& p, int index) {
+  const int rectangle = index / p.groups;
+  const int of_image = rectangle % (p.down * p.across);
+  return {rectangle / (p.down * p.across), of_image / p.across * p.tile_h,
+          of_image % p.across * p.tile_w, index % p.groups * p.block_out, rectangle};
+}
+
+// Pixel `row` of a tile, which are in raster order.
+struct Pixel {
+  int h, w;
+};
+
+VF_HD Pixel pixel_at(const Problem& p, const Tile& tile, int row) {
+  return {tile.h + row / p.tile_w, tile.w + row % p.tile_w};
+}
+
+VF_HD bool inside(const Problem& p, const Pixel& pixel) {
+  return pixel.h < p.height && pixel.w < p.width;
+}
+
+VF_HD int64_t out_offset(const Problem& p, const Tile& tile, const Pixel& pixel) {
+  return tile.n * p.out_n + pixel.h * p.out_h + pixel.w * p.out_w + tile.first;
+}
+
+// WGMMAs along the input channels of a chunk: the last chunk may have fewer.
+VF_HD int steps_of(const Problem& p, int chunk) {
+  const int left = p.c_in - chunk * kChunk;
+  return left >= kChunk ? kChunk / kStep : (left + kStep - 1) / kStep;
+}
+
+// ---- Shared memory -----------------------------------------------------------------------------
+// In bytes from a base that starts an atom: strips, weights, partial sums of the warps, barriers.
+
+VF_HD uint32_t strip_bytes(const Problem& p) {
+  return static_cast<uint32_t>((p.tile_h + p.kernel - 1) * p.tile_w * kRowBytes);
+}
+
+VF_HD uint32_t weight_bytes(const Problem& p) {
+  return static_cast<uint32_t>(p.block_out * kRowBytes);
+}
+
+VF_HD uint32_t strip_at(const Problem& p, int stage) { return stage * strip_bytes(p); }
+
+VF_HD uint32_t weights_at(const Problem& p, int stage) {
+  return p.x_stages * strip_bytes(p) + stage * weight_bytes(p);
+}
+
+VF_HD uint32_t sums_at(const Problem& p) { return weights_at(p, p.w_stages); }
+
+VF_HD uint32_t sums_bytes(const Problem& p) {
+  return p.pool_partials == nullptr ? 0 : kConsumerWarps * p.block_out * 4u;
+}
+
+VF_HD uint32_t barrier_at(const Problem& p, int index) {
+  return sums_at(p) + sums_bytes(p) + index * kBarrierBytes;
+}
+
+// Every stage has one barrier for having arrived and one for having been read.
+VF_HD uint32_t strip_full(const Problem& p, int stage) { return barrier_at(p, stage); }
+VF_HD uint32_t strip_free(const Problem& p, int stage) { return barrier_at(p, p.x_stages + stage); }
+VF_HD uint32_t weights_full(const Problem& p, int stage) {
+  return barrier_at(p, 2 * p.x_stages + stage);
+}
+VF_HD uint32_t weights_free(const Problem& p, int stage) {
+  return barrier_at(p, 2 * p.x_stages + p.w_stages + stage);
+}
+
+VF_HD uint32_t shared_bytes(const Problem& p) {
+  return barrier_at(p, 2 * (p.x_stages + p.w_stages));
+}
+
+// Where a thread is in a ring of stages. A barrier's phase has a parity: that of the pass.
+struct Ring {
+  int depth;
+  int stage = 0;
+  uint32_t parity = 0;
+
+  VF_HD explicit Ring(int depth) : depth(depth) {}
+  VF_HD int previous() const { return (stage == 0 ? depth : stage) - 1; }
+  VF_HD void advance() {
+    if (++stage == depth) {
+      stage = 0;
+      parity ^= 1;
+    }
+  }
+};
+
+// ---- Descriptors -------------------------------------------------------------------------------
+
+// A matrix descriptor counts in 16 bytes.
+constexpr int kDescriptorUnit = 16;
+
+// Rows of 128 bytes from `address` on, channels along K, atoms adjacent. (PTX ISA, "Matrix
+// Descriptor Format".) The base offset is 0, since every pattern starts at an atom.
+VF_HD uint64_t descriptor(uint32_t address) {
+  constexpr uint64_t kLeading = 1;  // Has no meaning with this swizzle.
+  constexpr uint64_t kStride = kAtomBytes / kDescriptorUnit;
+  constexpr uint64_t kSwizzle128 = 1;
+  return static_cast<uint64_t>((address & 0x3ffff) / kDescriptorUnit) | kLeading << 16 |
+         kStride << 32 | kSwizzle128 << 62;
+}
+
+// What is added to a descriptor to start some bytes later.
+constexpr VF_HD uint64_t descriptor_offset(int bytes) {
+  return static_cast<uint64_t>(bytes / kDescriptorUnit);
+}
+
+// Start of what a consumer reads for a tap: its own pixels, moved down by `tap_row` rows.
+VF_HD uint32_t pixels_at(const Problem& p, int stage, int consumer, int blocks, int tap_row) {
+  return strip_at(p, stage) + (consumer * blocks * kBlockRows + tap_row * p.tile_w) * kRowBytes;
+}
+
+// ---- Accumulators ------------------------------------------------------------------------------
+// A thread of a warpgroup holds N / 2 sums of a WGMMA: sum 4j + 2i + k is that of row 8i + row_of
+// and column 8j + column_of + k. (PTX ISA, "Register Fragments for wgmma.mma_async.m64nNk16".)
+
+VF_HD int row_of(int thread) { return thread / kWarp * 16 + thread % kWarp / 4; }
+VF_HD int column_of(int thread) { return thread % 4 * 2; }
+
+}  // namespace conv_sm90
+}  // namespace vovnet_fast

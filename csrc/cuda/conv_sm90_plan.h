@@ -1,0 +1,190 @@
+// From the arguments of the Hopper convolution to what its kernel is told, on the host.
+#pragma once
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+
+#include "conv_sm90_layout.h"
+#include "conv_sm90_params.h"
+
+namespace vovnet_fast {
+namespace conv_sm90 {
+
+// Bytes of shared memory that a CTA may use on sm_90, less what aligns its base to an atom.
+constexpr uint32_t kSharedLimit = 227 * 1024 - kAtomBytes;
+
+// f(channels of a tile, the most blocks of 64 pixels that a warpgroup can hold with them).
+#define VF_CONV_SM90_TILES(f) \
+  f(64, 2) f(80, 2) f(96, 2) f(112, 2) f(128, 2) f(160, 2) f(192, 1) f(224, 1) f(256, 1)
+
+// What a bulk copy is told of a tensor: dimension 0 is the innermost, with stride 1.
+struct Box {
+  const void* data;
+  int rank;
+  uint64_t sizes[4];
+  uint64_t strides[3];  // in bytes, of dimensions 1 and up
+  uint32_t box[4];      // elements that one copy takes
+};
+
+inline int blocks_of(const ConvSm90Params& params) {
+  return params.tile_h * params.tile_w / (kConsumers * kBlockRows);
+}
+
+// The strips of the input: [N, H, W, C_in], tile_h + kernel - 1 rows of tile_w pixels.
+inline Box strip_box(const ConvSm90Params& params) {
+  const View& x = params.x;
+  // The stride of an axis of size 1 says nothing: it may be anything, but not for a copy.
+  const auto stride = [](int64_t size, int64_t elements, uint64_t instead) {
+    return size > 1 ? static_cast<uint64_t>(elements) * kElementBytes : instead;
+  };
+  const uint64_t w = stride(params.width, x.stride_w, params.c_in * kElementBytes);
+  const uint64_t h = stride(params.height, x.stride_h, w * params.width);
+  const uint64_t n = stride(params.n, x.stride_n, h * params.height);
+  return {x.data,
+          4,
+          {static_cast<uint64_t>(params.c_in), static_cast<uint64_t>(params.width),
+           static_cast<uint64_t>(params.height), static_cast<uint64_t>(params.n)},
+          {w, h, n},
+          {kChunk, static_cast<uint32_t>(params.tile_w),
+           static_cast<uint32_t>(params.tile_h + params.kernel - 1), 1}};
+}
+
+// The weights of one tap: [C_out, K * K, C_in], block_out rows. Channels beyond C_in are outside.
+inline Box weight_box(const ConvSm90Params& params) {
+  const uint64_t taps = params.kernel * params.kernel;
+  const uint64_t row = params.c_in * kElementBytes;
+  return {params.weight,
+          3,
+          {static_cast<uint64_t>(params.c_in), taps, static_cast<uint64_t>(params.c_out)},
+          {row, row * taps},
+          {kChunk, 1, static_cast<uint32_t>(params.block_out)}};
+}
+
+namespace detail {
+
+inline void require(bool held, const std::string& what) {
+  if (!held) throw std::invalid_argument("conv_sm90: " + what);
+}
+
+inline bool aligned(const void* data) { return reinterpret_cast<uintptr_t>(data) % 16 == 0; }
+
+// Whether every pixel starts at a multiple of 16 bytes, at a stride that copies can have.
+inline bool aligned(const View& view, const ConvSm90Params& params) {
+  const auto fits = [](int64_t size, int64_t stride) {
+    return size == 1 || (stride > 0 && stride % 8 == 0 && stride < int64_t{1} << 38);
+  };
+  return aligned(view.data) && fits(params.n, view.stride_n) &&
+         fits(params.height, view.stride_h) && fits(params.width, view.stride_w);
+}
+
+inline std::string words(const ConvSm90Params& params) {
+  return std::to_string(params.tile_h) + " x " + std::to_string(params.tile_w) + " pixels by " +
+         std::to_string(params.block_out) + " channels";
+}
+
+inline int most_blocks(int block_out) {
+  switch (block_out) {
+#define VF_CASE(channels, blocks) \
+  case channels:                  \
+    return blocks;
+    VF_CONV_SM90_TILES(VF_CASE)
+#undef VF_CASE
+    default:
+      return 0;
+  }
+}
+
+// Raises: the kernel cannot take these arguments.
+inline void check(const ConvSm90Params& params) {
+  constexpr int64_t kLimit = int64_t{1} << 30;  // Of sizes and tiles, which are counted in 32 bits.
+  require(params.dtype == kFloat16 || params.dtype == kBFloat16,
+          "dtype code " + std::to_string(params.dtype) + " is neither fp16 (0) nor bf16 (1)");
+  require(params.kernel == 1 || params.kernel == 3,
+          "the kernel must be 1 or 3, got " + std::to_string(params.kernel));
+  require(params.c_in % 8 == 0,
+          "the input must have a multiple of 8 channels, got " + std::to_string(params.c_in));
+  require(params.height < kLimit && params.width < kLimit && params.c_in < kLimit &&
+              params.c_out < kLimit && params.n < kLimit,
+          "sizes must be less than 2^30: cut the images into tiles");
+  require(aligned(params.x, params) && aligned(params.out, params) && aligned(params.weight),
+          "addresses and strides must be multiples of 16 bytes, and not 0 (copy x, or take "
+          "another engine)");
+  const int pixels = params.tile_h * params.tile_w;
+  require(params.tile_h > 0 && params.tile_w > 0 && params.tile_w % kAtomRows == 0 &&
+              params.tile_w <= 256 && (pixels == 128 || pixels == 256) &&
+              blocks_of(params) <= most_blocks(params.block_out) &&
+              params.c_out % params.block_out == 0,
+          "no tiles of " + detail::words(params) + " for " + std::to_string(params.c_out) +
+              " output channels");
+  require((params.kernel == 1 || strip_box(params).box[2] <= 256), "tile_h is at most 254");
+}
+
+// The deepest rings that shared memory has room for; of strips as few as hide their latency, as
+// each is read for `kernel` taps.
+inline void choose_stages(Problem& p) {
+  p.x_stages = p.w_stages = 2;
+  const auto grow = [&p](int32_t& stages, int limit) {
+    if (stages >= limit) return false;
+    ++stages;
+    if (shared_bytes(p) <= kSharedLimit) return true;
+    --stages;
+    return false;
+  };
+  if (p.kernel == 1) {
+    while (p.w_stages < kMaxStages && grow(p.w_stages, kMaxStages)) {
+      if (!grow(p.x_stages, kMaxStages)) {
+        --p.w_stages;
+        break;
+      }
+    }
+    return;
+  }
+  while (grow(p.w_stages, 4)) continue;
+  grow(p.x_stages, 3);
+  while (grow(p.w_stages, kMaxStages)) continue;
+}
+
+}  // namespace detail
+
+// What the kernel is told. Nothing may be empty.
+//
+// Raises: it cannot take these arguments.
+inline Problem plan(const ConvSm90Params& params) {
+  detail::check(params);
+  Problem p;
+  p.scale = static_cast<const float*>(params.scale);
+  p.shift = static_cast<const float*>(params.shift);
+  p.pool_partials = static_cast<float*>(params.pool_partials);
+  p.out = params.out.data;
+  p.out_n = params.out.stride_n;
+  p.out_h = params.out.stride_h;
+  p.out_w = params.out.stride_w;
+  p.height = static_cast<int32_t>(params.height);
+  p.width = static_cast<int32_t>(params.width);
+  p.c_in = static_cast<int32_t>(params.c_in);
+  p.c_out = static_cast<int32_t>(params.c_out);
+  p.kernel = params.kernel;
+  p.relu = params.relu;
+  p.tile_h = params.tile_h;
+  p.tile_w = params.tile_w;
+  p.block_out = params.block_out;
+  p.down = static_cast<int32_t>(ceil_div(params.height, params.tile_h));
+  p.across = static_cast<int32_t>(ceil_div(params.width, params.tile_w));
+  p.groups = static_cast<int32_t>(params.c_out / params.block_out);
+  p.chunks = static_cast<int32_t>(ceil_div(params.c_in, kChunk));
+  // Factors are less than 2^30 each, and so is the product of the first two: 64 bits hold it all.
+  const int64_t of_image = static_cast<int64_t>(p.down) * p.across;
+  const int64_t limit = int64_t{1} << 30;
+  detail::require(
+      of_image < limit && of_image * params.n < limit && of_image * params.n * p.groups < limit,
+      "more than 2^30 tiles: split the batch");
+  p.tiles = static_cast<int32_t>(of_image * params.n * p.groups);
+  detail::choose_stages(p);
+  detail::require(shared_bytes(p) <= kSharedLimit,
+                  "tiles of " + detail::words(params) + " take more shared memory than there is");
+  return p;
+}
+
+}  // namespace conv_sm90
+}  // namespace vovnet_fast

@@ -1,0 +1,76 @@
+// The Hopper convolution on the simulator, for test_conv_sm90.py.
+#include "conv_sm90_simulator.h"
+
+#include <cstdio>
+
+#include "../csrc/cuda/conv_sm90_kernel.h"
+
+namespace {
+
+using namespace vovnet_fast;
+
+template <class T, int N, int BLOCKS>
+void run(const ConvSm90Params& params, int ctas, simulator::Timing timing, unsigned seed) {
+  const conv_sm90::Problem p = conv_sm90::plan(params);
+  for (int index = 0; index < std::min(ctas, p.tiles); ++index) {
+    simulator::Cta cta(p, conv_sm90::strip_box(params), conv_sm90::weight_box(params), timing,
+                       seed + index);
+    cta.run([&](int i) {
+      simulator::Thread thread(cta, i, index, std::min(ctas, p.tiles));
+      conv_sm90::run_thread<T, N, BLOCKS>(thread, p);
+    });
+  }
+}
+
+using Run = void (*)(const ConvSm90Params&, int, simulator::Timing, unsigned);
+
+Run run_for(const ConvSm90Params& params) {
+  const bool one = conv_sm90::blocks_of(params) == 1;
+  if (params.dtype == kBFloat16) {  // Only rounding differs: a few tiles are enough.
+    if (params.block_out != 80) throw std::runtime_error("bf16 is simulated for 80 channels only");
+    return one ? run<bfloat16, 80, 1> : run<bfloat16, 80, 2>;
+  }
+  switch (params.block_out) {
+#define VF_CASE(channels, most) \
+  case channels:                \
+    return one ? run<float16, channels, 1> : run<float16, channels, most>;
+    VF_CONV_SM90_TILES(VF_CASE)
+#undef VF_CASE
+  }
+  return nullptr;
+}
+
+template <class Body>
+int guarded(char* error, int size, const Body& body) {
+  try {
+    body();
+    return 0;
+  } catch (const std::exception& found) {
+    snprintf(error, static_cast<size_t>(size), "%s", found.what());
+    return 1;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// 0, or 1 with the words of an error.
+int conv_sm90_simulate(const ConvSm90Params* params, int ctas, int late_copies, int late_products,
+                       unsigned seed, char* error, int size) {
+  return guarded(error, size, [&] {
+    conv_sm90::plan(*params);
+    run_for (*params)(*params, ctas, {late_copies != 0, late_products != 0}, seed);
+  });
+}
+
+// The same, without running anything: stages of strips and of weights, and bytes of shared memory.
+int conv_sm90_plan(const ConvSm90Params* params, int* numbers, char* error, int size) {
+  return guarded(error, size, [&] {
+    const conv_sm90::Problem p = conv_sm90::plan(*params);
+    numbers[0] = p.x_stages;
+    numbers[1] = p.w_stages;
+    numbers[2] = static_cast<int>(conv_sm90::shared_bytes(p));
+  });
+}
+}

@@ -1,0 +1,519 @@
+// A machine for csrc/cuda/conv_sm90_kernel.h that simulates what it uses of a Hopper GPU.
+//
+// The threads of a CTA are fibres. Shared memory is bytes, to which tensor copies write with the
+// 128-byte swizzle, and of which WGMMA reads what descriptors say, as the PTX ISA and the CUDA
+// driver API have it: nothing of this comes from the kernel's own arithmetic. A warp's products are
+// computed as late as possible, when the warp waits for them, or as early as possible; copies
+// likewise, in any order. So a stage that is overwritten too early, or read too early, shows in the
+// numbers.
+//
+// Reported as errors: threads that wait for ever, barriers that are used before they are
+// initialised or get more arrivals than they expect, operands and copies that do not start at an
+// atom of the swizzle or lie outside shared memory, collective instructions that not all threads
+// come to.
+#pragma once
+
+#include <ucontext.h>
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "../csrc/cuda/conv_sm90_plan.h"
+#include "../csrc/dtypes.h"
+
+namespace simulator {
+
+using vovnet_fast::conv_sm90::Box;
+using vovnet_fast::conv_sm90::Problem;
+
+constexpr int kThreads = 384;
+constexpr int kLanes = 32;
+constexpr int kGroup = 128;
+constexpr size_t kStack = 64 << 10;
+constexpr int kNap = 128;  // Rounds of the scheduler.
+
+inline void require(bool held, const std::string& what) {
+  if (!held) throw std::runtime_error(what);
+}
+
+// When the copies and the products under way come to their end.
+struct Timing {
+  bool late_copies, late_products;
+};
+
+// ---- Fibres ------------------------------------------------------------------------------------
+
+// Runs threads that wait for each other, each until it waits, in an order of its own every round.
+class Scheduler {
+ public:
+  explicit Scheduler(unsigned seed) : random_(seed) {}
+
+  // `idle`: called when all threads wait, false if that cannot change anything.
+  void run(int threads, const std::function<void(int)>& body, const std::function<bool()>& idle) {
+    body_ = body;
+    fibres_.resize(threads);
+    std::vector<int> order(threads);
+    for (int i = 0; i < threads; ++i) {
+      start(i);
+      order[i] = i;
+    }
+    unsigned asleep = 0;  // Warps that do not run for a while, so that others get far ahead.
+    for (int round = 0;; ++round) {
+      std::shuffle(order.begin(), order.end(), random_);
+      if (round % kNap == 0) asleep = static_cast<unsigned>(random_());
+      bool waiting = false, moved = false;
+      for (int i : order) {
+        if (fibres_[i].done) continue;
+        if (asleep >> (i / kLanes) & 1) {
+          waiting = true;
+          continue;
+        }
+        if (fibres_[i].ready == nullptr || fibres_[i].ready()) {
+          moved = true;
+          resume(i);
+          require(error_.empty(), error_);
+        }
+        waiting = waiting || !fibres_[i].done;
+      }
+      if (!waiting) return;
+      if (moved) continue;
+      if (asleep != 0) {
+        asleep = 0;
+      } else if (!idle()) {
+        throw std::runtime_error("deadlock: " + what_they_wait_for());
+      }
+    }
+  }
+
+  // Called by a thread.
+  void wait(const std::string& what, std::function<bool()> ready) {
+    if (ready()) return;
+    Fibre& self = fibres_[current_];
+    self.what = what;
+    self.ready = std::move(ready);
+    swapcontext(&self.context, &main_);
+    self.ready = nullptr;
+  }
+
+  std::mt19937& random() { return random_; }
+
+ private:
+  struct Fibre {
+    ucontext_t context;
+    std::unique_ptr<char[]> stack;
+    std::function<bool()> ready;
+    std::string what;
+    bool done = false;
+  };
+
+  void start(int i) {
+    Fibre& fibre = fibres_[i];
+    fibre.stack = std::make_unique<char[]>(kStack);
+    getcontext(&fibre.context);
+    fibre.context.uc_stack.ss_sp = fibre.stack.get();
+    fibre.context.uc_stack.ss_size = kStack;
+    fibre.context.uc_link = &main_;
+    const auto self = reinterpret_cast<uintptr_t>(this);
+    makecontext(&fibre.context, reinterpret_cast<void (*)()>(&Scheduler::enter), 2,
+                static_cast<unsigned>(self >> 32), static_cast<unsigned>(self));
+  }
+
+  void resume(int i) {
+    current_ = i;
+    swapcontext(&main_, &fibres_[i].context);
+  }
+
+  static void enter(unsigned high, unsigned low) {
+    auto* self = reinterpret_cast<Scheduler*>(static_cast<uintptr_t>(high) << 32 | low);
+    const int i = self->current_;
+    try {
+      self->body_(i);
+    } catch (const std::exception& error) {
+      self->error_ = "thread " + std::to_string(i) + ": " + error.what();
+    }
+    self->fibres_[i].done = true;
+  }
+
+  std::string what_they_wait_for() const {
+    std::map<std::string, int> counts;
+    for (const Fibre& fibre : fibres_) {
+      if (!fibre.done) ++counts[fibre.what];
+    }
+    std::string words;
+    for (const auto& [what, count] : counts) {
+      words += (words.empty() ? "" : ", ") + std::to_string(count) + " wait for " + what;
+    }
+    return words;
+  }
+
+  std::mt19937 random_;
+  std::function<void(int)> body_;
+  std::vector<Fibre> fibres_;
+  ucontext_t main_;
+  int current_ = 0;
+  std::string error_;
+};
+
+// ---- What a CTA has ----------------------------------------------------------------------------
+
+// mbarrier: a phase ends when all arrivals and all bytes that it expects are there.
+struct Barrier {
+  int expected, arrivals;
+  int64_t bytes;
+  uint32_t phase;
+
+  void arrive() {
+    require(arrivals > 0, "a barrier gets more arrivals than it expects");
+    --arrivals;
+    end_phase();
+  }
+  void receive(int64_t count) {
+    bytes -= count;
+    end_phase();
+  }
+  void end_phase() {
+    if (arrivals != 0 || bytes != 0) return;
+    arrivals = expected;
+    phase ^= 1;
+  }
+};
+
+// Threads that meet, and may swap a word.
+struct Meeting {
+  int here = 0;
+  int64_t meetings = 0;
+  std::string what;
+  uint32_t words[2][kLanes];
+};
+
+// A product of a warpgroup, D[64, N] = A[64, 16] * B[N, 16]^T (+ D), and whose parts are done.
+struct Product {
+  uint64_t a, b;
+  bool add;
+  int n, posted = 0;
+  bool done[kGroup / kLanes] = {};
+  float* sums[kGroup];
+  float (*widen)(uint16_t);
+};
+
+struct Copy {
+  const Box* box;
+  uint32_t to, barrier;
+  int at[4];
+};
+
+class Cta {
+ public:
+  Cta(const Problem& p, const Box& strip, const Box& weight, Timing timing, unsigned seed)
+      : strip_(strip),
+        weight_(weight),
+        timing_(timing),
+        scheduler_(seed),
+        size_(vovnet_fast::conv_sm90::shared_bytes(p)),
+        memory_(size_, 0xff) {}  // NaN, in fp16, bf16 and fp32.
+
+  template <class Body>
+  void run(const Body& body) {
+    scheduler_.run(kThreads, body, [this] { return finish_a_copy(); });
+    require(copies_.empty(), "copies are under way when the CTA ends");
+    for (const auto& [address, barrier] : barriers_) {
+      require(barrier.bytes == 0, "a barrier expects bytes when the CTA ends");
+    }
+    for (const auto& group : products_) {
+      for (const Product& product : group) {
+        require(std::all_of(product.done, product.done + 4, [](bool done) { return done; }),
+                "products are under way when the CTA ends");
+      }
+    }
+  }
+
+  uint8_t* at(uint32_t address, uint32_t bytes) {
+    require(address + bytes <= size_, "an access outside shared memory");
+    return memory_.data() + address;
+  }
+
+  Scheduler& scheduler() { return scheduler_; }
+
+  // ---- Threads that meet
+
+  // Wait until `size` threads are at this meeting. Returns which it was.
+  int64_t meet(Meeting& meeting, int size, const std::string& what) {
+    require(meeting.here == 0 || meeting.what == what,
+            "some are at " + what + ", others at " + meeting.what);
+    meeting.what = what;
+    const int64_t number = meeting.meetings;
+    if (++meeting.here == size) {
+      meeting.here = 0;
+      ++meeting.meetings;
+    } else {
+      scheduler_.wait(what, [&meeting, number] { return meeting.meetings != number; });
+    }
+    return number;
+  }
+
+  uint32_t swap(int thread, uint32_t word, int lanes) {
+    Meeting& meeting = warps_[thread / kLanes];
+    meeting.words[meeting.meetings % 2][thread % kLanes] = word;
+    const int64_t number = meet(meeting, kLanes, "shuffle " + std::to_string(lanes));
+    return meeting.words[number % 2][thread % kLanes ^ lanes];
+  }
+
+  Meeting all_, consumers_, warps_[kThreads / kLanes];
+
+  // ---- Barriers
+
+  Barrier& barrier(uint32_t address) {
+    const auto found = barriers_.find(address);
+    require(found != barriers_.end(), "a barrier that is not initialised");
+    return found->second;
+  }
+
+  void initialise(uint32_t address, int arrivals) {
+    at(address, 8);
+    require(address % 8 == 0 && barriers_.count(address) == 0, "a barrier is initialised twice");
+    barriers_[address] = {arrivals, arrivals, 0, 0};
+  }
+
+  // ---- Tensor copies (tiled mode, 128-byte swizzle, zeros outside)
+
+  void copy(const Box& box, uint32_t to, uint32_t barrier_address, std::array<int, 4> at) {
+    Copy copy{&box, to, barrier_address, {at[0], at[1], at[2], at[3]}};
+    barrier(barrier_address);
+    if (timing_.late_copies) {
+      copies_.push_back(copy);
+    } else {
+      finish(copy);
+    }
+  }
+
+  const Box strip_, weight_;
+
+  // ---- Products
+
+  // Called by each thread of a warpgroup, which comes to its `number`-th product.
+  void post(int thread, int64_t number, const Product& wanted, float* sums) {
+    auto& group = products_[thread / kGroup];
+    int64_t& first = first_product_[thread / kGroup];
+    const int64_t index = number - first;
+    if (index == static_cast<int64_t>(group.size())) group.push_back(wanted);
+    Product& product = group.at(index);
+    require(product.a == wanted.a && product.b == wanted.b && product.add == wanted.add &&
+                product.n == wanted.n,
+            "the threads of a warpgroup multiply different operands");
+    product.sums[thread % kGroup] = sums;
+    ++product.posted;
+    if (product.posted == kGroup && !timing_.late_products) {
+      for (int warp = 0; warp < 4; ++warp) finish(product, warp);
+    }
+  }
+
+  // Wait until all of a warp's products before the `number`-th are done.
+  void wait_products(int thread, int64_t number) {
+    auto& group = products_[thread / kGroup];
+    int64_t& first = first_product_[thread / kGroup];
+    scheduler_.wait("products", [&group, &first, number] {
+      return number <= first || group.at(number - 1 - first).posted == kGroup;
+    });
+    for (int64_t i = 0; i < number - first; ++i) finish(group[i], thread % kGroup / kLanes);
+    while (!group.empty() && std::all_of(group.front().done, group.front().done + 4,
+                                         [](bool done) { return done; })) {
+      group.pop_front();
+      ++first;
+    }
+  }
+
+ private:
+  bool finish_a_copy() {
+    if (copies_.empty()) return false;
+    const size_t i = scheduler_.random()() % copies_.size();
+    const Copy copy = copies_[i];
+    copies_.erase(copies_.begin() + static_cast<std::ptrdiff_t>(i));
+    finish(copy);
+    return true;
+  }
+
+  void finish(const Copy& copy) {
+    const Box& box = *copy.box;
+    require(copy.to % 1024 == 0, "a copy does not start at an atom of the swizzle");
+    require(box.box[0] * 2 == 128, "a copy's rows do not have the 128 bytes of the swizzle");
+    uint32_t elements = 1;
+    for (int d = 0; d < box.rank; ++d) elements *= box.box[d];
+    at(copy.to, elements * 2);
+    for (uint32_t i = 0; i < elements; ++i) {
+      const char* from = static_cast<const char*>(box.data);
+      bool inside = true;
+      uint32_t rest = i;
+      for (int d = 0; d < box.rank; ++d) {
+        const int64_t index = copy.at[d] + static_cast<int64_t>(rest % box.box[d]);
+        rest /= box.box[d];
+        inside = inside && index >= 0 && index < static_cast<int64_t>(box.sizes[d]);
+        from += index * static_cast<int64_t>(d == 0 ? 2 : box.strides[d - 1]);
+      }
+      uint16_t element = 0;
+      if (inside) memcpy(&element, from, 2);
+      memcpy(at(swizzled(copy.to + i * 2), 2), &element, 2);
+    }
+    barrier(copy.barrier).receive(elements * 2);
+  }
+
+  static uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
+
+  // Rows of 16 numbers of a K-major operand with the 128-byte swizzle: rows of 128 bytes, eight of
+  // them adjacent, the next eight a stride further.
+  std::vector<float> rows(const Product& product, uint64_t descriptor, int first, int count) {
+    const auto start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
+    const auto stride = static_cast<uint32_t>(descriptor >> 32 & 0x3fff) << 4;
+    require(descriptor >> 62 == 1, "an operand without the 128-byte swizzle");
+    require((descriptor >> 49 & 7) == 0 && (start >> 7 & 7) == 0,
+            "an operand does not start at an atom of the swizzle");
+    std::vector<float> numbers(count * 16);
+    for (int i = 0; i < count * 2; ++i) {  // Of 16 bytes, which stay together.
+      const int row = first + i / 2;
+      uint16_t bits[8];
+      const uint32_t address = start + row / 8 * stride + row % 8 * 128 + i % 2 * 16;
+      memcpy(bits, at(swizzled(address), 16), 16);
+      for (int k = 0; k < 8; ++k) numbers[i * 8 + k] = product.widen(bits[k]);
+    }
+    return numbers;
+  }
+
+  // The part of a warp: rows 16 * warp to 16 * warp + 15.
+  void finish(Product& product, int warp) {
+    if (product.done[warp]) return;
+    product.done[warp] = true;
+    const std::vector<float> a = rows(product, product.a, warp * 16, 16);
+    const std::vector<float> b = rows(product, product.b, 0, product.n);
+    for (int lane = 0; lane < kLanes; ++lane) {
+      for (int d = 0; d < product.n / 2; ++d) {
+        // d0, d1: row lane / 4, columns 2 * (lane % 4) and the next; d2, d3: eight rows below; and
+        // so on for every eight columns.
+        const int row = lane / 4 + (d % 4 / 2) * 8;
+        const int column = d / 4 * 8 + lane % 4 * 2 + d % 2;
+        float& sum = product.sums[warp * kLanes + lane][d];
+        float products = 0;
+        for (int k = 0; k < 16; ++k) products += a[row * 16 + k] * b[column * 16 + k];
+        sum = product.add ? sum + products : products;
+      }
+    }
+  }
+
+  Timing timing_;
+  Scheduler scheduler_;
+  uint32_t size_;
+  std::vector<uint8_t> memory_;
+  std::map<uint32_t, Barrier> barriers_;
+  std::vector<Copy> copies_;
+  std::deque<Product> products_[kThreads / kGroup];
+  int64_t first_product_[kThreads / kGroup] = {};
+};
+
+// ---- The machine -------------------------------------------------------------------------------
+
+inline float widen_half(uint16_t bits) { return vovnet_fast::widen(vovnet_fast::float16{bits}); }
+inline float widen_bfloat(uint16_t bits) { return vovnet_fast::widen(vovnet_fast::bfloat16{bits}); }
+
+// What a thread sees of a CTA.
+class Thread {
+ public:
+  Thread(Cta& cta, int thread, int index, int ctas)
+      : cta_(cta), thread_(thread), index_(index), ctas_(ctas) {}
+
+  int thread() const { return thread_; }
+  int cta() const { return index_; }
+  int ctas() const { return ctas_; }
+  void synchronise() {
+    require(published_ || thread_ != 0, "the barriers were not published to the copies");
+    cta_.meet(cta_.all_, kThreads, "all threads");
+  }
+  void synchronise_consumers() { cta_.meet(cta_.consumers_, 2 * kGroup, "the consumers"); }
+  void shrink_registers() {}
+  void grow_registers() {}
+  float* floats(uint32_t offset) { return reinterpret_cast<float*>(cta_.at(offset, 4)); }
+
+  void initialise(uint32_t barrier, int arrivals) { cta_.initialise(barrier, arrivals); }
+  void publish_barriers() { published_ = true; }
+  void wait(uint32_t barrier, uint32_t parity) {
+    Barrier& found = cta_.barrier(barrier);
+    cta_.scheduler().wait("the barrier at " + std::to_string(barrier),
+                          [&found, parity] { return found.phase != parity; });
+  }
+  void expect(uint32_t barrier, uint32_t bytes) {
+    cta_.barrier(barrier).bytes += bytes;
+    cta_.barrier(barrier).arrive();
+  }
+  void arrive(uint32_t barrier) {
+    cta_.meet(cta_.warps_[thread_ / kLanes], kLanes, "an arrival");
+    if (thread_ % kLanes == 0) cta_.barrier(barrier).arrive();
+  }
+
+  void copy_strip(uint32_t to, uint32_t full, int c, int w, int h, int n) {
+    cta_.copy(cta_.strip_, to, full, {c, w, h, n});
+  }
+  void copy_weights(uint32_t to, uint32_t full, int c, int tap, int first) {
+    cta_.copy(cta_.weight_, to, full, {c, tap, first, 0});
+  }
+
+  uint64_t operand(uint32_t offset) { return vovnet_fast::conv_sm90::descriptor(offset); }
+  void begin_products() { begun_ = true; }
+  template <class T, int N>
+  void multiply_add(float (&sums)[N / 2], uint64_t a, uint64_t b, bool add) {
+    require(begun_, "products without a fence before them");
+    const bool half = std::is_same_v<T, vovnet_fast::float16>;
+    Product product{};
+    product.a = a;
+    product.b = b;
+    product.add = add;
+    product.n = N;
+    product.widen = half ? widen_half : widen_bfloat;
+    cta_.post(thread_, products_++, product, sums);
+  }
+  void commit_products() {
+    begun_ = false;
+    groups_.push_back(products_);
+  }
+  template <int PENDING>
+  void wait_products() {
+    if (groups_.size() <= PENDING) return;
+    cta_.wait_products(thread_, groups_[groups_.size() - 1 - PENDING]);
+    groups_.erase(groups_.begin(), groups_.end() - PENDING);
+  }
+
+  uint32_t shuffle_xor(uint32_t word, int lanes) { return cta_.swap(thread_, word, lanes); }
+  float shuffle_xor(float value, int lanes) {
+    uint32_t word;
+    memcpy(&word, &value, 4);
+    word = cta_.swap(thread_, word, lanes);
+    memcpy(&value, &word, 4);
+    return value;
+  }
+  template <class T>
+  uint32_t narrow_pair(float a, float b) {
+    const T pair[2] = {vovnet_fast::narrow<T>(a), vovnet_fast::narrow<T>(b)};
+    uint32_t word;
+    memcpy(&word, pair, 4);
+    return word;
+  }
+  template <class T>
+  void store(T* to, const uint32_t (&words)[4]) {
+    require(reinterpret_cast<uintptr_t>(to) % 16 == 0, "a store of 16 bytes is not aligned");
+    memcpy(to, words, 16);
+  }
+
+ private:
+  Cta& cta_;
+  int thread_, index_, ctas_;
+  bool published_ = false, begun_ = false;
+  int64_t products_ = 0;
+  std::vector<int64_t> groups_;  // Number of products at the end of each that may be under way.
+};
+
+}  // namespace simulator

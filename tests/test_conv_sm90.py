@@ -1,0 +1,490 @@
+"""The Hopper convolution: its kernel on a simulated GPU, what nvcc makes of it, and on a GPU.
+
+The simulator (conv_sm90_simulator.h) runs the kernel's own source: what it copies, waits for,
+multiplies and stores. It cannot see what instructions cost, nor whether they are encoded right.
+"""
+
+import ctypes
+import importlib.util
+import re
+import shutil
+import subprocess
+import types
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import vovnet_fast
+from vovnet_fast import tuning
+from vovnet_fast.backends import conv_sm90, cuda, reference
+
+ROOT = Path(vovnet_fast.__file__).parent.parent
+SOURCES = ROOT / "csrc" / "cuda"
+GUARD = 16
+CHANNELS = [64, 80, 96, 112, 128, 160, 192, 224, 256]
+DTYPES = [torch.float16, torch.bfloat16]
+
+pytestmark = pytest.mark.skipif(
+    not SOURCES.exists(), reason="the sources of the extension are not here, only the package"
+)
+
+# --------------------------------------------------------------------------------------
+# The simulator
+# --------------------------------------------------------------------------------------
+
+
+class View(ctypes.Structure):
+    _fields_ = [("data", ctypes.c_void_p)] + [
+        (f"stride_{axis}", ctypes.c_int64) for axis in ("n", "h", "w")
+    ]
+
+
+class Params(ctypes.Structure):
+    """ConvSm90Params."""
+
+    _fields_ = [
+        ("x", View),
+        ("out", View),
+        *((name, ctypes.c_void_p) for name in ("weight", "scale", "shift", "pool_partials")),
+        *((name, ctypes.c_int64) for name in ("n", "height", "width", "c_in", "c_out")),
+        *((name, ctypes.c_int32) for name in ("kernel", "tile_h", "tile_w", "block_out")),
+        *((name, ctypes.c_int32) for name in ("relu", "dtype")),
+    ]
+
+
+def struct(fields):
+    return Params(**{k: View(*v) if isinstance(v, tuple) else v for k, v in fields.items()})
+
+
+class Simulator:
+    def __init__(self, path):
+        self.library = ctypes.CDLL(str(path))
+
+    def call(self, function, *args):
+        error = ctypes.create_string_buffer(1000)
+        failed = getattr(self.library, function)(*args, error, len(error))
+        assert not failed, error.value.decode()
+
+    def run(self, fields, *, ctas=2, late_copies=True, late_products=True, seed=0):
+        params = ctypes.byref(struct(fields))
+        self.call("conv_sm90_simulate", params, ctas, int(late_copies), int(late_products), seed)
+
+    def plan(self, fields):
+        """Stages of strips and of weights, and bytes of shared memory."""
+        numbers = (ctypes.c_int * 3)()
+        self.call("conv_sm90_plan", ctypes.byref(struct(fields)), numbers)
+        return tuple(numbers)
+
+
+@pytest.fixture(scope="session")
+def simulator(tmp_path_factory):
+    compiler = shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler (c++ or g++) on PATH")
+    library = tmp_path_factory.mktemp("conv_sm90") / "simulator.so"
+    source = Path(__file__).with_name("conv_sm90_simulator.cpp")
+    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
+    found = subprocess.run(
+        [*command, "-o", str(library), str(source)], capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr[-4000:]
+    return Simulator(library)
+
+
+# --------------------------------------------------------------------------------------
+# Layers
+# --------------------------------------------------------------------------------------
+
+
+def slot(shape, dtype, device, *, crop=False):
+    """A NaN-filled buffer, and a view inside it that is surrounded by NaN on all sides."""
+    n, h, w, c = shape
+    edge = int(crop)
+    size = (n, h + 2 * edge, w + 2 * edge, c + 2 * GUARD)
+    buffer = torch.full(size, float("nan"), dtype=dtype, device=device)
+    return buffer, buffer[:, edge : edge + h, edge : edge + w, GUARD : GUARD + c]
+
+
+class Layer:
+    """Arguments of one call, in slots, and what it should compute."""
+
+    def __init__(self, n, h, w, c_in, c_out, *, kernel=3, dtype=torch.float16, crop=False,
+                 relu=True, device="cpu"):  # fmt: skip
+        generator = torch.Generator().manual_seed(0)
+
+        def randn(*shape):
+            return torch.randn(*shape, generator=generator).to(device)
+
+        _, self.x = slot((n, h, w, c_in), dtype, device, crop=crop)
+        self.x.copy_(randn(n, h, w, c_in))
+        self.weight = (randn(c_out, kernel, kernel, c_in) / (kernel * kernel * c_in) ** 0.5).to(
+            dtype
+        )
+        self.scale, self.shift = randn(c_out), randn(c_out)
+        self.buffer, self.out = slot((n, h, w, c_out), dtype, device, crop=crop)
+        self.before = self.buffer.clone()
+        self.relu = relu
+
+    @property
+    def tensors(self):
+        return self.x, self.weight, self.scale, self.shift, self.out
+
+    def exact(self, dtype=torch.float64):
+        x, weight = (t.to(dtype).permute(0, 3, 1, 2) for t in (self.x, self.weight))
+        y = F.conv2d(x, weight, padding=weight.shape[2] // 2).permute(0, 2, 3, 1)
+        y = y * self.scale.to(dtype) + self.shift.to(dtype)
+        return F.relu(y) if self.relu else y
+
+    def plan(self, config):
+        return conv_sm90.plan(config, *self.tensors, relu=self.relu)
+
+    def check(self, partials=None):
+        """One rounding of what is stored, and a few of sums; nothing else is touched.
+
+        Sums are those of fp32; tensor cores cut what they add, where fp32 rounds.
+        """
+        exact, simulated = self.exact(), not self.x.is_cuda
+        slack = 2e-5 if simulated else 1e-3
+        error = (self.out.double() - exact).abs()
+        unit = torch.finfo(self.out.dtype).eps / 2
+        excess = (error - unit * 1.01 * exact.abs() - slack).max().item()
+        assert excess <= 0, f"error up to {error.max().item():.3g}, {excess:.3g} too much"
+        if partials is not None:
+            sums = exact.sum((1, 2))
+            rtol = 1e-5 if simulated else 1e-4
+            torch.testing.assert_close(partials.sum(1).double(), sums, rtol=rtol, atol=1e-2)
+        rest = self.before.as_strided(self.out.shape, self.out.stride(), self.out.storage_offset())
+        rest.copy_(self.out)
+        assert torch.equal(self.buffer.view(torch.int16), self.before.view(torch.int16)), (
+            "it wrote outside its slot"
+        )
+
+
+def simulate(simulator, layer, config, *, pool=False, **timing):
+    launch = layer.plan(config)
+    partials, pointer = None, None
+    if pool:
+        shape = (layer.x.shape[0], launch.tiles, layer.weight.shape[0])
+        partials = torch.full(shape, float("nan"))
+        pointer = partials.data_ptr()
+    simulator.run(dict(launch.fields, pool_partials=pointer), **timing)
+    layer.check(partials)
+
+
+# --------------------------------------------------------------------------------------
+# Numbers, on the simulator
+# --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("c_out", CHANNELS)
+def test_3x3_is_right(c_out, simulator):
+    for config in conv_sm90.configs(c_out):
+        simulate(simulator, Layer(1, 9, 11, 72, c_out), config)
+
+
+@pytest.mark.parametrize("c_out", CHANNELS)
+def test_1x1_with_pool_partials_is_right(c_out, simulator):
+    for config in conv_sm90.configs(c_out):
+        simulate(simulator, Layer(2, 9, 17, 80, c_out, kernel=1), config, pool=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("c_in", [8, 16, 40, 64, 160])
+def test_every_number_of_input_channels(c_in, dtype, simulator):
+    """Down to chunks of one, two and three steps; what lies beside a slot is NaN."""
+    for kernel in (1, 3):
+        layer = Layer(1, 5, 7, c_in, 80, kernel=kernel, dtype=dtype)
+        simulate(simulator, layer, conv_sm90.Config(128, 80), pool=True)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (9, 1), (17, 9), (16, 33)])
+def test_odd_sizes(size, kernel, simulator):
+    for crop in (False, True):  # Cropped rows do not follow each other.
+        layer = Layer(2, *size, 24, 64, kernel=kernel, crop=crop)
+        simulate(simulator, layer, conv_sm90.Config(128, 64), pool=True)
+
+
+def test_several_blocks_of_channels_share_a_tile(simulator):
+    simulate(simulator, Layer(2, 9, 9, 16, 320), conv_sm90.Config(256, 160), ctas=3, pool=True)
+
+
+def test_without_relu(simulator):
+    simulate(simulator, Layer(1, 4, 8, 16, 80, relu=False), conv_sm90.Config(128, 80))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_nan_and_inf_go_where_they_go_in_torch(kernel, simulator):
+    layer = Layer(1, 8, 16, 16, 64, kernel=kernel)
+    layer.x[0, 2, 3, 5], layer.x[0, 6, 9, 0] = float("nan"), float("inf")
+    launch = layer.plan(conv_sm90.Config(128, 64))
+    simulator.run(dict(launch.fields, pool_partials=None))
+    exact = layer.exact()
+    assert torch.equal(layer.out.isnan(), exact.isnan())
+    assert torch.equal(layer.out.isposinf(), exact.isposinf())
+
+
+@pytest.mark.parametrize("late_copies", [False, True])
+@pytest.mark.parametrize("late_products", [False, True])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_rings_hold_whatever_the_timing(late_copies, late_products, kernel, simulator):
+    """Many tiles for one CTA: every stage is used again and again, also across tiles."""
+    simulate(
+        simulator, Layer(1, 17, 24, 136 if kernel == 3 else 456, 64, kernel=kernel),
+        conv_sm90.Config(128, 64), pool=True, ctas=1,
+        late_copies=late_copies, late_products=late_products,
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------
+# What is taken, and how
+# --------------------------------------------------------------------------------------
+
+
+def test_every_tile_fits_into_shared_memory_with_room_to_run_ahead(simulator):
+    for c_out in CHANNELS:
+        for config in conv_sm90.configs(c_out):
+            for kernel, (h, w) in [(3, (25, 42)), (3, (200, 336)), (3, (9, 400)), (1, (50, 84))]:
+                layer = Layer(1, h, w, 8, c_out, kernel=kernel)
+                fields = dict(layer.plan(config).fields, pool_partials=1)
+                strips, weights, size = simulator.plan(fields)
+                assert size <= 226 << 10, (config, kernel)
+                assert strips >= 2, (config, kernel, strips)
+                assert weights >= 3, (config, kernel, weights)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (dict(kernel=5), "kernel must be 1 or 3, got 5"),
+        (dict(dtype=2), "dtype code 2"),
+        (dict(c_in=12), "multiple of 8 channels, got 12"),
+        (dict(tile_w=4), "no tiles of 16 x 4 pixels"),
+        (dict(tile_h=32), "no tiles of 32 x 8 pixels by 256 channels"),
+        (dict(block_out=72), "no tiles"),
+        (dict(c_out=200), "for 200 output channels"),
+        (dict(x=(32, 4096, 512, 20)), "multiples of 16 bytes"),
+        (dict(out=(40, 4096, 512, 16)), "multiples of 16 bytes"),
+        (dict(n=1 << 25), "2\\^30 tiles"),
+    ],
+)
+def test_what_cannot_be_is_said(wrong, words, simulator):
+    fields = dict(
+        x=(32, 1 << 20, 1 << 14, 64), out=(32, 1 << 20, 1 << 14, 256), weight=32, scale=32,
+        shift=32, pool_partials=None, n=1, height=100, width=100, c_in=64, c_out=256, kernel=3,
+        tile_h=16, tile_w=8, block_out=256, relu=1, dtype=0,
+    )  # fmt: skip
+    simulator.plan(fields)
+    with pytest.raises(AssertionError, match=words):
+        simulator.plan({**fields, **wrong})
+
+
+def test_tiles_follow_the_image():
+    config = conv_sm90.Config(256, 160)
+    assert config.tile(200, 336, 3) == (16, 16)
+    assert config.tile(32, 8, 3) == (32, 8)
+    assert config.tile(1, 67200, 1) == (1, 256)
+
+
+def test_channels_are_never_padded():
+    for c_out in (*CHANNELS, 320, 384, 448, 512, 768, 1024):
+        for config in conv_sm90.configs(c_out):
+            assert c_out % config.block_out == 0
+    assert [c.name for c in conv_sm90.configs(224)] == ["conv-sm90 256x112", "conv-sm90 128x224"]
+    assert conv_sm90.configs(72) == []
+
+
+def test_refusals_name_what_is_wrong():
+    def refused(*shape, stride=1, **options):
+        layer = Layer(*shape, **options)
+        return conv_sm90.refusal(layer.x, layer.weight, layer.out, stride=stride)
+
+    assert refused(1, 5, 5, 16, 80) is None
+    assert refused(1, 1, 1, 16, 80) is None
+    assert "float32" in refused(1, 5, 5, 16, 80, dtype=torch.float32)
+    assert "stride 2" in refused(1, 5, 5, 16, 80, stride=2)
+    assert "72 output channels" in refused(1, 5, 5, 16, 72)
+    assert "12 input channels" in refused(1, 5, 5, 12, 80)
+    layer = Layer(2, 5, 5, 16, 80)
+    assert "x does not start" in conv_sm90.refusal(
+        layer.x[..., 4:12], layer.weight[..., :8], layer.out
+    )
+    expanded = layer.x[:1].expand(2, -1, -1, -1)
+    assert "x has strides" in conv_sm90.refusal(expanded, layer.weight, layer.out)
+
+
+def test_it_is_off_unless_asked_for(monkeypatch):
+    layer = Layer(1, 5, 5, 16, 80)
+    monkeypatch.delenv(conv_sm90.ENVIRONMENT, raising=False)
+    assert "not verified" in conv_sm90.why_not(torch.device("cuda"))
+    assert conv_sm90.engines(layer.x, layer.weight, layer.out) == []
+    monkeypatch.setenv(conv_sm90.ENVIRONMENT, "1")
+    assert "needs tensors on an NVIDIA GPU" in conv_sm90.why_not(torch.device("cpu"))
+
+
+def test_the_cuda_backend_measures_it_against_aten(monkeypatch, tmp_path):
+    layer, ran = Layer(1, 5, 5, 16, 80), []
+    engine = conv_sm90.configs(80)[0].name
+
+    def run(engine, *tensors, relu, pool):
+        ran.append(engine)
+        return reference.conv(*tensors, relu=relu, pool=pool)
+
+    def aten(*tensors, **options):
+        ran.append("aten")
+        return reference.conv(*tensors, **options)
+
+    monkeypatch.setenv("VOVNET_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(tuning, "may_measure", lambda device: True)
+    monkeypatch.setattr(tuning, "_announce", lambda: None)
+    monkeypatch.setattr(tuning, "_device_timer", lambda device: lambda run: (run(), 1.0)[1])
+    monkeypatch.setattr(conv_sm90, "engines", lambda *args, **kwargs: [engine])
+    monkeypatch.setattr(conv_sm90, "run", run)
+    monkeypatch.setattr(cuda, "_ops", types.SimpleNamespace(conv=aten))
+    cuda.conv(*layer.tensors, pool=True)
+    assert set(ran) == {"aten", engine}
+    torch.testing.assert_close(layer.out.double(), layer.exact(), rtol=1e-2, atol=1e-2)
+
+
+# --------------------------------------------------------------------------------------
+# What nvcc makes of it
+# --------------------------------------------------------------------------------------
+
+
+def tool(name):
+    """A tool of CUDA's, from the toolkit or from Triton, which brings some."""
+    found = shutil.which(name)
+    if found is None and importlib.util.find_spec("triton") is not None:
+        import triton
+
+        found = shutil.which(str(Path(triton.__file__).parent / "backends/nvidia/bin" / name))
+    if found is None:
+        pytest.skip(f"no {name} on PATH, nor with Triton")
+    return found
+
+
+def compile_cuda(source, output):
+    """What ptxas says of a file that is compiled for sm_90a."""
+    target = ["-gencode", "arch=compute_90a,code=sm_90a", "-Xptxas", "-v"]
+    kind = "-cubin" if output.suffix == ".cubin" else "-c"
+    command = [tool("nvcc"), "-O3", "-std=c++17", *target, kind, "-o", str(output), str(source)]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 0, found.stderr[-4000:]
+    return found.stderr
+
+
+@pytest.fixture(
+    scope="module", params=["float16", pytest.param("bfloat16", marks=pytest.mark.slow)]
+)
+def compiled(request, tmp_path_factory):
+    """What ptxas says, and the instructions of every kernel, by channels and blocks."""
+    binary = tmp_path_factory.mktemp("conv_sm90") / "kernels.cubin"
+    log = compile_cuda(SOURCES / f"conv_sm90_{request.param}.cu", binary)
+    sass = subprocess.run(
+        [tool("cuobjdump"), "-sass", str(binary)], capture_output=True, text=True, check=True
+    ).stdout
+    kernels = {}
+    for part in re.split(r"\n\s*Function : ", sass)[1:]:
+        channels, blocks = re.match(r"\S*Li(\d+)ELi(\d)E", part).groups()
+        kernels[int(channels), int(blocks)] = part
+    return log, kernels
+
+
+def test_the_launcher_compiles(tmp_path):
+    compile_cuda(SOURCES / "conv_sm90.cu", tmp_path / "launcher.o")
+
+
+def test_no_kernel_spills_or_waits_for_its_products(compiled):
+    log, kernels = compiled
+    assert log.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == len(
+        kernels
+    )
+    # Launch bounds: 3 * 128 threads share 65536 registers. What multiplies gets more later.
+    assert set(re.findall(r"Used (\d+) registers", log)) == {"168"}
+    # Notes of ptxas on WGMMAs that it has to make wait, and on setmaxnreg if it ignores it.
+    assert "C75" not in log, re.findall(r".*C75.*", log)[:3]
+
+
+def test_every_tile_has_a_kernel_with_exactly_its_channels(compiled):
+    _, kernels = compiled
+    wanted = {
+        (config.block_out, config.pixels // 128)
+        for c in CHANNELS
+        for config in conv_sm90.configs(c)
+    }
+    assert set(kernels) >= wanted
+    for (channels, _), sass in kernels.items():
+        assert set(re.findall(r"HGMMA\.(\w+)\.F32", sass)) == {f"64x{channels}x16"}
+        assert "HGMMA.64x8x16" not in sass, "WGMMAs are waited for where they are issued"
+
+
+def test_instructions_are_those_of_hopper(compiled):
+    _, kernels = compiled
+    for name, sass in kernels.items():
+        for instruction in (
+            "UTMALDG.4D", "UTMALDG.3D", "SYNCS.ARRIVE", "SYNCS.PHASECHK", "STG.E.128",
+            "USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC",
+        ):  # fmt: skip
+            assert instruction in sass, f"{name} has no {instruction}"
+        for instruction in ("LDL", "STL", "LDSM"):
+            assert not re.search(rf"\b{instruction}\b", sass), f"{name} has {instruction}"
+
+
+# --------------------------------------------------------------------------------------
+# On a GPU
+# --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setenv(conv_sm90.ENVIRONMENT, "1")
+    device = torch.device("cuda")
+    reason = conv_sm90.why_not(device)
+    if reason is not None:
+        pytest.skip(reason)
+    return device
+
+
+def run_all(layer, *, pool=False):
+    found = conv_sm90.engines(layer.x, layer.weight, layer.out)
+    assert found
+    for engine in found:
+        layer.out.fill_(float("nan"))
+        partials = conv_sm90.run(engine, *layer.tensors, relu=layer.relu, pool=pool)
+        layer.check(partials)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("c_out", [*CHANNELS, 320, 512])
+def test_gpu_every_number_of_output_channels(c_out, kernel, dtype, gpu):
+    for c_in in (8, 80, 160, 224):
+        layer = Layer(2, 33, 50, c_in, c_out, kernel=kernel, dtype=dtype, device=gpu)
+        run_all(layer, pool=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (9, 1), (17, 9), (200, 336), (13, 21)])
+def test_gpu_odd_sizes(size, kernel, gpu):
+    for crop in (False, True):
+        run_all(Layer(2, *size, 160, 160, kernel=kernel, crop=crop, device=gpu), pool=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_gpu_results_do_not_change_from_run_to_run(gpu):
+    """Many launches in a row: a race would show as a difference some time."""
+    layer = Layer(4, 50, 84, 192, 192, device=gpu)
+    for engine in conv_sm90.engines(layer.x, layer.weight, layer.out):
+        sums = conv_sm90.run(engine, *layer.tensors, pool=True)
+        first = layer.out.clone()
+        for _ in range(200):
+            again = conv_sm90.run(engine, *layer.tensors, pool=True)
+            assert torch.equal(layer.out, first)
+            assert torch.equal(again, sums)

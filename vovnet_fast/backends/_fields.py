@@ -1,0 +1,69 @@
+"""Tensors as fields of the structs of ``csrc/params.h``: pointers, strides and sizes."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._dtypes import accumulator
+
+DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
+"""Codes of dtypes."""
+
+
+def view(name: str, tensor: Tensor | None, like: Tensor, *shape: int) -> tuple[int, ...] | None:
+    """A ``[N, H, W, C]`` view of this shape, in the dtype and on the device of another."""
+    if tensor is None:
+        return None
+    assert tuple(tensor.shape) == shape, (
+        f"{name} must have shape {shape}, got {tuple(tensor.shape)}"
+    )
+    assert shape[3] == 1 or tensor.stride(3) == 1, (
+        f"{name} must have channel stride 1, got strides {tensor.stride()}"
+    )
+    assert (tensor.dtype, tensor.device) == (like.dtype, like.device), (
+        f"{name} must be {like.dtype} on {like.device}, got {tensor.dtype} on {tensor.device}"
+    )
+    return tensor.data_ptr(), *tensor.stride()[:3]
+
+
+def packed(name: str, tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int | None:
+    """The pointer of a contiguous tensor of this dtype and shape."""
+    if tensor is None:
+        return None
+    assert (tuple(tensor.shape), tensor.dtype, tensor.is_contiguous()) == (shape, dtype, True), (
+        f"{name} must be a contiguous {dtype} tensor of shape {shape}, "
+        f"got {tensor.dtype}, {tuple(tensor.shape)}, strides {tensor.stride()}"
+    )
+    return tensor.data_ptr()
+
+
+def array(name: str, tensor: Tensor | None, *shape: int) -> tuple[int, int] | None:
+    """A contiguous tensor of this shape and of any floating dtype."""
+    if tensor is None:
+        return None
+    pointer = packed(name, tensor, tensor.dtype, *shape)
+    assert pointer is not None
+    return pointer, DTYPES[tensor.dtype]
+
+
+def image(tensor: Tensor) -> dict[str, int]:
+    n, height, width, c = tensor.shape
+    return dict(n=n, height=height, width=width, c=c)
+
+
+def windows(wide: Tensor, narrow: Tensor) -> dict[str, int]:
+    """Sizes of an op whose windows lie in ``wide``, and make the pixels of ``narrow``."""
+    return dict(image(wide), out_height=narrow.shape[1], out_width=narrow.shape[2])
+
+
+def weight_strides(weight: Tensor) -> dict[str, int]:
+    """Sizes and strides of ``[C_out, K, K, C_in]``."""
+    c_out, kernel, _, c_in = weight.shape
+    names = ("stride_o", "stride_h", "stride_w", "stride_i")
+    return dict(zip(names, weight.stride(), strict=True), c_out=c_out, kernel=kernel, c_in=c_in)
+
+
+def new_high(tensor: Tensor, *shape: int) -> Tensor:
+    """New memory for sums of a tensor."""
+    return tensor.new_empty(shape, dtype=accumulator(tensor.dtype))

@@ -1,0 +1,243 @@
+"""A convolution of our own for Hopper as an engine, in CUDA C++: WGMMA with exactly C_out columns.
+
+Where Triton rounds 80, 96, 112, 160, 192 or 224 output channels up to powers of two, or splits
+them, and fetches the pixels of every tap, this one multiplies what there is, and fetches a strip
+of pixels once for the three taps of a column; ``csrc/cuda/conv_sm90.cu`` has the arithmetic. It
+reads and writes slots where they lie, and leaves pool partials.
+
+It is not verified on a GPU yet, and so not on offer unless the environment variable
+``VOVNET_FAST_CONV_SM90`` is 1. An engine that is wrong is never chosen
+(:mod:`vovnet_fast.tuning`); one that hangs would hang.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import _extension
+
+NAME = "conv-sm90"
+"""Names of engines begin with it; the pixels and the output channels of a tile follow."""
+
+ENVIRONMENT = "VOVNET_FAST_CONV_SM90"
+
+CAPABILITY = (9, 0)
+
+_ALIGNMENT = 16  # Bytes; of what bulk copies fetch, and of stores.
+_PIXEL_LIMIT = 2**30  # Tiles are counted in 32 bits, and any tile has a pixel.
+_DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # Codes of csrc/params.h.
+
+_BLOCKS = {128: (256, 224, 192, 160, 128, 112, 96, 80, 64), 256: (160, 128, 112, 96, 80, 64)}
+"""Output channels of a tile, by its pixels: what registers have room for."""
+
+_TILE_WIDTHS = (8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a CTA tiles its work.
+
+    Attributes:
+        pixels: of a tile.
+        block_out: output channels of a tile.
+    """
+
+    pixels: int
+    block_out: int
+
+    @property
+    def name(self) -> str:
+        """What the engine is called. The shape of the tile follows from the image."""
+        return f"{NAME} {self.pixels}x{self.block_out}"
+
+    def tile(self, height: int, width: int, kernel: int) -> tuple[int, int]:
+        """Height and width of a tile: the fewest tiles, and of these the least to fetch."""
+        if height == 1 and kernel == 1:
+            return 1, self.pixels
+        shapes = [(self.pixels // tile_w, tile_w) for tile_w in _TILE_WIDTHS]
+
+        def cost(shape: tuple[int, int]) -> tuple[int, int]:
+            tile_h, tile_w = shape
+            return _tiles(height, width, shape), (tile_h + kernel - 1) * tile_w
+
+        return min(shapes, key=cost)
+
+
+def _tiles(height: int, width: int, tile: tuple[int, int]) -> int:
+    """Tiles of an image."""
+    return -(-height // tile[0]) * -(-width // tile[1])
+
+
+def configs(c_out: int) -> list[Config]:
+    """Tiles for a number of output channels, largest first; empty where none has whole blocks."""
+    found = []
+    for pixels in sorted(_BLOCKS, reverse=True):
+        whole = [block for block in _BLOCKS[pixels] if c_out % block == 0]
+        if whole:
+            found.append(Config(pixels, whole[0]))
+    return found
+
+
+# --------------------------------------------------------------------------------------
+# What it takes
+# --------------------------------------------------------------------------------------
+
+
+def why_not(device: torch.device) -> str | None:
+    """The reason why nothing at all is offered on ``device``, or None."""
+    if os.environ.get(ENVIRONMENT) != "1":
+        return f"it is not verified on a GPU yet: {ENVIRONMENT}=1 offers it all the same"
+    if device.type != "cuda":
+        return f"it needs tensors on an NVIDIA GPU, these are on {device}"
+    if not torch.cuda.is_available() or torch.version.hip is not None:
+        return "torch sees no NVIDIA GPU"
+    found = torch.cuda.get_device_capability(device)
+    if found != CAPABILITY:
+        return f"compute capability {found[0]}.{found[1]} is not 9.0 (Hopper)"
+    return _missing()
+
+
+def _missing() -> str | None:
+    """What is wrong with the extension."""
+    reason = _extension.why_not("cuda")
+    if reason is None and not hasattr(_extension.load("cuda"), "conv_sm90"):
+        return "the extension was built without sm_90a: VOVNET_FAST_CUDA_ARCHS must name 90a"
+    return reason
+
+
+def refusal(x: Tensor, weight: Tensor, out: Tensor, *, stride: int = 1) -> str | None:
+    """The reason why the kernel cannot take these arguments of :func:`.triton.conv`, or None.
+
+    Bulk copies, and stores of whole vectors, want addresses and strides that are multiples of 16
+    bytes; a copy does not repeat a pixel (stride 0).
+    """
+    c_out, kernel, _, c_in = weight.shape
+    if x.dtype not in _DTYPES:
+        return f"no kernel for {x.dtype}, only for fp16 and bf16"
+    if stride != 1 or kernel not in (1, 3):
+        return f"no kernel {kernel} with stride {stride}"
+    if not configs(c_out):
+        return f"no tiles of whole blocks for {c_out} output channels"
+    if c_in * x.element_size() % _ALIGNMENT:
+        return f"{c_in} input channels are no multiple of {_ALIGNMENT} bytes"
+    for name, view in (("x", x), ("weight", weight.flatten(1)), ("out", out)):
+        if view.data_ptr() % _ALIGNMENT:
+            return f"{name} does not start at a multiple of {_ALIGNMENT} bytes"
+        steps = [s for s, size in zip(view.stride(), view.shape, strict=True) if size > 1]
+        if any(step < 1 or step * view.element_size() % _ALIGNMENT for step in steps[:-1]):
+            return f"{name} has strides {view.stride()}: no multiples of {_ALIGNMENT} bytes"
+    if out.shape[:3].numel() >= _PIXEL_LIMIT:
+        return f"{out.shape[:3].numel()} pixels are counted in 64 bits"
+    return None
+
+
+def engines(x: Tensor, weight: Tensor, out: Tensor, *, stride: int = 1) -> list[str]:
+    """Names of what is on offer for these arguments of :func:`.triton.conv`, largest tile first."""
+    if why_not(x.device) is not None or refusal(x, weight, out, stride=stride) is not None:
+        return []
+    return [config.name for config in configs(weight.shape[0])]
+
+
+# --------------------------------------------------------------------------------------
+# Launches
+# --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One call of the extension.
+
+    Attributes:
+        fields: of the struct, ``csrc/cuda/conv_sm90_params.h``, but for ``pool_partials``.
+        tiles: of an image, each with a partial sum.
+    """
+
+    fields: dict[str, Any]
+    tiles: int
+
+
+def _view(view: Tensor) -> tuple[int, ...]:
+    return view.data_ptr(), *view.stride()[:3]
+
+
+def _vector(name: str, vector: Tensor, c_out: int) -> int:
+    found = (tuple(vector.shape), vector.dtype, vector.is_contiguous())
+    assert found == ((c_out,), torch.float32, True), (
+        f"{name} must be a contiguous fp32 tensor of shape ({c_out},), got {vector.dtype}, "
+        f"{tuple(vector.shape)}, strides {vector.stride()}"
+    )
+    return vector.data_ptr()
+
+
+def plan(
+    config: Config,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    out: Tensor,
+    *,
+    relu: bool = True,
+) -> Launch:
+    """Decide the launch of :func:`run`. Nothing may be empty.
+
+    A 1x1 convolution sees an image as one row, where the layout allows it.
+    """
+    n, height, width, c_out = out.shape
+    kernel, c_in = weight.shape[1], weight.shape[3]
+    assert x.shape == (n, height, width, c_in), f"x is {tuple(x.shape)}, out {tuple(out.shape)}"
+    assert weight.is_contiguous(), f"weight must be contiguous, got strides {weight.stride()}"
+    assert weight.dtype == x.dtype == out.dtype, (
+        f"x, weight and out must have one dtype, got {x.dtype}, {weight.dtype}, {out.dtype}"
+    )
+    raster = all(view.stride(1) == width * view.stride(2) for view in (x, out))
+    if kernel == 1 and (raster or height == 1):
+        height, width = 1, height * width
+    tile = config.tile(height, width, kernel)
+    fields = dict(
+        x=_view(x), out=_view(out), weight=weight.data_ptr(),
+        scale=_vector("scale", scale, c_out), shift=_vector("shift", shift, c_out),
+        n=n, height=height, width=width, c_in=c_in, c_out=c_out, kernel=kernel,
+        tile_h=tile[0], tile_w=tile[1], block_out=config.block_out,
+        relu=int(relu), dtype=_DTYPES[x.dtype],
+    )  # fmt: skip
+    return Launch(fields, _tiles(height, width, tile))
+
+
+def run(
+    engine: str,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    out: Tensor,
+    *,
+    relu: bool = True,
+    pool: bool = False,
+) -> Tensor | None:
+    """out = relu(conv(x, weight) * scale + shift), padded by K // 2, on one of :func:`engines`.
+
+    Products are summed in fp32, and rounded once, when they are stored. NaN stays NaN.
+
+    Args:
+        engine: a name that :func:`engines` gave for these arguments.
+        x: ``[N, H, W, C_in]`` view in fp16 or bf16.
+        weight: ``[C_out, K, K, C_in]``, contiguous, dtype of ``x``.
+        scale, shift: ``[C_out]``, fp32.
+        out: ``[N, H, W, C_out]`` view, dtype of ``x``. Nothing outside it is written.
+        relu: apply it.
+        pool: return partial sums of the output, ``[N, T, C_out]`` in fp32.
+    """
+    config = next(config for config in configs(weight.shape[0]) if config.name == engine)
+    launch = plan(config, x, weight, scale, shift, out, relu=relu)
+    partials = scale.new_empty(x.shape[0], launch.tiles, weight.shape[0]) if pool else None
+    pointer = None if partials is None else partials.data_ptr()
+    with torch.cuda.device(x.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        _extension.load("cuda").conv_sm90(stream, **launch.fields, pool_partials=pointer)
+    return partials

@@ -1,0 +1,46 @@
+"""The backend of the extension's CPU half: the signatures of :mod:`vovnet_fast.backends`.
+
+All run on torch's own threads (csrc/cpu). Convolutions are :mod:`.cpu_conv`'s; their
+gradients are oneDNN's, through ATen, followed by one pass into the slot.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import _extension, cpu_conv
+
+_ops = _extension.CPU
+
+
+def why_not(device: torch.device | None) -> str | None:
+    """The reason why it cannot run on ``device`` (None: on any device here)."""
+    if device is not None and device.type != "cpu":
+        return f"it needs tensors on the CPU, these are on {device}"
+    return _extension.why_not("cpu")
+
+
+def variant() -> str:
+    """What it runs on here, of several possibilities."""
+    return f"instruction set {_extension.load('cpu').isa()}"
+
+
+conv = cpu_conv.conv
+conv_statistics = _ops.conv_statistics
+conv_input_grad = _ops.conv_input_grad
+conv_weight_grad = _ops.conv_weight_grad
+normalize = _ops.normalize
+batch_norm_merge = _ops.batch_norm_merge
+batch_norm_finish = _ops.batch_norm_finish
+batch_norm_sums = _ops.batch_norm_sums
+batch_norm_input_grad = _ops.batch_norm_input_grad
+depthwise = _ops.depthwise
+depthwise_input_grad = _ops.depthwise_input_grad
+depthwise_weight_grad = _ops.depthwise_weight_grad
+gates = _ops.gates
+gates_backward = _ops.gates_backward
+gate_sums = _ops.gate_sums
+apply_gates = _ops.apply_gates
+apply_gates_backward = _ops.apply_gates_backward
+max_pool = _ops.max_pool
+max_pool_backward = _ops.max_pool_backward

@@ -1,0 +1,163 @@
+"""Convolutions of the ``cpu`` backend: the extension's own (csrc/cpu/conv*), or oneDNN's.
+
+The extension's engines read slots and write slots, epilogue and pool partials included:
+
+==========  ==================  =================================================
+``amx``     bf16                products by the matrix unit of Intel's processors
+``fma``     fp32 and fp16       AVX2 or AVX-512, products and sums in fp32
+``aten``    any                 oneDNN through ATen, then one pass into the slot
+==========  ==================  =================================================
+
+:data:`PREFERRED` is what measurements say is best by dtype. Engines differ in the last bits;
+none depends on the number of threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from . import _extension
+from ._fields import DTYPES, packed, view
+
+ATEN = "aten"
+
+PREFERRED: dict[torch.dtype, tuple[str, ...]] = {
+    torch.bfloat16: ("amx",),
+    torch.float16: ("fma",),
+    torch.float32: ("fma",),
+}
+"""Engines by dtype, best first; where none of them runs, and for other dtypes, :data:`ATEN`."""
+
+
+def engines() -> tuple[str, ...]:
+    """The engines of the extension that run on this processor."""
+    return tuple(_extension.load("cpu").conv_engines())
+
+
+def choose_engine(dtype: torch.dtype) -> str:
+    """The engine of activations of a dtype."""
+    found = engines()
+    return next((name for name in PREFERRED.get(dtype, ()) if name in found), ATEN)
+
+
+def conv(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    out: Tensor,
+    *,
+    stride: int = 1,
+    relu: bool = True,
+    pool: bool = False,
+) -> Tensor | None:
+    """See :mod:`vovnet_fast.backends`."""
+    engine = choose_engine(x.dtype)
+    if out.numel() == 0 or engine == ATEN:
+        options: dict[str, Any] = dict(stride=stride, relu=relu, pool=pool)
+        return _extension.CPU.conv(x, weight, scale, shift, out, **options)
+    return run_engine(engine, x, weight, scale, shift, out, stride=stride, relu=relu, pool=pool)
+
+
+def run_engine(
+    engine: str,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    out: Tensor,
+    *,
+    stride: int,
+    relu: bool,
+    pool: bool,
+) -> Tensor | None:
+    """Run :func:`conv` on one of the extension's engines. ``out`` has elements."""
+    n, height, width, c_in = x.shape
+    c_out, kernel, _, _ = weight.shape
+    out_height, out_width = (height - 1) // stride + 1, (width - 1) // stride + 1
+    cpu = _extension.load("cpu")
+    partials = None
+    if pool:
+        parts = cpu.conv_parts(engine, out_height, out_width, c_in, c_out, kernel, stride)
+        partials = scale.new_empty(n, parts, c_out)
+    tiles = _tiles(engine, weight)  # Held here: it may be kept by nobody else.
+    cpu.conv(
+        torch.get_num_threads(),
+        engine,
+        x=view("x", x, x, n, height, width, c_in),
+        out=view("out", out, x, n, out_height, out_width, c_out),
+        tiles=tiles.data_ptr(),
+        scale=packed("scale", scale, torch.float32, c_out),
+        shift=packed("shift", shift, torch.float32, c_out),
+        pool_partials=None if partials is None else partials.data_ptr(),
+        n=n,
+        height=height,
+        width=width,
+        out_height=out_height,
+        out_width=out_width,
+        c_in=c_in,
+        c_out=c_out,
+        kernel=kernel,
+        stride=stride,
+        relu=int(relu),
+        dtype=DTYPES[x.dtype],
+    )
+    return partials
+
+
+# --------------------------------------------------------------------------------------
+# Packed weights
+# --------------------------------------------------------------------------------------
+
+
+class _Packed(NamedTuple):
+    """A weight as an engine takes it, and what it was made of."""
+
+    engine: str
+    pointer: int
+    version: int
+    tiles: Tensor
+
+
+_kept = WeakTensorKeyDictionary()
+"""Packed forms by weight, for as long as that lives: a frozen network packs only once."""
+
+_lock = threading.Lock()
+
+
+def _tiles(engine: str, weight: Tensor) -> Tensor:
+    """The packed form of a weight, packed again where the weight has changed since."""
+    if weight.is_inference():  # It does not count what is written to it.
+        return _pack(engine, weight)
+    with _lock:
+        found: _Packed | None = _kept.get(weight)
+    now = (engine, weight.data_ptr(), weight._version)
+    if found is None or found[:3] != now:
+        found = _Packed(*now, _pack(engine, weight))
+        with _lock:
+            _kept[weight] = found
+    return found.tiles
+
+
+def _pack(engine: str, weight: Tensor) -> Tensor:
+    c_out, kernel, _, c_in = weight.shape
+    cpu = _extension.load("cpu")
+    size = cpu.conv_pack_bytes(engine, c_out, kernel, c_in)
+    with torch.inference_mode(False):
+        tiles = torch.empty(size, dtype=torch.uint8)
+    cpu.conv_pack(
+        torch.get_num_threads(),
+        engine,
+        weight=packed("weight", weight, weight.dtype, *weight.shape),
+        out=tiles.data_ptr(),
+        c_out=c_out,
+        c_in=c_in,
+        kernel=kernel,
+        dtype=DTYPES[weight.dtype],
+    )
+    return tiles
