@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib
+import importlib.util
 import types
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -12,6 +13,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from vovnet_fast import VoVNet, backends, tuning
 from vovnet_fast.fusing import Fusable
@@ -29,12 +31,16 @@ SPECS = ("V-39-eSE", "V-99-eSE", "V-19-slim-dw-eSE")
 SHAPES: tuple[Shape, ...] = ((1, 800, 1344), (6, 320, 800), (6, 640, 1600), (8, 224, 224))
 """A detector's image, PETR's six cameras at two sizes, a batch for classification."""
 
-SMALL: tuple[str, Shape] = ("V-19-slim-dw-eSE", (1, 128, 128))
-"""What a CPU is given."""
+MORE_SPECS = ("V-57-eSE", "V-19-eSE", "V-19-slim-eSE", "V-19-dw-eSE")
+MORE_SHAPES: tuple[Shape, ...] = ((8, 800, 1344), (1, 224, 224))
+"""What the benchmarks have besides, and nothing is compiled for beforehand."""
 
 TIMM = {
     "V-39-eSE": "ese_vovnet39b",
+    "V-57-eSE": "ese_vovnet57b",
     "V-99-eSE": "ese_vovnet99b",
+    "V-19-dw-eSE": "ese_vovnet19b_dw",
+    "V-19-slim-eSE": "ese_vovnet19b_slim",
     "V-19-slim-dw-eSE": "ese_vovnet19b_slim_dw",
 }
 """timm's nearest: the same convolutions, but a gate in the last block of a stage only."""
@@ -69,8 +75,7 @@ TRAINING_SPECS = ("V-39-eSE", "V-99-eSE")
 TRAINING_SHAPES: tuple[Shape, ...] = ((2, 800, 1344), (6, 640, 1600))
 """Two of a detector's images, PETR's six cameras."""
 
-TRAINING_SMALL: tuple[str, Shape] = ("V-19-slim-dw-eSE", (1, 64, 64))
-"""What a CPU is given."""
+MORE_TRAINING_SHAPES: tuple[Shape, ...] = ((6, 320, 800), (32, 224, 224))
 
 
 def build_training(spec: str, device: torch.device, *, with_cp: bool = False) -> VoVNet:
@@ -138,6 +143,28 @@ def fold_in_graph(model: VoVNet) -> VoVNet:
     return model
 
 
+def fold_ahead(model: VoVNet) -> VoVNet:
+    """Fold fixed batch norms into weights and biases for good, rounding once: for inference.
+
+    What every deployment does by hand, and torch.compile's freezing by itself.
+    """
+    for part in model.modules():
+        for _, conv, norm in part.conv_layers().values() if isinstance(part, Fusable) else ():
+            dtype, bias = conv.weight.dtype, conv.bias
+            weight, bias = fuse_conv_bn_weights(
+                conv.weight.float(),
+                None if bias is None else bias.float(),
+                norm.running_mean.float(),
+                norm.running_var.float(),
+                norm.eps,
+                norm.weight.float(),
+                norm.bias.float(),
+            )
+            conv.weight, conv.bias = (nn.Parameter(t.to(dtype), False) for t in (weight, bias))
+            norm.forward = lambda x: x
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
 def _conv_and_norm(conv: nn.Conv2d, norm: Any, x: Tensor) -> Tensor:
     """A convolution whose weights take the fixed batch norm after it along."""
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
@@ -148,15 +175,20 @@ def _conv_and_norm(conv: nn.Conv2d, norm: Any, x: Tensor) -> Tensor:
 
 
 @functools.cache
-def counted(spec: str, shape: Shape) -> dict[str, float]:
-    """Bounds of the fused path in bf16 from :mod:`vovnet_fast.plan`, at an H200's rates."""
+def counted(spec: str, shape: Shape, dtype: str) -> dict[str, Any]:
+    """What a forward pass has to do and to move (:mod:`vovnet_fast.plan`); nothing without Triton.
+
+    Returns:
+        ``flop`` and ``bytes`` of the fused path, and ``launches`` by path, fused and eager.
+    """
+    if importlib.util.find_spec("triton") is None:
+        return {}
     with torch.inference_mode(False):
-        total = plan_forward(spec, shape, dtype="bf16").fused.total
+        plan = plan_forward(spec, shape, dtype=dtype)
     return {
-        "floor_ms": total.floor_seconds * 1e3,
-        "gflop": total.flop / 1e9,
-        "gbytes": total.bytes_moved / 1e9,
-        "launches": total.launches,
+        "flop": plan.fused.total.flop,
+        "bytes": plan.fused.total.bytes_moved,
+        "launches": {p: getattr(plan, p).total.launches for p in ("fused", "eager")},
     }
 
 

@@ -1,160 +1,151 @@
-"""Inference of whole networks, from images to four features, by several providers.
+"""Inference of whole networks, from images to four features, by this library and its peers.
 
-``pytest benchmarks/test_inference.py --benchmark-only`` (``-m slow`` for torch.compile).
-bf16 on a GPU, one small network in fp32 on a CPU; :mod:`benchmarks.timing` says what is timed.
-Each row has in its ``extra_info``:
+``pytest benchmarks/test_inference.py --benchmark-only`` (``-m "slow or not slow"`` for
+torch.compile as well). bf16 on a GPU; on a CPU a few small networks, in fp32, and in bf16 where
+the processor multiplies that. :mod:`benchmarks.timing` says what is timed, and
+:mod:`benchmarks.peers` who takes part with which settings. Each row has in its ``extra_info``:
 
-* ``ratio_to_eager``: eager's device time over this one's, both of this run,
+* ``ratio_to_eager``, ``ratio_low``, ``ratio_high``: eager's time over this one's in the same
+  rounds. Eager's own row compares two copies of it: the noise of the measurement,
+* ``images_per_s``: of calls that are queued without a wait between them,
 * ``peak_mib``: memory that the provider took from the driver, weights and results included
   (reserved, so that the pools of CUDA graphs count; without what choosing engines took),
 * ``distance``: of the last feature from eager's, relative, in norms,
-* ``floor_ms`` and what it is made of: counted, not measured (:mod:`vovnet_fast.plan`).
+* ``flop``, ``bytes``, ``launches``: counted, not measured (:mod:`vovnet_fast.plan`).
 """
 
 import contextlib
-from collections.abc import Callable
-from typing import NamedTuple
+import gc
 
 import pytest
 import torch
-from torch import Tensor
 
-from vovnet_fast import backends, freeze, use_backend
+from vovnet_fast import use_backend
 
-from .networks import SHAPES, SMALL, SPECS, TIMM, build, build_timm, counted, image, text
-from .timing import measure
+from .networks import MORE_SHAPES, MORE_SPECS, SHAPES, SPECS, TIMM, counted, text
+from .peers import EAGER, PEERS, Case, Missing
+from .timing import burst, measure
 
-ON_GPU = torch.cuda.is_available()
-CASES = [(spec, shape) for shape in SHAPES for spec in SPECS] if ON_GPU else [SMALL]
-DTYPE = torch.bfloat16 if ON_GPU else torch.float32
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-MAX_DISTANCE = 0.1
+
+def _cases():
+    if DEVICE.type == "cuda":
+        networks = [(s, shape) for shape in SHAPES + MORE_SHAPES for s in SPECS + MORE_SPECS]
+        return [Case(*network, torch.bfloat16, DEVICE) for network in networks]
+    small, wide = ("V-19-slim-dw-eSE", (1, 128, 128)), ("V-39-eSE", (1, 224, 224))
+    batch = ("V-19-slim-dw-eSE", (8, 128, 128))
+    found = [Case(*network, torch.float32, DEVICE) for network in (small, batch, wide)]
+    half = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return [*found, Case(*wide, torch.bfloat16, DEVICE)] if half else found
+
+
+MAX_DISTANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}
 """A provider further from eager computes something else. bf16 alone makes about a hundredth."""
 
 
-def eager(spec, device):
-    return build(spec, DTYPE, device)
+class Eager:
+    """Eager on one case: what all others are compared with in turn."""
 
+    def __init__(self, case):
+        self._model, self._images = EAGER.ready(case), case.images()
+        self.feature = self()[-1].float().cpu()
 
-def folded(spec, device):
-    """The original goes: a frozen network has weights of its own."""
-    return freeze(build(spec, DTYPE, device))
-
-
-def compiled(spec, device):
-    if not ON_GPU:
-        pytest.skip("max-autotune is for GPUs")
-    return torch.compile(folded(spec, device), mode="max-autotune-no-cudagraphs", dynamic=False)
-
-
-def graphed(spec, device):
-    if not ON_GPU:
-        pytest.skip("CUDA graphs need a GPU")
-    return freeze(build(spec, DTYPE, device), graph=True)
-
-
-def timm(spec, device):
-    try:
-        return build_timm(spec, DTYPE, device)
-    except (ImportError, AttributeError) as error:
-        pytest.skip(f"timm cannot be imported: {error}")
-
-
-class Provider(NamedTuple):
-    """How to make a callable of a network, and the backend that it runs under."""
-
-    build: Callable
-    backend: str
-    ours: bool = True  # Computes the same function with the same weights.
-
-
-PROVIDERS = {
-    # Eager first: the others are compared with it.
-    "eager": Provider(eager, "reference"),
-    "folded": Provider(folded, "reference"),
-    "fused": Provider(folded, "triton"),
-    "fused, graph": Provider(graphed, "triton"),
-    "folded, graph": Provider(graphed, "reference"),
-    "timm": Provider(timm, "reference", ours=False),
-    "compiled": Provider(compiled, "reference"),
-}
-
-
-class Eager(NamedTuple):
-    """What eager made of a case: its time, and its last feature on the CPU."""
-
-    device_ms: float
-    feature: Tensor
+    def __call__(self):
+        with use_backend("reference"):
+            return self._model(self._images)
 
 
 @pytest.fixture(scope="module")
-def eagers():
-    return {}
+def eager_of():
+    """Eager on a case; of the case before nothing stays."""
+    found = {}
+
+    def eager(case):
+        if case not in found:
+            found.clear()
+            gc.collect()
+            found[case] = Eager(case)
+        return found[case]
+
+    yield eager
+    found.clear()
 
 
 @pytest.mark.parametrize(
-    "provider",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if name == "compiled" else [])
-        for name in PROVIDERS
-    ],
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if p.slow else []) for n, p in PEERS.items()]
 )
-@pytest.mark.parametrize(
-    ("spec", "shape"), [pytest.param(*case, id=f"{case[0]}-{text(case[1])}") for case in CASES]
-)
-def test_inference(spec, shape, provider, benchmark, watch, device, eagers):
-    builder, backend, ours = PROVIDERS[provider]
-    reason = backends.why_not(backend, device)
-    if reason is not None:
-        pytest.skip(reason)
-    if backend == "triton" and not ON_GPU:
-        pytest.skip("the time of Triton's interpreter says nothing")
-    benchmark.group = f"{spec} {text(shape)}"
-    benchmark.extra_info.update(spec=spec, shape=text(shape), provider=provider, dtype=str(DTYPE))
-    if provider == "timm":
-        benchmark.extra_info["timm"] = TIMM[spec]
-    x = image(shape, DTYPE, device)
-    with use_backend(backend):
-        with _memory_of_provider(benchmark, device) as settled:
-            model = builder(spec, device)
-            feature = model(x)[-1]  # Compiles and chooses engines, and so does a capture.
-            settled()
-            model(x)
-        median = measure(benchmark, watch, lambda: model(x))
-    feature = feature.float().cpu()
-    if provider == "eager":
-        eagers[spec, shape] = Eager(median, feature)
-    _compare(benchmark, eagers.get((spec, shape)), median, feature, ours)
-    if ON_GPU:
-        benchmark.extra_info.update(counted(spec, shape))
-
-
-def _compare(benchmark, baseline, median, feature, ours):
-    """Note the ratio to eager, and the distance where both compute the same function."""
+@pytest.mark.parametrize("case", [pytest.param(case, id=str(case)) for case in _cases()])
+def test_inference(case, name, benchmark, watch, eager_of):
+    peer = PEERS[name]
+    baseline = eager_of(case)
+    images = peer.images(case.images())
+    with contextlib.ExitStack() as stack:
+        settled = stack.enter_context(_memory(benchmark))
+        try:
+            model = peer.ready(case)
+        except Missing as missing:
+            pytest.skip(str(missing))
+        stack.enter_context(use_backend(peer.backend))
+        # Compiles and chooses engines, and so does a capture. What comes of it may be overwritten.
+        feature = model(images)[-1].float().cpu()
+        settled()
+        model(images)
+    describe(benchmark, case, peer)
     assert feature.isfinite().all(), "the features are not finite"
-    if baseline is None:
-        return
-    benchmark.extra_info["ratio_to_eager"] = baseline.device_ms / median
-    if ours:
-        distance = (feature - baseline.feature).norm() / baseline.feature.norm()
-        benchmark.extra_info["distance"] = distance.item()
-        assert distance < MAX_DISTANCE
+    if peer.same:
+        distance = ((feature - baseline.feature).norm() / baseline.feature.norm()).item()
+        benchmark.extra_info["distance"] = distance
+        assert distance < MAX_DISTANCE[case.dtype]
+
+    def work():
+        with use_backend(peer.backend):
+            return model(images)
+
+    found = measure(benchmark, watch, work, baseline)
+    queued = burst(watch, work) if DEVICE.type == "cuda" else found.median_ms / 1e3
+    benchmark.extra_info["images_per_s"] = case.shape[0] / queued
+
+
+def describe(benchmark, case, peer):
+    """What a row says about its case and its provider."""
+    dtype = str(case.dtype).removeprefix("torch.")
+    benchmark.group = str(case)
+    benchmark.extra_info.update(
+        kind="inference",
+        name=f"{case.spec} {text(case.shape)}",
+        provider=peer.provider,
+        backend=peer.ours,
+        spec=case.spec,
+        shape=text(case.shape),
+        dtype=dtype,
+        settings=peer.settings,
+    )
+    benchmark.extra_info["pass"] = "forward"
+    if peer.provider == "timm":
+        benchmark.extra_info["timm"] = TIMM[case.spec]
+    found = dict(counted(case.spec, case.shape, {"bfloat16": "bf16", "float32": "fp32"}[dtype]))
+    launches = found.pop("launches", {})
+    benchmark.extra_info.update(found)
+    path = {"triton": "fused"}.get(peer.ours or "", peer.provider)
+    if path in launches:
+        benchmark.extra_info["launches"] = launches[path]
 
 
 @contextlib.contextmanager
-def _memory_of_provider(benchmark, device):
+def _memory(benchmark):
     """Note the memory that what is made inside takes; ``settled`` ends its preparations."""
-    if device.type != "cuda":
+    if DEVICE.type != "cuda":
         yield lambda: None
         return
 
     def settled():
-        torch.cuda.synchronize(device)
+        torch.cuda.synchronize()
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.reset_peak_memory_stats()
 
     settled()
-    before = torch.cuda.memory_reserved(device)
+    before = torch.cuda.memory_reserved()
     yield settled
-    taken = torch.cuda.max_memory_reserved(device) - before
+    taken = torch.cuda.max_memory_reserved() - before
     benchmark.extra_info["peak_mib"] = taken / 2**20

@@ -1,12 +1,13 @@
 """Training steps of whole networks, forward and backward, by several providers.
 
-``pytest benchmarks/test_training.py --benchmark-only`` (``-m slow`` for torch.compile). On a GPU
-bf16 by autocast over weights in fp32, ``channels_last``, batch norms with fixed statistics; on a
-CPU one small network in fp32. A step makes four features, takes given gradients of them back,
-and leaves gradients of all parameters. Every round runs a step of eager and one of the provider,
-in turn. Each row has in its ``extra_info``:
+``pytest benchmarks/test_training.py --benchmark-only`` (``-m "slow or not slow"`` for
+torch.compile as well). On a GPU bf16 by autocast over weights in fp32, batch norms with fixed
+statistics; on a CPU two small networks in fp32. A step makes four features, takes given gradients
+of them back, and leaves gradients of all parameters. Every round runs a step of eager and one of
+the provider, in turn. Each row has in its ``extra_info``:
 
-* ``ratio_to_eager``: the device time of eager in the same rounds, over this one's,
+* ``ratio_to_eager``, ``ratio_low``, ``ratio_high``: eager's time over this one's in the same
+  rounds. Eager's own row compares two copies of it: the noise of the measurement,
 * ``peak_mib``: the most that a step had allocated at a time, beyond weights and images,
 * ``kept_mib``: what was allocated between forward and backward pass, beyond the same,
 * ``peak_to_eager``: this peak over eager's,
@@ -14,7 +15,6 @@ in turn. Each row has in its ``extra_info``:
 """
 
 import gc
-import statistics
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -24,23 +24,26 @@ import torch
 from vovnet_fast import backends, use_backend
 
 from .networks import (
+    MORE_SPECS,
+    MORE_TRAINING_SHAPES,
+    SPECS,
     TRAINING_SHAPES,
-    TRAINING_SMALL,
-    TRAINING_SPECS,
     TrainingStep,
     build_training,
     fold_in_graph,
     text,
 )
-from .timing import ROUNDS, measure
+from .op_rows import skip_unless_usable
+from .timing import measure
 
 TRAINS = True
 """conftest.py: not in inference mode."""
 
 ON_GPU = torch.cuda.is_available()
-CASES = [TRAINING_SMALL]
+CASES = [("V-19-slim-dw-eSE", (1, 64, 64)), ("V-39-eSE", (1, 96, 96))]
 if ON_GPU:
-    CASES = [(spec, shape) for shape in TRAINING_SHAPES for spec in TRAINING_SPECS]
+    shapes = TRAINING_SHAPES + MORE_TRAINING_SHAPES
+    CASES = [(spec, shape) for shape in shapes for spec in SPECS + MORE_SPECS]
 
 MAX_DISTANCE = 0.3
 """A provider further from eager computes something else. bf16 alone makes about a tenth, as
@@ -51,6 +54,10 @@ def eager(spec, device):
     return build_training(spec, device)
 
 
+def contiguous(spec, device):
+    return build_training(spec, device).to(memory_format=torch.contiguous_format)
+
+
 def checkpointed(spec, device):
     return build_training(spec, device, with_cp=True)
 
@@ -59,27 +66,49 @@ def folding(spec, device):
     return fold_in_graph(build_training(spec, device))
 
 
-def compiled(spec, device):
-    if not ON_GPU:
-        pytest.skip("compiling for a CPU takes minutes and says nothing")
-    return torch.compile(build_training(spec, device), dynamic=False)
+def compiling(build, mode="default"):
+    def compiled(spec, device):
+        if not ON_GPU:
+            pytest.skip("compiling for a CPU takes minutes and says nothing")
+        return torch.compile(build(spec, device), mode=mode, dynamic=False)
+
+    return compiled
 
 
 class Provider(NamedTuple):
-    """How to make a callable of a network, and the backend that it runs under."""
+    """How to make a callable of a network, the settings in words, and the backend it runs under."""
 
+    name: str
     build: Callable
-    backend: str
+    settings: str
+    backend: str = "reference"
+    slow: bool = False
 
 
-PROVIDERS = {
-    "eager": Provider(eager, "reference"),
-    "checkpoint": Provider(checkpointed, "reference"),
-    "folding": Provider(folding, "reference"),
-    "fused": Provider(eager, "triton"),
-    "fused, recompute": Provider(checkpointed, "triton"),
-    "compiled": Provider(compiled, "reference"),
-}
+def _providers():
+    """All of them by name, eager first."""
+    yield "eager", Provider("eager", eager, "plain modules, channels_last")
+    yield "eager-NCHW", Provider("eager NCHW", contiguous, "plain modules, contiguous")
+    yield "checkpoint", Provider("checkpoint", checkpointed, "every OSA block checkpointed")
+    yield "folding", Provider("folding", folding, "batch norms folded into weights in every step")
+    for backend in backends.NAMES:
+        if backend != "reference":
+            settings = f"vovnet_fast, backend {backend}"
+            yield f"fused-{backend}", Provider("fused", eager, settings, backend)
+            recompute = Provider("fused, recompute", checkpointed, f"{settings}, with_cp", backend)
+            yield f"fused-recompute-{backend}", recompute
+    for words, build in (("", eager), (", folding", folding)):
+        settings = f"torch.compile, default mode{words}"
+        provider = Provider(f"compiled{words}", compiling(build), settings, slow=True)
+        yield provider.name.replace(", ", "-"), provider
+    mode = "max-autotune-no-cudagraphs"
+    yield "compiled-max-autotune", Provider(
+        "compiled, max-autotune", compiling(folding, mode),
+        "torch.compile, max-autotune, batch norms folded in every step", slow=True,
+    )  # fmt: skip
+
+
+PROVIDERS = dict(_providers())
 
 
 class Memory(NamedTuple):
@@ -136,41 +165,37 @@ def memory_of(step, device):
 
 
 @pytest.mark.parametrize(
-    "provider",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] if name == "compiled" else [])
-        for name in PROVIDERS
-    ],
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] if p.slow else []) for n, p in PROVIDERS.items()],
 )
 @pytest.mark.parametrize(
     ("spec", "shape"), [pytest.param(*case, id=f"{case[0]}-{text(case[1])}") for case in CASES]
 )
-def test_training(spec, shape, provider, benchmark, watch, device, rival_of):
-    build, backend = PROVIDERS[provider]
-    reason = backends.why_not(backend, device)
-    if reason is not None:
-        pytest.skip(reason)
-    if backend == "triton" and not ON_GPU:
-        pytest.skip("the time of Triton's interpreter says nothing")
+def test_training(spec, shape, name, benchmark, watch, device, rival_of):
+    provider = PROVIDERS[name]
+    skip_unless_usable(provider.backend, device)
+    ours = provider.name.startswith("fused")
+    rival = rival_of(spec, shape)
+    step = TrainingStep(provider.build(spec, device), shape, device)
     benchmark.group = f"training {spec} {text(shape)}"
-    benchmark.extra_info.update(spec=spec, shape=text(shape), provider=provider)
-    rival, step = rival_of(spec, shape), TrainingStep(build(spec, device), shape, device)
-    times = []
-
-    def eager_first():
-        watch.chill()
-        times.append(watch.time(rival))
-        watch.chill()
-
-    with use_backend(backend):
-        memory = memory_of(step, device)  # Compiles, and chooses engines.
-        median = measure(benchmark, watch, step, eager_first)
-    eager_ms = statistics.median(times[-ROUNDS:]) * 1e3
-    distance = step.distance(rival.gradients)
     benchmark.extra_info.update(
-        eager_ms=eager_ms, ratio_to_eager=eager_ms / median, distance=distance
+        kind="training",
+        name=f"{spec} {text(shape)}",
+        provider=provider.name,
+        backend=provider.backend if ours else None,
+        spec=spec,
+        shape=text(shape),
+        dtype="bfloat16" if ON_GPU else "float32",
+        settings=provider.settings + (", autocast to bf16" if ON_GPU else ""),
     )
-    assert distance < MAX_DISTANCE
+    benchmark.extra_info["pass"] = "step"
+    with use_backend(provider.backend):
+        memory = memory_of(step, device)  # Compiles, and chooses engines.
+        distance = step.distance(rival.gradients)
+        benchmark.extra_info["distance"] = distance
+        assert distance < MAX_DISTANCE
+        found = measure(benchmark, watch, step, rival)
+    benchmark.extra_info["images_per_s"] = shape[0] / (found.median_ms / 1e3)
     if memory is not None:
         benchmark.extra_info.update(
             peak_mib=memory.peak / 2**20,

@@ -1,10 +1,15 @@
-"""How the benchmarks time: rounds with a cold L2 cache, by the device's own events.
+"""How the benchmarks time: eager and the other in turn, with a cold cache, by the device's events.
 
-A measured call is begun on an idle device whose L2 cache has just been overwritten, and is
-waited for. pytest-benchmark's own table therefore shows what a caller who waits sees, launches
-and wait included. ``extra_info["device_ms"]`` is the median between two events around the
-call: without the wait, but with whatever gaps the host leaves between launches. On a CPU there
-are no events and no flush, and both are the same time.
+A round runs the baseline and what is measured, one right after the other, each on an idle
+device whose L2 cache has just been overwritten; which of them comes first changes from round
+to round. A ratio is that of the two times of a round, so that what slows the whole machine
+down for a while does not count, and its interval is a bootstrap over the rounds
+(:mod:`vovnet_fast.bench.stopwatch`).
+
+pytest-benchmark's own table shows what a caller who waits sees, launches and wait included.
+``extra_info["device_ms"]`` is the median between two events around the call: without the wait,
+but with whatever gaps the host leaves between launches. On a CPU there are no events and no
+flush, and both are the same time; cold is then what the baseline's run leaves of the caches.
 """
 
 from __future__ import annotations
@@ -12,76 +17,133 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
+from vovnet_fast.bench.stopwatch import Interval, Stopwatch, interleaved, ratio_interval, spread
 
-ROUNDS = 10
-WARM_UP = 3
-_FLUSH_BYTES = 256 * 2**20  # Several times the largest L2 cache there is.
+__all__ = ["Measured", "Stopwatch", "burst", "measure", "warm_ms"]
+
+ROUNDS = 30
+FEWEST = 9
+WARM_UP = 2
+SECONDS = 2.0
+"""For the rounds of a row: no more of them than fit, no fewer than :data:`FEWEST`."""
+
+Work = Callable[[], Any]
 
 
-class Stopwatch:
-    """Times calls on one device.
+class Measured(NamedTuple):
+    """Seconds, round by round.
 
-    Args:
-        device: a CUDA device or the CPU.
+    Attributes:
+        times: of what was measured.
+        baseline: of eager in the same rounds, empty where there was none.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self._flush = None
-        if device.type == "cuda":
-            self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=device)
+    times: list[float]
+    baseline: list[float]
 
-    def chill(self) -> None:
-        """Overwrite the L2 cache, and wait until the device is idle."""
-        if self._flush is not None:
-            self._flush.zero_()
-            torch.cuda.synchronize(self.device)
+    @property
+    def median_ms(self) -> float:
+        return statistics.median(self.times) * 1e3
 
-    def time(self, work: Callable[[], Any]) -> float:
-        """Run ``work`` and wait for it; returns seconds."""
-        if self.device.type != "cuda":
-            begin = time.perf_counter()
-            work()
-            return time.perf_counter() - begin
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        first.record()
-        work()
-        last.record()
-        last.synchronize()
-        return first.elapsed_time(last) / 1e3
+    @property
+    def ratio(self) -> Interval:
+        """How many times as long the baseline takes, and between what that lies."""
+        return ratio_interval(self.baseline, self.times)
 
-    def median(self, work: Callable[[], Any], rounds: int = 5, warm_up: int = 2) -> float:
-        """Median seconds of a few rounds, outside pytest-benchmark."""
-        for _ in range(warm_up):
-            work()
-        seconds = []
-        for _ in range(rounds):
-            self.chill()
-            seconds.append(self.time(work))
-        return statistics.median(seconds)
+
+class _Turns:
+    """Lets the baseline run once in every round, now before and now after the other.
+
+    Args:
+        watch: of the device.
+        baseline: the call, or None.
+    """
+
+    def __init__(self, watch: Stopwatch, baseline: Work | None) -> None:
+        self._watch, self._baseline = watch, baseline
+        self._round, self._owed = 0, False
+        self.times: list[float] = []
+
+    def before(self) -> None:
+        """What comes ahead of a round of the other; leaves the device idle, and cold."""
+        self.settle()
+        self._owed = self._round % 2 == 1
+        if not self._owed:
+            self._run()
+        self._round += 1
+        self._watch.chill()
+
+    def settle(self) -> None:
+        """Run what the last round still owes."""
+        if self._owed:
+            self._owed = False
+            self._run()
+
+    def _run(self) -> None:
+        if self._baseline is not None:
+            self._watch.chill()
+            self.times.append(self._watch.time(self._baseline))
 
 
 def measure(
     benchmark: Any,
     watch: Stopwatch,
-    work: Callable[[], Any],
-    before: Callable[[], None] | None = None,
-) -> float:
-    """Give ``work`` to pytest-benchmark; returns the median in ms, which extra_info has too.
+    work: Work,
+    baseline: Work | None = None,
+    *,
+    seconds: float = SECONDS,
+    fewest: int = FEWEST,
+) -> Measured:
+    """Give ``work`` to pytest-benchmark, and its row the times.
 
-    ``before`` runs ahead of every round; it should leave the device idle, and its cache cold.
+    Args:
+        benchmark: pytest-benchmark's fixture. Its ``extra_info`` gets ``device_ms`` with spread,
+            and, where there is a baseline, ``eager_ms`` and ``ratio_to_eager`` with its interval.
+        watch: of the device.
+        work: what is measured.
+        baseline: what it is compared with, in turn.
+        seconds: for the rounds, as a goal.
+        fewest: rounds that are done however long they take.
     """
-    seconds: list[float] = []
-    benchmark.pedantic(
-        lambda: seconds.append(watch.time(work)),
-        setup=before or watch.chill,
-        rounds=ROUNDS,
-        warmup_rounds=WARM_UP,
-    )
-    last = seconds[-ROUNDS:]
-    median = statistics.median(last) * 1e3
-    benchmark.extra_info.update(device_ms=median, device_ms_min=min(last) * 1e3)
-    return median
+    turns, times = _Turns(watch, baseline), []
+    for _ in range(WARM_UP):
+        turns.before()
+        begin = time.perf_counter()
+        work()
+        watch.settle()
+        once = time.perf_counter() - begin
+    turns.settle()
+    once += turns.times[-1] if turns.times else 0.0
+    rounds = max(fewest, min(ROUNDS, int(seconds / max(once, 1e-9))))
+    del turns.times[:]
+    benchmark.pedantic(lambda: times.append(watch.time(work)), setup=turns.before, rounds=rounds)
+    turns.settle()
+    found = Measured(times, turns.times)
+    benchmark.extra_info.update(spread(times))
+    if baseline is not None:
+        ratio, low, high = found.ratio
+        benchmark.extra_info.update(
+            eager_ms=statistics.median(found.baseline) * 1e3,
+            ratio_to_eager=ratio, ratio_low=low, ratio_high=high,
+        )  # fmt: skip
+    return found
+
+
+def warm_ms(watch: Stopwatch, work: Work, seconds: float = 0.5) -> float:
+    """Median milliseconds of a call that follows one of itself, its data still in the cache."""
+    times = interleaved({"it": work}, ROUNDS, watch=watch, cold=False, seconds=seconds)["it"]
+    return statistics.median(times) * 1e3
+
+
+def burst(watch: Stopwatch, work: Work, calls: int = 10, rounds: int = 3) -> float:
+    """Seconds a call of several that are queued without a wait between them, at best."""
+
+    def several() -> None:
+        for _ in range(calls):
+            work()
+
+    several()
+    watch.settle()
+    return min(watch.time(several) for _ in range(rounds)) / calls

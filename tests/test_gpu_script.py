@@ -10,7 +10,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, steps
 
 QUICK = [sys.executable, "-S", "-c"]
 
@@ -181,11 +181,11 @@ def test_the_steps_on_a_gpu(tmp_path):
 
 def test_the_table_of_networks(tmp_path):
     rows = tmp_path / "benchmarks.json"
-    assert gpu._networks(rows) == ""
+    assert steps.networks(rows) == ""
     measured = dict(step="training", spec="V-39-eSE", shape="2x3x8x8", provider="fused")
     measured |= dict(device_ms=1.234, ratio_to_eager=2.0, peak_mib=100.4, peak_to_eager=0.5)
     rows.write_text(json.dumps({"benchmarks": [{"step": "conv"}, measured]}))
-    assert gpu._networks(rows).splitlines()[-1] == (
+    assert steps.networks(rows).splitlines()[-1] == (
         "| training | V-39-eSE | 2x3x8x8 | fused | 1.23 | 2.00 | 100 | 0.50 |  |  |"
     )
 

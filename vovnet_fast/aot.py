@@ -530,22 +530,20 @@ def _resident(arch: str, warps: int, registers: int, shared: int) -> int:
 
 def compile_job(job: Job, arch: str) -> Row:
     """Compile ``job`` for ``arch`` and read what it needs."""
+    return examine(job, arch)[0]
+
+
+def examine(job: Job, arch: str) -> tuple[Row, str]:
+    """Compile ``job`` for ``arch``; returns what it needs, and its SASS."""
     compiled = compile_launch(job.launch, arch)
     registers, spilled, sass = disassemble(compiled.asm["cubin"])
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
-    return Row(
-        job.kernel,
-        job.layer,
-        job.config,
-        arch,
-        warps,
-        registers,
-        spilled,
-        shared,
-        _resident(arch, warps, registers, shared),
-        _count(sass),
-        job.essential,
-    )
+    resident = _resident(arch, warps, registers, shared)
+    row = Row(
+        job.kernel, job.layer, job.config,
+        arch, warps, registers, spilled, shared, resident, _count(sass), job.essential,
+    )  # fmt: skip
+    return row, sass
 
 
 def rows(arch: str, *, all_layers: bool = False) -> Iterator[Row]:

@@ -1,0 +1,113 @@
+"""What this device reaches at most, measured in the same run as everything else.
+
+A large copy is the ceiling of what moves memory, a large matrix multiplication in the dtype
+of the activations that of arithmetic. Rows of ops say which fraction of both they reach. The
+copy is far larger than any cache: what fits into one, as small ops on a CPU do, can move more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from vovnet_fast.bench.stopwatch import Stopwatch, interleaved
+
+COPY = "copy"
+_SIDE = {"cuda": 8192, "cpu": 1536}
+_COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}
+_ROUNDS = 20
+_SECONDS = 3.0
+
+
+class Ceiling(NamedTuple):
+    """A ceiling.
+
+    Attributes:
+        name: in words.
+        work: the call that is measured.
+        flop: of the call.
+        moved: bytes that it reads and writes.
+        times: seconds of its calls, in turn with those of the other ceilings.
+    """
+
+    name: str
+    work: Callable[[], Any]
+    flop: int
+    moved: int
+    times: list[float]
+
+    @property
+    def seconds(self) -> float:
+        """Of the fastest call: what the device can, and not what it did at a bad moment."""
+        return min(self.times)
+
+    def rates(self) -> dict[str, float]:
+        """``tflops`` and ``gbs`` as rows have them."""
+        found = {"gbs": self.moved / self.seconds / 1e9}
+        return found | ({"tflops": self.flop / self.seconds / 1e12} if self.flop else {})
+
+
+class Ceilings:
+    """The ceilings of one device, measured when the first of them is asked for.
+
+    Args:
+        watch: of the device.
+        side: rows and columns of the matrices.
+        copied: bytes that are copied.
+    """
+
+    def __init__(
+        self, watch: Stopwatch, *, side: int | None = None, copied: int | None = None
+    ) -> None:
+        kind = watch.device.type
+        self._watch = watch
+        self._side, self._copied = side or _SIDE[kind], copied or _COPY_BYTES[kind]
+        self._found: dict[str, Ceiling] = {}
+
+    @staticmethod
+    def names(device: torch.device) -> list[str]:
+        """What there is on a device: :data:`COPY`, and dtypes of matrix multiplications."""
+        return [COPY, *(["bfloat16"] if device.type == "cuda" else ["bfloat16", "float32"])]
+
+    def __getitem__(self, name: str) -> Ceiling:
+        if not self._found:
+            self._measure()
+        return self._found[name]
+
+    def fractions(self, flop: int, moved: int, seconds: float, dtype: torch.dtype) -> dict:
+        """``tflops``, ``gbs``, ``of_matmul`` and ``of_copy`` of a call.
+
+        ``of_matmul`` is left out where no ceiling of that dtype was measured.
+        """
+        row = {"tflops": flop / seconds / 1e12, "gbs": moved / seconds / 1e9}
+        name = str(dtype).removeprefix("torch.")
+        row["of_copy"] = row["gbs"] / self[COPY].rates()["gbs"]
+        if name in self.names(self._watch.device):
+            row["of_matmul"] = row["tflops"] / self[name].rates()["tflops"]
+        return row
+
+    def _measure(self) -> None:
+        device = self._watch.device
+        with torch.inference_mode():
+            made = {name: self._make(name, device) for name in self.names(device)}
+            times = interleaved(
+                {name: ceiling.work for name, ceiling in made.items()},
+                _ROUNDS, watch=self._watch, seconds=_SECONDS,
+            )  # fmt: skip
+        self._found = {n: ceiling._replace(times=times[n]) for n, ceiling in made.items()}
+
+    def _make(self, name: str, device: torch.device) -> Ceiling:
+        if name == COPY:
+            source = torch.zeros(self._copied, dtype=torch.uint8, device=device)
+            target = torch.zeros_like(source)
+            text = f"copy of {self._copied / 2**20:.0f} MiB"
+            return Ceiling(text, lambda: target.copy_(source), 0, 2 * self._copied, [])
+        n, dtype = self._side, getattr(torch, name)
+        # Zeros would need less power, and so run at higher clocks.
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
+        text = f"{n}x{n} times {n}x{n} in {name}"
+        moved = 3 * n * n * out.itemsize
+        return Ceiling(text, lambda: torch.mm(a, b, out=out), 2 * n**3, moved, [])

@@ -1,0 +1,275 @@
+"""Counts that are the same on every machine: what kernels compile to, and what networks launch.
+
+Nothing runs and nothing is measured. Kernels are compiled ahead of time and disassembled;
+forward and backward passes go over meta tensors. :mod:`benchmarks.guard` compares the
+counts with those that are committed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from vovnet_fast import VoVNet, aot, backends, freeze, plan
+from vovnet_fast.plan import Work, plan_forward
+from vovnet_fast.training_memory import training_memory
+
+from . import sass
+from .networks import Shape, on_meta
+
+Numbers = dict[str, float]
+"""One row: numbers by what they count."""
+
+Counts = dict[str, dict[str, Numbers]]
+"""Rows by section and name."""
+
+LOWER, HIGHER, NEITHER = -1, 1, 0
+
+BETTER = {"multiply-adds an instruction": HIGHER, "CTAs an SM": HIGHER} | dict.fromkeys(
+    ("HGMMA", "HMMA", "GFLOP"), NEITHER
+)
+"""Which way is better. Of everything that is not here, less is."""
+
+HOT = {
+    "sm_90": (
+        ("conv", "3>64 3x3/2 float16", "pointer-128x64-k32-w8-s2"),
+        ("conv", "64>64 3x3/1 float16", "tma-256x64-k64-w8-s3"),
+        ("conv", "128>128 3x3/1 float16", "tma-256x128-k64-w8-s3"),
+        ("conv", "128>128 3x3/1 float16", "tma-256x128-k64-w8-s3-p"),
+        ("conv", "160>160 3x3/1 float16", "tma-256x128+64-k32-w8-s6"),
+        ("conv", "192>192 3x3/1 float16", "tma-256x128+64-k64-w8-s3"),
+        ("conv", "224>224 3x3/1 float16", "tma-128x256-k32-w8-s6"),
+        ("conv", "768>256 1x1/1 float16", "tma-256x128-k64-w8-s3"),
+        ("conv statistics", "128>128 3x3/1 float16", "tma-256x128-k64-w8-s3"),
+        ("conv input gradient", "128>128 3x3/1 float16", "tma-256x128-k64-w8-s3"),
+        ("conv weight gradient", "128>128 3x3/1 float16", "tma-1x128-128-w8"),
+        ("epilogue", "112 float16", "pool"),
+        ("accumulate", "112 float16", "add, mask"),
+        ("ese apply", "112 float16", "identity"),
+        ("max pool", "112 float16", "padded argmax"),
+        ("depthwise", "112 float16", "stride 1"),
+        ("ese backward", "112 float16", "apply"),
+        ("batch norm", "112 float16", "gradient sums"),
+        ("batch norm", "112 float16", "input gradient"),
+    ),
+    "sm_80": (
+        ("conv", "64>64 3x3/1 float16", "pointer-128x64-k64-w8-s3"),
+        ("conv", "128>128 3x3/1 float16", "pointer-128x128-k64-w8-s3"),
+        ("conv", "224>224 3x3/1 float16", "pointer-128x64+32+16-k64-w8-s3"),
+        ("conv", "768>256 1x1/1 float16", "pointer-128x128-k64-w8-s3"),
+        ("conv input gradient", "128>128 3x3/1 float16", "pointer-128x128-k64-w8-s3"),
+        ("conv weight gradient", "128>128 3x3/1 float16", "pointer-1x128-128-w8-p32-s4"),
+    ),
+}
+"""The kernels in which V-39 and V-99 spend their time: operation, layer, configuration.
+
+All are among those that tests/test_aot.py compiles, so that Triton's cache has them.
+"""
+
+NETWORKS: tuple[tuple[str, Shape], ...] = (
+    ("V-39-eSE", (1, 800, 1344)),
+    ("V-99-eSE", (6, 640, 1600)),
+    ("V-19-slim-dw-eSE", (8, 224, 224)),
+)
+
+_MULTIPLYING = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDSM", "LDS", "STS", "BAR")
+_MOVING = ("LDG", "STG", "LDS", "STS", "BAR")
+_MOVES_NOTHING = "set_"  # Autograd gives an output the memory that it has.
+
+
+# --------------------------------------------------------------------------------------
+# Kernels
+# --------------------------------------------------------------------------------------
+
+
+def kernels(arch: str) -> Iterator[tuple[str, Numbers]]:
+    """Compile the hot kernels for ``arch``.
+
+    Raises:
+        LookupError: one of :data:`HOT` is not shipped any more.
+    """
+    jobs = {(job.kernel, job.layer, job.config): job for job in aot.jobs(arch) if job.essential}
+    for name in HOT[arch]:
+        if name not in jobs:
+            raise LookupError(
+                f"no kernel {', '.join(name)} is shipped for {arch} (python -m vovnet_fast.aot "
+                f"--arch {arch} lists them): replace it in HOT of {__name__}"
+            )
+        row, disassembly = aot.examine(jobs[name], arch)
+        yield ", ".join(name), kernel_numbers(row, disassembly)
+
+
+def kernel_numbers(row: aot.Row, disassembly: str) -> Numbers:
+    """What one compiled kernel needs; of a kernel that multiplies, its loop's instructions."""
+    every, loop = sass.instructions(disassembly), sass.hot_loop(disassembly)
+    body = loop or every  # Few steps are unrolled, and leave no loop.
+    counted, products = sass.counts(body), sass.multiply_adds(body)
+    found: Numbers = {
+        "registers": row.registers,
+        "spilled bytes": row.spilled,
+        "shared bytes": row.shared,
+        "CTAs an SM": row.ctas,
+        "instructions": len(every),
+    }
+    if loop:
+        found["loop instructions"] = len(loop)
+    if products:
+        found["multiply-adds an instruction"] = round(products / len(body), 1)
+    else:
+        accesses = [one.name for one in every if one.operation in ("LDG", "STG")]
+        found["narrow loads and stores"] = sum("128" not in name for name in accesses)
+    for name in _MULTIPLYING if products else _MOVING:
+        if counted[name]:
+            found[name] = counted[name]
+    return found
+
+
+# --------------------------------------------------------------------------------------
+# Networks
+# --------------------------------------------------------------------------------------
+
+
+class Step(NamedTuple):
+    """A training step on the Triton backend, in launches.
+
+    Attributes:
+        forward, backward: the work of each launch.
+        aten: of the ATen operations between them, both ways.
+        ready: parameters, in the order in which their gradients are there, and after how
+            many launches of the backward pass.
+    """
+
+    forward: list[Work]
+    backward: list[Work]
+    aten: list[Work]
+    ready: list[tuple[nn.Parameter, int]]
+
+
+def training_step(spec: str, shape: Shape, **options: Any) -> Step:
+    """Plan forward and backward pass on bf16 images, with parameters in fp32.
+
+    Args:
+        spec: an architecture's name.
+        shape: N, H, W of the images.
+        options: of :class:`vovnet_fast.VoVNet`.
+    """
+    from vovnet_fast.kernels._common import recording
+
+    ready: list[tuple[nn.Parameter, int]] = []
+    with torch.device("meta"):
+        model: Any = VoVNet(spec, **options)
+        model.to(memory_format=torch.channels_last).train()
+        images = torch.empty(shape[0], 3, *shape[1:], dtype=torch.bfloat16)
+        images = images.to(memory_format=torch.channels_last)
+        with recording() as launches, plan._AtenRecorder() as recorder, on_meta():
+            for parameter in model.parameters():
+                parameter.register_post_accumulate_grad_hook(
+                    lambda parameter: ready.append((parameter, len(launches)))
+                )
+            # Not the model itself, which wants images in the weights' dtype.
+            features = model._run_modules(images)
+            forward = len(launches)
+            torch.autograd.backward(features, [torch.empty_like(f) for f in features])
+    works = [plan._launch_work(launch) for launch in launches]
+    aten = [work for work in recorder.works if work.kind != _MOVES_NOTHING]
+    ready = [(parameter, count - forward) for parameter, count in ready]
+    return Step(works[:forward], works[forward:], aten, ready)
+
+
+def moved(works: Iterable[Work]) -> int:
+    """Bytes read and written."""
+    return sum(work.bytes_read + work.bytes_written for work in works)
+
+
+def title(spec: str, shape: Shape) -> str:
+    """``V-39-eSE 1x800x1344``."""
+    return f"{spec} {'x'.join(map(str, shape))}"
+
+
+def inference(spec: str, shape: Shape) -> Numbers:
+    """Of a forward pass in bf16."""
+    total = plan_forward(spec, shape).fused.total
+    return {
+        "launches": total.launches,
+        "GFLOP": round(total.flop / 1e9, 3),
+        "bytes": total.bytes_moved,
+    }
+
+
+def training(spec: str, shape: Shape, **options: Any) -> Numbers:
+    """Of forward and backward pass in bf16 with parameters in fp32."""
+    step = training_step(spec, shape, **options)
+    return {
+        "launches forward": len(step.forward),
+        "launches backward": len(step.backward),
+        "operations of PyTorch": len(step.aten),
+        "bytes forward": moved(step.forward),
+        "bytes backward": moved(step.backward),
+        "bytes of PyTorch's operations": moved(step.aten),
+    }
+
+
+def memory(spec: str, shape: Shape, norm_eval: bool) -> Numbers:
+    """What autograd keeps for the backward pass, in bytes, by mode."""
+    rows = training_memory(spec, shape, norm_eval=norm_eval).rows
+    return {f"bytes, {row.mode}": row.kept for row in rows if row.mode.startswith("fused")}
+
+
+def operations(call: Callable[[Tensor], Any]) -> int:
+    """ATen operations of a forward pass on plain PyTorch that move memory."""
+    images = torch.zeros(1, 3, 64, 64)
+    with torch.no_grad(), backends.use_backend("reference"), plan._AtenRecorder() as recorder:
+        call(images)
+    return len(recorder.works)
+
+
+def frozen(spec: str) -> Numbers:
+    """ATen operations of a frozen network on plain PyTorch, by dtype."""
+    model = VoVNet(spec).eval()
+    return {
+        str(dtype).removeprefix("torch."): operations(freeze(model, dtype))
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+
+
+def count(*, compiling: bool = True) -> Counts:
+    """Everything, in sections.
+
+    Args:
+        compiling: count what kernels compile to as well. Triton must not interpret.
+    """
+    found: Counts = {f"kernels for {a}": dict(kernels(a)) for a in HOT} if compiling else {}
+    found["forward pass"] = {title(*network): inference(*network) for network in NETWORKS}
+    for words, norm_eval, networks in (
+        ("fixed norms", True, NETWORKS),
+        ("norms of the batch", False, NETWORKS[:1]),
+    ):
+        steps = {title(*each): training(*each, norm_eval=norm_eval) for each in networks}
+        kept = {title(*each): memory(*each, norm_eval) for each in networks}
+        found |= {f"training step, {words}": steps, f"kept for the backward pass, {words}": kept}
+    found["operations of PyTorch, frozen"] = {spec: frozen(spec) for spec, _ in NETWORKS}
+    return found
+
+
+def versions() -> dict[str, str]:
+    """On which sections of :func:`count` depend: see :data:`NEEDS`."""
+    import triton
+
+    return {"triton": triton.__version__, "torch": torch.__version__.partition("+")[0]}
+
+
+NEEDS = {"kernels": "triton", "operations of PyTorch": "torch", "training step": "torch"}
+"""What has to be of the same version for a section to be compared, by how its name begins."""
+
+
+def needs(section: str) -> str | None:
+    """The library whose version the numbers of a section are bound to."""
+    return next((name for begin, name in NEEDS.items() if section.startswith(begin)), None)
+
+
+if __name__ == "__main__":
+    print(json.dumps(count(), indent=1))
