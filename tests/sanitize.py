@@ -22,9 +22,9 @@ _CHECKS = "-fsanitize=address,undefined,float-cast-overflow -fno-sanitize=vptr"
 _FLAGS = f"-O0 -march=native {_CHECKS} -fno-sanitize-recover=all -fno-omit-frame-pointer"
 
 
-def build():
+def build(folder=FOLDER):
     """Build the extension and lay the package and its tests around it."""
-    words = ["build", "--debug", "--build-lib", FOLDER, "--build-temp", FOLDER / "objects"]
+    words = ["build", "--debug", "--build-lib", folder, "--build-temp", folder / "objects"]
     environment = {
         **os.environ,
         "VOVNET_FAST_EXTENSION": "1",
@@ -35,10 +35,10 @@ def build():
         "LDFLAGS": "-fsanitize=address,undefined",
     }
     subprocess.run([sys.executable, "setup.py", *words], cwd=ROOT, env=environment, check=True)
-    shutil.copytree(ROOT / "tests", FOLDER / "tests", dirs_exist_ok=True)
+    shutil.copytree(ROOT / "tests", folder / "tests", dirs_exist_ok=True)
 
 
-def environment():
+def environment(folder=FOLDER):
     """For processes that use it."""
     return {
         **os.environ,
@@ -48,7 +48,7 @@ def environment():
         # Python and torch keep memory until the process ends.
         "ASAN_OPTIONS": "detect_leaks=0",
         "UBSAN_OPTIONS": "print_stacktrace=1",
-        "PYTHONPATH": str(FOLDER),
+        "PYTHONPATH": str(folder),
     }
 
 
@@ -57,11 +57,11 @@ def _library(name):
     return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def run(*words):
+def run(*words, folder=FOLDER):
     """Run tests with it; the exit status of pytest."""
-    command = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", FOLDER]
+    command = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", folder]
     command += ["-q", "-p", "no:cacheprovider", *words, "tests/test_cpu_backend.py"]
-    return subprocess.run(command, cwd=FOLDER, env=environment()).returncode
+    return subprocess.run(command, cwd=folder, env=environment(folder)).returncode
 
 
 if __name__ == "__main__":

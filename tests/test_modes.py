@@ -208,6 +208,7 @@ def test_a_replaced_part_is_the_one_that_runs():
 @pytest.mark.parametrize("name", list(TINY))
 @pytest.mark.parametrize("training", [False, True])
 def test_compiles_without_a_graph_break(name, training):
+    torch._dynamo.reset()  # A process may compile so many variants of forward only.
     model = random_model(TINY[name]).train(training)
     x = torch.randn(2, 3, 48, 56)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")

@@ -384,6 +384,7 @@ def test_deterministic_algorithms(monkeypatch):
 @pytest.mark.parametrize("name", ["detectron2", "depthwise"])
 def test_compiles_without_a_graph_break(name, mode):
     """Forward and backward."""
+    torch._dynamo.reset()  # A process may compile so many variants of forward only.
     eager = network(name, **MODES[mode])
     ours = copy.deepcopy(eager)
     x = images(2, 3, 40, 40)

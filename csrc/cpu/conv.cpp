@@ -42,7 +42,7 @@ struct Engine {
   int64_t chunk;  // channels that make 64 bytes
 };
 
-bool always() { return true; }
+[[maybe_unused]] bool always() { return true; }
 
 #ifdef VF_WITH_AMX
 // Whether the processor has it, and Linux lets this process have its large registers.
