@@ -174,6 +174,14 @@ class Broken:
         return {"version": self.version}
 
 
+class Nowhere:
+    """Finds nothing."""
+
+    @staticmethod
+    def find_spec(name, path):
+        return None
+
+
 def broken(name):
     raise ImportError("undefined symbol: GOMP_parallel")
 
@@ -181,14 +189,18 @@ def broken(name):
 @pytest.mark.parametrize(
     ("where", "what", "reason"),
     [
-        ("util.find_spec", lambda name: None, "not built, which takes a C++ compiler"),
-        ("import_module", broken, "cannot be loaded: undefined symbol: GOMP_parallel"),
-        ("import_module", lambda name: Broken("0.0"), "was built for vovnet_fast 0.0, this is"),
-        ("import_module", lambda name: Broken(""), "was built without its cpu half"),
+        ("PathFinder", Nowhere, "not built, which takes a C++ compiler"),
+        ("importlib.import_module", broken, "cannot be loaded: undefined symbol: GOMP_parallel"),
+        (
+            "importlib.import_module",
+            lambda name: Broken("0.0"),
+            "was built for vovnet_fast 0.0, this is",
+        ),
+        ("importlib.import_module", lambda name: Broken(""), "was built without its cpu half"),
     ],
 )
 def test_why_it_cannot_run(where, what, reason, monkeypatch):
-    monkeypatch.setattr(f"vovnet_fast.backends._extension.importlib.{where}", what)
+    monkeypatch.setattr(f"vovnet_fast.backends._extension.{where}", what)
     _extension._loaded.cache_clear()
     try:
         said = cpu.why_not(CPU)

@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 
+import vovnet_fast
 from vovnet_fast import __version__, backends, cli, doctor, selfcheck
 from vovnet_fast.backends import _extension, reference
 
@@ -137,21 +138,28 @@ def test_without_the_extension(capsys, monkeypatch, reloaded):
     assert found["backends"]["auto on cpu"] == "reference"
 
 
-def test_with_an_extension_that_cannot_be_loaded(capsys, monkeypatch, reloaded, tmp_path):
-    (tmp_path / "vovnet_fast_broken.py").write_text("raise ImportError('undefined symbol: x')")
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(_extension, "NAME", "vovnet_fast_broken")
+@pytest.fixture
+def in_its_place(reloaded, monkeypatch, tmp_path):
+    """Puts a module in the place of the extension."""
+
+    def put(source):
+        (tmp_path / "_stands_in.py").write_text(source)
+        monkeypatch.setattr(vovnet_fast, "__path__", [str(tmp_path), *vovnet_fast.__path__])
+        monkeypatch.setattr(_extension, "NAME", "vovnet_fast._stands_in")
+
+    yield put
+    sys.modules.pop("vovnet_fast._stands_in", None)
+
+
+def test_with_an_extension_that_cannot_be_loaded(capsys, in_its_place):
+    in_its_place("raise ImportError('undefined symbol: x')")
     found = facts(capsys)
     assert "cannot be loaded: undefined symbol: x" in found["extension"]["vovnet_fast._C"]
     assert "cannot be loaded" in found["backends"]["cpu"]
 
 
-def test_with_an_extension_of_another_version(capsys, monkeypatch, reloaded, tmp_path):
-    (tmp_path / "vovnet_fast_old.py").write_text(
-        "def build_info(): return {'version': '0.0.1'}\ncpu = None"
-    )
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(_extension, "NAME", "vovnet_fast_old")
+def test_with_an_extension_of_another_version(capsys, in_its_place):
+    in_its_place("def build_info(): return {'version': '0.0.1'}\ncpu = None")
     assert f"built for vovnet_fast 0.0.1, this is {__version__}" in facts(capsys)["backends"]["cpu"]
 
 
@@ -186,6 +194,8 @@ def test_what_is_broken_does_not_stop_it(capsys, monkeypatch):
         raise RuntimeError("CUDA is [broken]")
 
     monkeypatch.setattr(torch.cuda, "is_available", breaks)
+    # Not all reasons ask for a GPU: Triton's interpreter, where others chose it, needs none.
+    monkeypatch.setattr(backends, "available_backends", breaks)
     monkeypatch.setattr(doctor, "_devices", lambda: [torch.device("cpu")])
     found = facts(capsys)
     for section in ("CUDA", "backends"):

@@ -181,6 +181,7 @@ def test_empty_batch():
 @torch.no_grad()
 @pytest.mark.parametrize("name", list(TINY))
 def test_compiles_without_a_graph_break(name):
+    torch._dynamo.reset()  # A process may compile so many variants of forward only.
     model, x = network(TINY[name]), torch.randn(1, 3, 40, 40, dtype=torch.float64)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for a, b in zip(compiled(x), eager(model, x), strict=True):

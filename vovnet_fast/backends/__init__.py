@@ -2,8 +2,8 @@
 
 =================  ==========================================================
 ``reference``      plain PyTorch, any device
-``cpu``            the CPU half of the extension ``vovnet_fast._C`` (csrc/cpu), with oneDNN's
-                   convolutions
+``cpu``            the CPU half of the extension ``vovnet_fast._C`` (csrc/cpu); gradients of
+                   convolutions are oneDNN's
 ``triton``         the Triton kernels of :mod:`vovnet_fast.kernels`, NVIDIA GPUs
 ``cuda``           the CUDA half of the extension (csrc/cuda), with cuDNN's convolutions,
                    NVIDIA GPUs

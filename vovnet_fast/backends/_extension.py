@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
+import sys
 from collections.abc import Callable
+from importlib.machinery import PathFinder
 from types import ModuleType
 from typing import Any
 
@@ -40,7 +41,8 @@ _REBUILD = (
 @functools.cache
 def _loaded() -> tuple[ModuleType | None, str | None]:
     """The extension, or the reason why there is none. (torch is loaded: its OpenMP is shared.)"""
-    if importlib.util.find_spec(NAME) is None:
+    # Not find_spec(): where a working copy is installed as well, setuptools would offer its own.
+    if PathFinder.find_spec(NAME, sys.modules[__name__.partition(".")[0]].__path__) is None:
         return None, (
             f"the extension {NAME} is not built, which takes a C++ compiler at installation "
             f"({_REBUILD})"
