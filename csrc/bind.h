@@ -5,13 +5,18 @@
 #pragma once
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <functional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/conv_engines.h"
+#include "cpu/recording.h"
 #include "cuda/conv_sm90.h"
+#include "fields.h"
 #include "ops.h"
 
 namespace vovnet_fast {
@@ -80,62 +85,37 @@ void assign_all(const std::vector<PyObject*>& names, const py::kwargs& values, F
   }
 }
 
+// A struct of params.h, from keyword arguments.
 template <class Params>
-Params read(const py::kwargs& values);
+Params read(const py::kwargs& values) {
+  static const auto& names = *new std::vector<PyObject*>(names_of(Fields<Params>::kNames));
+  Params params{};
+  Fields<Params>::visit(params, [&](auto&... fields) { assign_all(names, values, fields...); });
+  return params;
+}
 
-// All fields in the order of the struct: another number of them does not compile.
-#define VF_READ(Params, ...)                                                        \
-  template <>                                                                       \
-  inline Params read<Params>(const py::kwargs& values) {                            \
-    static const auto& names = *new std::vector<PyObject*>(names_of(#__VA_ARGS__)); \
-    Params params{};                                                                \
-    auto& [__VA_ARGS__] = params;                                                   \
-    assign_all(names, values, __VA_ARGS__);                                         \
-    return params;                                                                  \
+// What this thread's calls of the CPU half are added to, or null.
+inline cpu::Recording*& recording() {
+  thread_local cpu::Recording* current = nullptr;
+  return current;
+}
+
+// Run an op of the CPU half, and keep the call where this thread is recording.
+template <class Params>
+void run(const py::kwargs& fields, int threads, std::function<void(const Params&, int)> op) {
+  const auto params = read<Params>(fields);
+  {
+    const py::gil_scoped_release released;
+    op(params, threads);
   }
-
-VF_READ(EpilogueParams, z, out, n, height, width, c, scale, shift, pool_partials, statistics, relu,
-        dtype)
-VF_READ(ConvParams, x, out, tiles, scale, shift, pool_partials, n, height, width, out_height,
-        out_width, c_in, c_out, kernel, stride, relu, dtype)
-VF_READ(ConvPackParams, weight, out, c_out, c_in, kernel, dtype)
-VF_READ(AccumulateParams, z, out, add, mask, n, height, width, c, add_c, mask_c, dtype)
-VF_READ(DepthwiseParams, x, out, weight, n, height, width, out_height, out_width, c, stride, dtype)
-VF_READ(DepthwiseInputGradParams, g, out, add, mask, weight, n, height, width, out_height,
-        out_width, c, stride, dtype)
-VF_READ(DepthwiseWeightGradParams, x, g, partials, out, n, height, width, out_height, out_width, c,
-        parts, stride, dtype)
-VF_READ(GatesParams, partials, mean, out, fc_weight, fc_bias, n, tiles, c, num_pixels, kind, dtype)
-VF_READ(ApplyGatesParams, z, out, identity, gates, n, height, width, c, dtype)
-VF_READ(GateSumsParams, dout, y, partials, out, n, height, width, c, parts, dtype)
-VF_READ(GatesBackwardParams, dgates, gates, mean, fc_weight, dpixel, dfc_weight, dfc_bias, n, c,
-        num_pixels, kind, dtype)
-VF_READ(ApplyGatesBackwardParams, dout, y, out, gates, dpixel, n, height, width, c, dtype)
-VF_READ(MaxPoolParams, x, out, argmax, n, height, width, out_height, out_width, c, pad, dtype)
-VF_READ(MaxPoolBackwardParams, dout, out, argmax, n, height, width, out_height, out_width, c, pad,
-        dtype)
-VF_READ(BatchNormMergeParams, partials, scratch, out, parts, c, groups, dtype)
-VF_READ(BatchNormFinishParams, partials, scratch, out, gamma, beta, eps, parts, c, groups, dtype)
-VF_READ(BatchNormSumsParams, g, z, norm, partials, out, n, height, width, c, parts, dtype)
-VF_READ(BatchNormInputGradParams, g, z, out, norm, sums, gamma, n, height, width, c, dtype)
-VF_READ(ChannelSumsParams, g, partials, out, n, height, width, c, parts, dtype)
-VF_READ(PackParams, weight, scale, out, c_out, kernel, c_in, stride_o, stride_h, stride_w, stride_i,
-        dtype)
-VF_READ(PackBackwardParams, products, weight, scale, dweight, dscale, c_out, kernel, c_in, stride_o,
-        stride_h, stride_w, stride_i, dtype)
-VF_READ(ConvSm90Params, x, out, weight, scale, shift, pool_partials, n, height, width, c_in, c_out,
-        kernel, tile_h, tile_w, block_out, relu, dtype)
-
-#undef VF_READ
+  if (recording() != nullptr) recording()->add(params, std::move(op));
+}
 
 // `name(threads, **fields)`.
 inline void bind_cpu(py::module_ m) {
-#define VF_DEFINE(name, Params)                            \
-  m.def(#name, [](int threads, const py::kwargs& fields) { \
-    const auto params = read<Params>(fields);              \
-    const py::gil_scoped_release released;                 \
-    cpu::name(params, threads);                            \
-  });
+#define VF_DEFINE(name, Params) \
+  m.def(#name,                  \
+        [](int threads, const py::kwargs& fields) { run<Params>(fields, threads, &cpu::name); });
   VF_OPS(VF_DEFINE)
 #undef VF_DEFINE
   m.def("reduction_parts", &cpu::reduction_parts);
@@ -148,15 +128,44 @@ inline void bind_cpu_conv(py::module_ m) {
   m.def("conv_parts", &cpu::conv_parts);
   m.def("conv_pack_bytes", &cpu::conv_pack_bytes);
   m.def("conv", [](int threads, const std::string& engine, const py::kwargs& fields) {
-    const auto params = read<ConvParams>(fields);
-    const py::gil_scoped_release released;
-    cpu::conv(params, engine, threads);
+    run<ConvParams>(fields, threads, [engine](const ConvParams& params, int count) {
+      cpu::conv(params, engine, count);
+    });
   });
+  // Not recorded: weights are packed once, and the calls that follow read what it leaves.
   m.def("conv_pack", [](int threads, const std::string& engine, const py::kwargs& fields) {
     const auto params = read<ConvPackParams>(fields);
     const py::gil_scoped_release released;
     cpu::conv_pack(params, engine, threads);
   });
+}
+
+// `with Recording() as calls: ...` records all calls of the CPU half that this thread makes;
+// `calls.move([(address, bytes), ...])` says what may lie elsewhere when `calls.run(threads,
+// [address, ...])` makes them again.
+inline void bind_recording(py::module_ m) {
+  py::class_<cpu::Recording>(m, "Recording")
+      .def(py::init<>())
+      .def(
+          "__enter__",
+          [](cpu::Recording& self) -> cpu::Recording& {
+            if (recording() != nullptr) throw std::logic_error("this thread records already");
+            recording() = &self;
+            return self;
+          },
+          py::return_value_policy::reference)
+      .def("__exit__", [](cpu::Recording&, const py::args&) { recording() = nullptr; })
+      .def("__len__", &cpu::Recording::size)
+      .def("move",
+           [](cpu::Recording& self, const std::vector<std::pair<uintptr_t, uint64_t>>& pieces) {
+             std::vector<cpu::Recording::Memory> memory;
+             for (const auto& [first, bytes] : pieces) memory.push_back({first, bytes});
+             self.move(memory);
+           })
+      .def("run", [](cpu::Recording& self, int threads, const std::vector<uintptr_t>& addresses) {
+        const py::gil_scoped_release released;
+        self.run(addresses, threads);
+      });
 }
 
 // `name(stream, **fields)`.

@@ -1,6 +1,4 @@
 // The Python module vovnet_fast._C. It knows nothing of torch: tensors arrive as raw pointers.
-#include <pybind11/stl.h>
-
 #include "bind.h"
 #include "cpu/dispatch.h"
 
@@ -55,6 +53,7 @@ PYBIND11_MODULE(_C, m) {
   vovnet_fast::cpu::choose_isa();
   vovnet_fast::bind::bind_cpu(cpu);
   vovnet_fast::bind::bind_cpu_conv(cpu);
+  vovnet_fast::bind::bind_recording(cpu);
   cpu.def("isa", &vovnet_fast::cpu::isa);
   cpu.def("isas", &vovnet_fast::cpu::isas);
   cpu.def("use_isa", &vovnet_fast::cpu::use_isa, py::arg("isa"));

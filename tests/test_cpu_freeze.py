@@ -1,5 +1,6 @@
 """Frozen networks on the ``cpu`` backend, against plain modules."""
 
+import concurrent.futures
 import copy
 import io
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from vovnet_fast import VoVNet, backends, freeze
-from vovnet_fast.backends import cpu_conv
+from vovnet_fast.backends import _extension, cpu_conv
 
 from . import straight_line
 from .extension_cases import require
@@ -126,3 +127,174 @@ def test_compiles_without_a_graph_break():
     found = run(compiled, x)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+# --------------------------------------------------------------------------------------
+# Recorded calls, from the third on
+# --------------------------------------------------------------------------------------
+
+
+def replays(frozen):
+    return [workspace.replay for _, workspace in frozen._caches.workspaces._spare]
+
+
+def repeated(frozen):
+    return [replay.calls for replay in replays(frozen)]
+
+
+def require_engine(dtype):
+    if cpu_conv.choose_engine(dtype) == "aten":
+        pytest.skip(f"no engine of the extension takes {dtype} on this processor")
+
+
+@pytest.fixture
+def no_ops(monkeypatch):
+    """Calling it makes every op that Python calls from then on fail."""
+
+    def forbid():
+        def fail(*_, **__):
+            raise AssertionError("an op was called from Python")
+
+        for name in ("conv", "max_pool", "apply_gates", "gates", "depthwise"):
+            monkeypatch.setattr(backends.cpu, name, fail)
+
+    return forbid
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("spec", TINY)
+def test_later_calls_repeat_recorded_ones(spec, dtype, no_ops):
+    require_engine(dtype)
+    model = network(spec)
+    frozen, other = freeze(model, dtype), freeze(model, dtype)
+    images = [torch.randn(2, 3, 40, 56, dtype=dtype) for _ in range(4)]
+    expected = [run(freeze(model, dtype), x) for x in images]
+    found = [run(frozen, x) for x in images[:2]]
+    run(other, images[0])
+    assert repeated(other) == [0]
+    assert min(repeated(frozen)) > 10
+    no_ops()
+    found += [run(frozen, x) for x in images[2:]]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+    with pytest.raises(AssertionError, match="from Python"):
+        run(other, images[0])
+
+
+@pytest.mark.parametrize("out_features", [("stem_2",), ("stem", "stage2"), ("stage3", "stage5")])
+def test_any_features_are_repeated(out_features):
+    """All but those of a stem that is a feature and the first block's input: ATen copies that."""
+    for spec in TINY:
+        if not {*out_features} <= {*VoVNet(TINY[spec]).spec.feature_channels()}:
+            continue
+        frozen = freeze(network(spec, out_features=out_features))
+        x = torch.randn(1, 3, 64, 48)
+        first = run(frozen, x)
+        for _ in range(3):
+            assert all(map(torch.equal, run(frozen, x), first))
+
+
+def test_repeated_calls_read_the_image_that_they_are_given():
+    """Of other strides too: a part of a larger one, and then a dense one again."""
+    require_engine(torch.float32)
+    model = network("timm")
+    frozen = freeze(model)
+    large = torch.randn(2, 80, 90, 3).permute(0, 3, 1, 2)
+    for _ in range(2):
+        for _ in range(4):
+            x = large[:, :, 7:55, 9:73]
+            assert all(map(torch.equal, run(frozen, x), run(freeze(model), x)))
+        large = large.flip(2).contiguous(memory_format=torch.channels_last)
+        assert repeated(frozen)[0] > 0
+    for _ in range(3):
+        dense = torch.randn(2, 3, 48, 64).contiguous(memory_format=torch.channels_last)
+        assert all(map(torch.equal, run(frozen, dense), run(freeze(model), dense)))
+    assert len(repeated(frozen)) == 1
+    assert repeated(frozen)[0] > 0
+
+
+def test_weights_that_are_written_to_are_noticed():
+    frozen, x = freeze(network("detectron2")), torch.randn(1, 3, 40, 40)
+    for name in ("weight_3", "shift", "fc_0"):
+        for _ in range(3):
+            before = run(frozen, x)
+        with torch.no_grad():
+            getattr(frozen, name).mul_(-1.5)
+        found = run(frozen, x)
+        assert not torch.equal(found[-1], before[-1])
+        assert all(map(torch.equal, found, run(copy.deepcopy(frozen), x)))
+
+
+def test_what_is_repeated_leaves_earlier_features_alone():
+    require_engine(torch.bfloat16)
+    frozen = freeze(network("detectron2"), torch.bfloat16)
+    kept, copies = [], []
+    for _ in range(6):
+        kept.append(run(frozen, torch.randn(1, 3, 64, 48)))
+        copies.append([f.clone() for f in kept[-1]])
+    assert repeated(frozen)[0] > 0
+    for ours, theirs in zip(kept, copies, strict=True):
+        assert all(map(torch.equal, ours, theirs))
+
+
+def test_what_is_not_finite_stays_so_when_repeated():
+    frozen, x = freeze(network("detectron2")), torch.randn(1, 3, 64, 64)
+    clean = [run(frozen, x) for _ in range(3)][-1]
+    x[0, 1, 30, 31] = torch.nan
+    assert all(f.isnan().any() for f in run(frozen, x))
+    x[0, 1, 30, 31] = 0
+    assert all(f.isfinite().all() for f in run(frozen, x))
+    assert all(f.isfinite().all() for f in clean)
+
+
+def test_each_thread_repeats_calls_of_its_own():
+    require_engine(torch.float32)
+    frozen = freeze(network("detectron2"))
+    images = [torch.randn(1, 3, 64, 48) for _ in range(4)]
+    expected = [run(frozen, x) for x in images]
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        for _ in range(8):
+            found = list(pool.map(lambda x: run(frozen, x), images))
+            for ours, theirs in zip(found, expected, strict=True):
+                assert all(map(torch.equal, ours, theirs))
+    assert max(repeated(frozen)) > 0
+
+
+def test_what_aten_computes_is_not_recorded():
+    frozen, x = freeze(network("detectron2"), torch.float64), torch.randn(1, 3, 40, 40)
+    first = run(frozen, x)
+    assert all(map(torch.equal, first, run(frozen, x)))
+    assert all(map(torch.equal, first, run(frozen, x)))
+    assert repeated(frozen) == [0]
+
+
+def test_another_instruction_set_is_noticed():
+    cpu = _extension.load("cpu")
+    model, x, used = network("detectron2"), torch.randn(1, 3, 40, 40), cpu.isa()
+    frozen = freeze(model)
+    try:
+        for isa in [*cpu.isas(), *reversed(cpu.isas())]:
+            cpu.use_isa(isa)
+            expected = run(freeze(model), x)
+            for _ in range(3):
+                assert all(map(torch.equal, run(frozen, x), expected))
+    finally:
+        cpu.use_isa(used)
+
+
+def test_recordings_refuse_what_they_cannot_do():
+    cpu = _extension.load("cpu")
+    x, y = torch.randn(1, 4, 4, 8), torch.empty(1, 4, 4, 8)
+    with cpu.Recording() as calls:
+        backends.cpu.apply_gates(x, None, None, y)
+        with pytest.raises(RuntimeError, match="records already"):
+            cpu.Recording().__enter__()
+    backends.cpu.apply_gates(x, None, None, y)
+    assert len(calls) == 1
+    calls.move([(t.data_ptr(), t.nbytes) for t in (x, y)])
+    with pytest.raises(ValueError, match="2 pieces of memory, got 1"):
+        calls.run(1, [x.data_ptr()])
+    other, out = torch.randn_like(x), torch.full_like(y, torch.nan)
+    calls.run(1, [other.data_ptr(), out.data_ptr()])
+    assert torch.equal(out, other)
+    assert torch.equal(y, x)

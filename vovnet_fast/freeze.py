@@ -18,21 +18,22 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import backends, reference
+from . import backends
 from ._dtypes import accumulator
-from .model import STAGE_NAMES, VoVNet
+from .backends import cpu
+from .backends.cpu_replay import Replay
+from .folded import folded_forward
+from .model import VoVNet
 from .ops import BlockParams, ConvParams, NetworkParams, _checks
 from .ops import features as run_op
 from .ops.conv import unflatten
 from .ops.features import check_size, plan, rebuild, run
 from .ops.memory import Arena, Memory
-from .specs import FIRST_STAGE
 
 KEPT_SHAPES = 8
-"""Input shapes whose arena, or graph, is kept. Detection has many; memory is finite."""
+"""How many arenas, or graphs, are kept. Detection has many shapes; memory is finite."""
 
 _WARM_UP = 3
 """Calls before a capture: kernels are compiled and libraries choose their algorithms."""
@@ -121,26 +122,41 @@ def _fold(model: VoVNet, dtype: torch.dtype) -> NetworkParams:
     )
 
 
-class _Arenas:
-    """Arenas that no call is using at the moment, by key.
+class _Workspace:
+    """What calls for one shape use, one call at a time.
 
-    A call takes its arena out, so that no other thread finds it.
+    Attributes:
+        arena: the memory.
+        replay: on the ``cpu`` backend, what repeats the work in this arena.
+    """
+
+    def __init__(self, arena: Arena) -> None:
+        self.arena, self.replay = arena, Replay()
+
+
+class _Workspaces:
+    """Workspaces that no call is using at the moment.
+
+    A call takes its workspace out, so that no other thread finds it: calls of one shape at the
+    same time have one each.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._spare: OrderedDict[Hashable, Arena] = OrderedDict()
+        self._spare: list[tuple[Hashable, _Workspace]] = []  # Those used last are last.
 
-    def take(self, key: Hashable) -> Arena | None:
+    def take(self, key: Hashable) -> _Workspace | None:
         with self._lock:
-            return self._spare.pop(key, None)
+            for i in reversed(range(len(self._spare))):
+                if self._spare[i][0] == key:
+                    return self._spare.pop(i)[1]
+        return None
 
-    def give(self, key: Hashable, arena: Arena) -> None:
-        """Keep an arena; those used longest ago go."""
+    def give(self, key: Hashable, workspace: _Workspace) -> None:
+        """Keep a workspace; those used longest ago go."""
         with self._lock:
-            self._spare[key] = arena
-            while len(self._spare) > KEPT_SHAPES:
-                self._spare.popitem(last=False)
+            self._spare.append((key, workspace))
+            del self._spare[:-KEPT_SHAPES]
 
 
 class _Captured(NamedTuple):
@@ -193,9 +209,10 @@ class _Caches:
     """What is made when it is first needed, and not part of a copy or a pickle."""
 
     def __init__(self) -> None:
-        self.arenas = _Arenas()
+        self.workspaces = _Workspaces()
         self.graphs = _Graphs()
         self.params: NetworkParams | None = None
+        self.tensors: list[Tensor] = []
 
     def __reduce__(self) -> tuple[type[_Caches], tuple[()]]:
         return _Caches, ()
@@ -208,8 +225,10 @@ class FrozenVoVNet(nn.Module):
     with a bias, or in half precision with a scale and a shift, and in-place ReLUs. With
     one it runs :func:`vovnet_fast.ops.features` in an arena, planned once for each input
     shape and used again by later calls. What it returns is never part of an arena:
-    results stay as they are for as long as they are kept. Arenas of the last
-    ``KEPT_SHAPES`` shapes are kept; threads do not share one.
+    results stay as they are for as long as they are kept. The ``KEPT_SHAPES`` arenas
+    used last are kept; threads that run at the same time do not share one. On the ``cpu``
+    backend the third call for a shape, and those after it, repeat recorded calls of the
+    extension, with no Python between them.
 
     All tensors are buffers. ``to(device)``, ``state_dict``, ``deepcopy`` and ``pickle``
     work; the dtype is fixed, :meth:`train` changes nothing, and autocast is ignored.
@@ -351,7 +370,11 @@ class FrozenVoVNet(nn.Module):
             return self._unpack()
         if self._caches.params is None:
             with torch.inference_mode(False):
-                self._caches.params = self._unpack()
+                params = self._unpack()
+                tensors = [t for layer in params.convs() for t in (layer.weight, layer.depthwise)]
+                held = [self.scale, self.shift, *params.fcs(), *tensors]
+                self._caches.tensors = [tensor for tensor in held if tensor is not None]
+                self._caches.params = params
         return self._caches.params
 
     def _unpack(self) -> NetworkParams:
@@ -383,13 +406,21 @@ class FrozenVoVNet(nn.Module):
         # before the work on it is done.
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
         key = (x.shape, x.device, stream)
-        arena = self._caches.arenas.take(key)
-        if arena is None:
+        workspace = self._caches.workspaces.take(key)
+        if workspace is None:
             n, c, h, w = x.shape
             needed = plan((n, c, h, w), self._params(), self.out_features)
-            arena = Arena(needed, self.dtype, x.device)
-        found = self._compute(x, arena)
-        self._caches.arenas.give(key, arena)
+            workspace = _Workspace(Arena(needed, self.dtype, x.device))
+        if backends.select(x.device, self.dtype) == "cpu":
+            image, params = self._image(x, workspace.arena), self._params()
+            work = functools.partial(
+                run, cpu, params=params, out_features=self.out_features, memory=workspace.arena
+            )
+            views = workspace.replay(work, image, self._caches.tensors)
+            found = [_checks.nchw(feature) for feature in views]
+        else:
+            found = self._compute(x, workspace.arena)
+        self._caches.workspaces.give(key, workspace)
         return found
 
     def _compute(self, x: Tensor, memory: Memory) -> list[Tensor]:
@@ -398,12 +429,16 @@ class FrozenVoVNet(nn.Module):
             x = x.to(self.dtype, memory_format=torch.channels_last)
             statistics = (self.zeros, self.ones)
             return folded_forward(x, self._params(), self.out_features, statistics)
-        view = x.permute(0, 2, 3, 1)
-        if x.dtype != self.dtype or (x.shape[1] > 1 and view.stride(3) != 1):
-            view = memory.scratch("image", self.weight_0, *view.shape).copy_(view)
-        backend = backends.get(x.device, x.dtype)
-        found = run(backend, view, self._params(), self.out_features, memory)
+        backend = backends.get(x.device, self.dtype)
+        found = run(backend, self._image(x, memory), self._params(), self.out_features, memory)
         return [_checks.nchw(feature) for feature in found]
+
+    def _image(self, x: Tensor, memory: Memory) -> Tensor:
+        """``x`` as a backend takes it: converted, where it has another dtype or layout."""
+        view = x.permute(0, 2, 3, 1)
+        if x.dtype == self.dtype and (x.shape[1] == 1 or view.stride(3) == 1):
+            return view
+        return memory.scratch("image", self.weight_0, *view.shape).copy_(view)
 
     def _replay(self, x: Tensor) -> tuple[Tensor, ...]:
         """Copy the image in, replay the graph of its shape, copy the features out."""
@@ -477,80 +512,3 @@ def _forget(module: FrozenVoVNet, *_: Any) -> None:
     """Drop what points to memory of buffers that may have been replaced."""
     module._caches.graphs.wait()
     module._caches = _Caches()
-
-
-# --------------------------------------------------------------------------------------
-# The path of plain PyTorch
-# --------------------------------------------------------------------------------------
-
-
-Statistics = tuple[Tensor, Tensor]
-
-
-def folded_forward(
-    x: Tensor, params: NetworkParams, out_features: tuple[str, ...], statistics: Statistics
-) -> list[Tensor]:
-    """A frozen network by PyTorch's convolutions, with ReLUs in place.
-
-    Args:
-        x: ``[N, C, H, W]``, ``channels_last``.
-        params: of the network, in the dtype of ``x``. In fp32 and fp64 the scales are not
-            looked at: they must be in the weights.
-        out_features: names, in network order.
-        statistics: zeros and ones, as many as the widest layer has channels: with these
-            for mean and variance PyTorch's batch norm applies a scale and a shift, reading
-            fp16 or bf16 and computing in fp32, in a single kernel.
-
-    Returns:
-        one ``[N, C', H', W']`` tensor a name.
-    """
-    found = {}
-    for name, layer in zip(("stem_1", "stem_2", "stem"), params.stem, strict=True):
-        x = _conv_relu(x, layer, statistics)
-        if name in out_features:
-            found[name] = x
-    blocks = list(zip(params.spec.blocks(), params.blocks, strict=True))
-    for number, name in enumerate(STAGE_NAMES, start=FIRST_STAGE):
-        if len(found) == len(out_features):
-            break
-        if number >= params.spec.first_pooled_stage:
-            x = reference.max_pool(x, params.spec.pool)
-        for block in (block for shape, block in blocks if shape.stage == number):
-            x = _osa_block(x, block, statistics)
-        if name in out_features:
-            found[name] = x
-    return [found[name] for name in out_features]
-
-
-def _conv_relu(x: Tensor, layer: ConvParams, statistics: Statistics) -> Tensor:
-    stride = layer.stride
-    if layer.depthwise is not None:
-        spatial = layer.depthwise.permute(2, 0, 1).unsqueeze(1)  # [C, 1, 3, 3]
-        x = F.conv2d(x, spatial, None, stride, 1, groups=x.shape[1])
-        stride = 1
-    weight = layer.weight.permute(0, 3, 1, 2)  # channels_last, as packed.
-    folded = layer.shift.dtype == x.dtype
-    y = F.conv2d(x, weight, layer.shift if folded else None, stride, weight.shape[2] // 2)
-    if not folded:
-        mean, var = (statistic[: y.shape[1]] for statistic in statistics)
-        y = F.batch_norm(y, mean, var, layer.scale, layer.shift, eps=0.0)
-    return y.relu_()
-
-
-def _osa_block(x: Tensor, block: BlockParams, statistics: Statistics) -> Tensor:
-    def layer(params: ConvParams) -> Callable[[Tensor], Tensor]:
-        return functools.partial(_conv_relu, layer=params, statistics=statistics)
-
-    def ese(y: Tensor) -> Tensor:
-        assert block.fc_weight is not None
-        assert block.fc_bias is not None
-        return reference.ese(y, block.fc_weight[:, :, None, None], block.fc_bias, block.gate)
-
-    return reference.osa_block(
-        x,
-        [layer(params) for params in block.layers],
-        layer(block.concat),
-        reduction=None if block.reduction is None else layer(block.reduction),
-        ese=None if block.fc_weight is None else ese,
-        identity=block.identity,
-    )

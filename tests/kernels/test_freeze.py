@@ -68,7 +68,7 @@ def assert_equal(found, expected, tolerance=1e-9):
 
 
 def arenas(frozen):
-    return list(frozen._caches.arenas._spare.values())
+    return [workspace.arena for _, workspace in frozen._caches.workspaces._spare]
 
 
 @pytest.mark.parametrize("name", list(TINY))

@@ -1,0 +1,122 @@
+// Calls of ops of the CPU half, kept so that they can be made again without Python in between.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "../fields.h"
+
+namespace vovnet_fast {
+namespace cpu {
+
+// Whoever makes the calls again answers for the memory that they point to. What lies elsewhere
+// each time, such as the image, is named once all calls are recorded (`move`), and its new
+// addresses are given to `run`.
+class Recording {
+ public:
+  struct Memory {
+    uintptr_t first;
+    uint64_t bytes;
+  };
+
+  template <class Params>
+  void add(const Params& params, std::function<void(const Params&, int)> op) {
+    calls_.push_back(std::make_unique<CallOf<Params>>(params, std::move(op)));
+  }
+
+  size_t size() const { return calls_.size(); }
+
+  // From now on `run` takes addresses for these pieces of memory. They do not overlap.
+  void move(const std::vector<Memory>& pieces) {
+    moved_.clear();
+    pieces_ = pieces.size();
+    for (const auto& call : calls_) {
+      call->each_pointer([&](void* field) {
+        uintptr_t address;
+        std::memcpy(&address, field, sizeof(address));
+        for (size_t i = 0; i < pieces.size(); ++i) {
+          // An address before the piece wraps around, past its end.
+          const uint64_t offset = address - pieces[i].first;
+          if (address != 0 && offset < pieces[i].bytes) moved_.push_back({field, i, offset});
+        }
+      });
+    }
+  }
+
+  // Make all calls, in their order. For one thread at a time.
+  void run(const std::vector<uintptr_t>& addresses, int threads) {
+    if (addresses.size() != pieces_) {
+      throw std::invalid_argument("the recording needs the addresses of " +
+                                  std::to_string(pieces_) + " pieces of memory, got " +
+                                  std::to_string(addresses.size()));
+    }
+    if (running_.exchange(true)) {
+      throw std::logic_error("a recording is for one thread at a time: make one a thread");
+    }
+    const struct Done {
+      std::atomic<bool>& running;
+      ~Done() { running = false; }
+    } done{running_};
+    for (const Moved& moved : moved_) {
+      const uintptr_t address = addresses[moved.piece] + moved.offset;
+      std::memcpy(moved.field, &address, sizeof(address));
+    }
+    for (const auto& call : calls_) call->run(threads);
+  }
+
+ private:
+  struct Call {
+    virtual ~Call() = default;
+    virtual void run(int threads) const = 0;
+    // `each` gets the address of every field that is a pointer, or begins with one.
+    virtual void each_pointer(const std::function<void(void*)>& each) = 0;
+  };
+
+  template <class Params>
+  struct CallOf final : Call {
+    CallOf(const Params& params, std::function<void(const Params&, int)> op)
+        : params(params), op(std::move(op)) {}
+
+    void run(int threads) const override { op(params, threads); }
+
+    void each_pointer(const std::function<void(void*)>& each) override {
+      Fields<Params>::visit(params, [&](auto&... fields) { (pass(each, fields), ...); });
+    }
+
+    Params params;
+    std::function<void(const Params&, int)> op;
+  };
+
+  template <class T>
+  static void pass(const std::function<void(void*)>& each, T*& field) {
+    each(&field);
+  }
+  static void pass(const std::function<void(void*)>& each, View& field) { each(&field.data); }
+  static void pass(const std::function<void(void*)>& each, Array& field) { each(&field.data); }
+  static void pass(const std::function<void(void*)>&, int32_t) {}
+  static void pass(const std::function<void(void*)>&, int64_t) {}
+  static void pass(const std::function<void(void*)>&, double) {}
+
+  struct Moved {
+    void* field;  // in the arguments of a call
+    size_t piece;
+    uint64_t offset;
+  };
+
+  std::vector<std::unique_ptr<Call>> calls_;
+  std::vector<Moved> moved_;
+  size_t pieces_ = 0;
+  std::atomic<bool> running_{false};
+};
+
+static_assert(sizeof(uintptr_t) == sizeof(void*), "pointers are exchanged as integers");
+
+}  // namespace cpu
+}  // namespace vovnet_fast

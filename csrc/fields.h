@@ -1,0 +1,61 @@
+// Names and fields of the structs of params.h, for whoever must look at all of them.
+#pragma once
+
+#include "cuda/conv_sm90_params.h"
+#include "params.h"
+
+namespace vovnet_fast {
+
+// kNames is "a, b, c"; visit(params, visitor) calls visitor(params.a, params.b, params.c).
+template <class Params>
+struct Fields;
+
+// All fields in the order of the struct: another number of them does not compile.
+#define VF_FIELDS(Params, ...)                           \
+  template <>                                            \
+  struct Fields<Params> {                                \
+    static constexpr const char* kNames = #__VA_ARGS__;  \
+    template <class Visitor>                             \
+    static void visit(Params& params, Visitor visitor) { \
+      auto& [__VA_ARGS__] = params;                      \
+      visitor(__VA_ARGS__);                              \
+    }                                                    \
+  };
+
+VF_FIELDS(EpilogueParams, z, out, n, height, width, c, scale, shift, pool_partials, statistics,
+          relu, dtype)
+VF_FIELDS(ConvParams, x, out, tiles, scale, shift, pool_partials, n, height, width, out_height,
+          out_width, c_in, c_out, kernel, stride, relu, dtype)
+VF_FIELDS(ConvPackParams, weight, out, c_out, c_in, kernel, dtype)
+VF_FIELDS(AccumulateParams, z, out, add, mask, n, height, width, c, add_c, mask_c, dtype)
+VF_FIELDS(DepthwiseParams, x, out, weight, n, height, width, out_height, out_width, c, stride,
+          dtype)
+VF_FIELDS(DepthwiseInputGradParams, g, out, add, mask, weight, n, height, width, out_height,
+          out_width, c, stride, dtype)
+VF_FIELDS(DepthwiseWeightGradParams, x, g, partials, out, n, height, width, out_height, out_width,
+          c, parts, stride, dtype)
+VF_FIELDS(GatesParams, partials, mean, out, fc_weight, fc_bias, n, tiles, c, num_pixels, kind,
+          dtype)
+VF_FIELDS(ApplyGatesParams, z, out, identity, gates, n, height, width, c, dtype)
+VF_FIELDS(GateSumsParams, dout, y, partials, out, n, height, width, c, parts, dtype)
+VF_FIELDS(GatesBackwardParams, dgates, gates, mean, fc_weight, dpixel, dfc_weight, dfc_bias, n, c,
+          num_pixels, kind, dtype)
+VF_FIELDS(ApplyGatesBackwardParams, dout, y, out, gates, dpixel, n, height, width, c, dtype)
+VF_FIELDS(MaxPoolParams, x, out, argmax, n, height, width, out_height, out_width, c, pad, dtype)
+VF_FIELDS(MaxPoolBackwardParams, dout, out, argmax, n, height, width, out_height, out_width, c, pad,
+          dtype)
+VF_FIELDS(BatchNormMergeParams, partials, scratch, out, parts, c, groups, dtype)
+VF_FIELDS(BatchNormFinishParams, partials, scratch, out, gamma, beta, eps, parts, c, groups, dtype)
+VF_FIELDS(BatchNormSumsParams, g, z, norm, partials, out, n, height, width, c, parts, dtype)
+VF_FIELDS(BatchNormInputGradParams, g, z, out, norm, sums, gamma, n, height, width, c, dtype)
+VF_FIELDS(ChannelSumsParams, g, partials, out, n, height, width, c, parts, dtype)
+VF_FIELDS(PackParams, weight, scale, out, c_out, kernel, c_in, stride_o, stride_h, stride_w,
+          stride_i, dtype)
+VF_FIELDS(PackBackwardParams, products, weight, scale, dweight, dscale, c_out, kernel, c_in,
+          stride_o, stride_h, stride_w, stride_i, dtype)
+VF_FIELDS(ConvSm90Params, x, out, weight, scale, shift, pool_partials, n, height, width, c_in,
+          c_out, kernel, tile_h, tile_w, block_out, relu, dtype)
+
+#undef VF_FIELDS
+
+}  // namespace vovnet_fast

@@ -1,0 +1,145 @@
+"""Calls of the ``cpu`` backend, kept and made again without Python in between.
+
+A network of seventy launches spends milliseconds in Python on a CPU: views, checks, allocations.
+What it asks of the extension is the same for every image of a shape, but for the addresses of
+the image and of the features: the calls are recorded once (``csrc/cpu/recording.h``), and then
+made by a single call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from . import _extension, cpu_conv
+
+_ALLOCATING = {
+    torch.ops.aten.empty.memory_format,
+    torch.ops.aten.empty_like.default,
+    torch.ops.aten.empty_strided.default,
+    torch.ops.aten.new_empty.default,
+}
+"""Ops that compute nothing. Beside them there are only views."""
+
+
+class Replay:
+    """Runs a network on images of one shape, and from the third time on by its recorded calls.
+
+    What a recording depends on is looked at every time: where the image has other strides, or
+    a weight has been written to, the next calls are recorded again. Between image and features
+    it keeps the memory that nobody else does; arenas and weights are the caller's to keep. For
+    one thread at a time.
+
+    Attributes:
+        calls: of the extension that are repeated; 0 as long as there is no recording.
+    """
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self._stamp: _Stamp | None = None
+        self._recording: _Recording | None = None
+
+    def __call__(
+        self, work: Callable[[Tensor], list[Tensor]], image: Tensor, weights: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """Features of an image, each in new memory.
+
+        Args:
+            work: makes them, always in the same memory but for the features.
+            image: ``[N, H, W, C]`` view.
+            weights: all tensors that ``work`` reads beside the image.
+        """
+        stamp = _stamp(image, weights)
+        if stamp is None or stamp != self._stamp:
+            self.calls, self._stamp, self._recording = 0, stamp, None
+            return work(image)
+        if self._recording is None:
+            features, self._recording = _record(work, image)
+            self.calls = len(self._recording.calls or ())
+            return features
+        return work(image) if self._recording.calls is None else self._recording.repeat(image)
+
+
+_Stamp = tuple[Any, ...]
+
+
+def _stamp(image: Tensor, weights: Sequence[Tensor]) -> _Stamp | None:
+    """What a recording depends on: it holds for as long as this is the same.
+
+    None where it cannot be known, because tensors made in inference mode do not count what is
+    written to them, or where there is nothing to compute.
+    """
+    if image.numel() == 0 or any(weight.is_inference() for weight in weights):
+        return None
+    engine = cpu_conv.choose_engine(image.dtype), _extension.load("cpu").isa()
+    versions = [(weight.data_ptr(), weight._version) for weight in weights]
+    return image.shape, image.stride(), image.dtype, engine, versions
+
+
+class _Recording(NamedTuple):
+    """Calls that made features.
+
+    Attributes:
+        calls: the extension's ``Recording``, which takes the addresses of image and features.
+            None where not all of the work was the extension's: ATen's convolutions, for
+            dtypes or processors without an engine, cannot be repeated so.
+        features: shape and dtype of each.
+        kept: memory that the calls write and read.
+    """
+
+    calls: Any
+    features: list[tuple[torch.Size, torch.dtype]]
+    kept: list[Tensor]
+
+    def repeat(self, image: Tensor) -> list[Tensor]:
+        features = [torch.empty(shape, dtype=dtype) for shape, dtype in self.features]
+        addresses = [tensor.data_ptr() for tensor in (image, *features)]
+        self.calls.run(torch.get_num_threads(), addresses)
+        return features
+
+
+def _record(
+    work: Callable[[Tensor], list[Tensor]], image: Tensor
+) -> tuple[list[Tensor], _Recording]:
+    calls = _extension.load("cpu").Recording()
+    with _Watch() as watch, calls:
+        features = work(image)
+    if watch.computed or not all(feature.is_contiguous() for feature in features):
+        return features, _Recording(None, [], [])
+    own = {feature.untyped_storage().data_ptr() for feature in features}
+    kept = [t for t in watch.allocated if t.untyped_storage().data_ptr() not in own]
+    calls.move([_extent(tensor) for tensor in (image, *features)])
+    shapes = [(feature.shape, feature.dtype) for feature in features]
+    return features, _Recording(calls, shapes, kept)
+
+
+def _extent(tensor: Tensor) -> tuple[int, int]:
+    """The first address of a tensor, and the bytes from there to its end."""
+    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), (last + 1) * tensor.itemsize
+
+
+class _Watch(TorchDispatchMode):
+    """Keeps what ATen allocates, and notes whether it computes.
+
+    Attributes:
+        allocated: new tensors.
+        computed: whether there was an op that is neither an allocation nor a view.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.allocated: list[Tensor] = []
+        self.computed = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in _ALLOCATING:
+            self.allocated.append(out)
+        elif not func.is_view:
+            self.computed = True
+        return out
