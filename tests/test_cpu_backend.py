@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from vovnet_fast import VoVNet, backends, ops
+from vovnet_fast import VoVNet, backends, fusing, ops
 from vovnet_fast.backends import _extension, cpu
 from vovnet_fast.layers import OSABlock
 
@@ -162,6 +162,49 @@ def test_auto_takes_it_on_a_cpu(monkeypatch, tmp_path):
     monkeypatch.setenv("VOVNET_FAST_CACHE", str(tmp_path))
     assert backends.select(CPU) == "cpu"
     assert backends.select(CPU, torch.float64) == "reference"
+
+
+@pytest.mark.parametrize("norm_eval", [True, False])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_auto_trains_small_maps_on_plain_modules(norm_eval, compiled, monkeypatch, tmp_path):
+    """There weights cost ops more than activations cost plain modules."""
+    monkeypatch.setenv("VOVNET_FAST_BACKEND", "auto")
+    monkeypatch.setenv("VOVNET_FAST_CACHE", str(tmp_path))
+    assert backends.select(CPU) == "cpu"  # And its check is over.
+    calls = []
+    for name in ("conv", "conv_statistics"):
+        function = getattr(cpu, name)
+        monkeypatch.setattr(
+            cpu, name, lambda *a, _f=function, **k: (calls.append(1), _f(*a, **k))[1]
+        )
+    model = VoVNet(TINY["detectron2"], norm_eval=norm_eval, frozen_stages=-1).train()
+    block = next(module for module in model.modules() if isinstance(module, OSABlock))
+    torch.compiler.reset()
+    run = torch.compile(block, backend="aot_eager") if compiled else block
+    channels = block.layers[0].parts().conv.in_channels
+    least = fusing.TRAINING_PIXELS[not norm_eval]
+    width = least // 20
+
+    def ops_of(images, *, backend="auto", gradient=True):
+        calls.clear()
+        x = torch.randn(images, channels, 20, width)
+        with backends.use_backend(backend), torch.set_grad_enabled(gradient):
+            found = run(x)
+        assert found.requires_grad == gradient
+        return len(calls)
+
+    layers = len(block.conv_layers())
+    assert ops_of(1) == layers
+    width -= 1
+    assert ops_of(1) == 0
+    assert ops_of(2) == layers  # Pixels of all images count.
+    assert ops_of(1, gradient=False) == layers
+    assert ops_of(1, backend="cpu") == layers
+    for parameter in block.parameters():
+        parameter.requires_grad_(False)
+    calls.clear()
+    run(torch.randn(1, channels, 20, width))
+    assert len(calls) == layers
 
 
 class Broken:

@@ -20,6 +20,16 @@ from .ops import ConvParams, batch_norm
 from .ops.batch_norm import FixedNorm
 from .ops.conv import channels_last, depthwise_last
 
+TRAINING_PIXELS = {False: 1600, True: 6400}
+"""Pixels of a map, N * H * W, from which ``auto`` trains a block as one op on a CPU; by whether a
+norm takes its statistics from the batch.
+
+An op saves passes over activations, and pays with passes over weights and with Python. On two cores
+of a Xeon, first blocks of the stages of V-39 and V-19-slim-dw broke even with plain modules there,
+in fp32 and bf16, whatever their channels were; at a quarter of the pixels they took 1.1 to 1.4
+times as long.
+"""
+
 
 class Parts(NamedTuple):
     """The modules of one convolution layer.
@@ -91,12 +101,22 @@ class Fusable(nn.Module):
         Raises:
             BackendError: a fused backend was asked for by name and cannot; the message says why.
         """
-        if not fused(x):
+        if not fused(x) or self._trains_faster_plain(x):
             return False
         reason = self.why_not_fused()
         if reason is not None and backends.chosen() != "auto":
             raise backends.BackendError(reason)
         return reason is None
+
+    def _trains_faster_plain(self, x: Tensor) -> bool:
+        """Whether ``auto`` leaves it to plain modules (:data:`TRAINING_PIXELS`)."""
+        if not torch.is_grad_enabled() or backends.chosen() != "auto":
+            return False
+        if x.dim() != 4 or backends.select(x.device, compute_dtype(x)) != "cpu":
+            return False
+        if x.shape[0] * x.shape[2] * x.shape[3] >= TRAINING_PIXELS[self.batch]:
+            return False
+        return x.requires_grad or any(p.requires_grad for p in self.parameters())
 
 
 def has_hooks(module: nn.Module) -> bool:
