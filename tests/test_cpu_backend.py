@@ -166,7 +166,7 @@ def test_auto_takes_it_on_a_cpu(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("norm_eval", [True, False])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_auto_trains_small_maps_on_plain_modules(norm_eval, compiled, monkeypatch, tmp_path):
+def test_auto_leaves_small_maps_to_plain_modules(norm_eval, compiled, monkeypatch, tmp_path):
     """There weights cost ops more than activations cost plain modules."""
     monkeypatch.setenv("VOVNET_FAST_BACKEND", "auto")
     monkeypatch.setenv("VOVNET_FAST_CACHE", str(tmp_path))
@@ -182,29 +182,44 @@ def test_auto_trains_small_maps_on_plain_modules(norm_eval, compiled, monkeypatc
     torch.compiler.reset()
     run = torch.compile(block, backend="aot_eager") if compiled else block
     channels = block.layers[0].parts().conv.in_channels
-    least = fusing.TRAINING_PIXELS[not norm_eval]
-    width = least // 20
+    least = fusing.CPU_PIXELS if norm_eval else fusing.CPU_PIXELS_OF_BATCH_NORM
 
-    def ops_of(images, *, backend="auto", gradient=True):
+    def ops_of(images, width, *, backend="auto", gradient=True, dtype=torch.float32):
         calls.clear()
         x = torch.randn(images, channels, 20, width)
-        with backends.use_backend(backend), torch.set_grad_enabled(gradient):
-            found = run(x)
-        assert found.requires_grad == gradient
+        with (
+            backends.use_backend(backend),
+            torch.set_grad_enabled(gradient),
+            torch.autocast("cpu", dtype, enabled=dtype != torch.float32),
+        ):
+            assert run(x).dtype == dtype
         return len(calls)
 
     layers = len(block.conv_layers())
-    assert ops_of(1) == layers
-    width -= 1
-    assert ops_of(1) == 0
-    assert ops_of(2) == layers  # Pixels of all images count.
-    assert ops_of(1, gradient=False) == layers
-    assert ops_of(1, backend="cpu") == layers
-    for parameter in block.parameters():
-        parameter.requires_grad_(False)
-    calls.clear()
-    run(torch.randn(1, channels, 20, width))
-    assert len(calls) == layers
+    for gradient in (True, False):
+        assert ops_of(1, least // 20, gradient=gradient) == layers
+        assert ops_of(1, least // 20 - 1, gradient=gradient) == 0
+        assert ops_of(2, least // 20 - 1, gradient=gradient) == layers  # Of all images.
+        assert ops_of(1, 7, gradient=gradient, backend="cpu") == layers
+    assert ops_of(1, 7, dtype=torch.bfloat16) == 0
+    assert ops_of(1, 7, dtype=torch.bfloat16, gradient=False) == layers
+    block.requires_grad_(False)
+    assert ops_of(1, 7, dtype=torch.bfloat16) == layers
+
+
+def test_auto_runs_whole_networks_of_large_images_as_one_op(monkeypatch, tmp_path):
+    monkeypatch.setenv("VOVNET_FAST_BACKEND", "auto")
+    monkeypatch.setenv("VOVNET_FAST_CACHE", str(tmp_path))
+    model, whole = VoVNet(TINY["detectron2"]).eval(), []
+    features = ops.features
+    monkeypatch.setattr(ops, "features", lambda *a: (whole.append(1), features(*a))[1])
+    with torch.no_grad():
+        model(torch.randn(1, 3, 312, 320))
+        assert not whole
+        model(torch.randn(1, 3, 320, 320))
+        assert len(whole) == 1
+        model.bfloat16()(torch.randn(1, 3, 40, 40).bfloat16())
+        assert len(whole) == 2
 
 
 class Broken:

@@ -285,7 +285,7 @@ def test_inputs_are_made_where_they_are_needed(monkeypatch):
         taken.clear()
         loss_of(expected).backward()
         x = model.stem(x)[1].detach()
-        room = rooms.new(x.permute(0, 2, 3, 1), 2, 10, 10, 16, model.stage2.room)
+        room = rooms.new(x.permute(0, 2, 3, 1), 2, 10, 10, 16, model.stage2.room(x, 200))
         room.copy_(x.permute(0, 2, 3, 1))
         x = room.permute(0, 3, 1, 2)
         first, second = model.stage2(x), model.stage2(x)

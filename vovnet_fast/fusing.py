@@ -20,14 +20,15 @@ from .ops import ConvParams, batch_norm
 from .ops.batch_norm import FixedNorm
 from .ops.conv import channels_last, depthwise_last
 
-TRAINING_PIXELS = {False: 1600, True: 6400}
-"""Pixels of a map, N * H * W, from which ``auto`` trains a block as one op on a CPU; by whether a
-norm takes its statistics from the batch.
+CPU_PIXELS, CPU_PIXELS_OF_BATCH_NORM = 1600, 6400
+"""Pixels of a map, N * H * W, from which ``auto`` runs a module as one op on a CPU; the latter
+where a norm takes its statistics from the batch.
 
 An op saves passes over activations, and pays with passes over weights and with Python. On two cores
-of a Xeon, first blocks of the stages of V-39 and V-19-slim-dw broke even with plain modules there,
-in fp32 and bf16, whatever their channels were; at a quarter of the pixels they took 1.1 to 1.4
-times as long.
+of a Xeon, in fp32 with and without gradients, and in bf16 with them, the first blocks of the stages
+of V-39 and V-19-slim-dw broke even with plain modules there, whatever their channels were; at a
+quarter of the pixels they took 1.1 to 1.4 times as long. In bf16 without gradients they were always
+faster. Frozen networks have their weights packed: this is not for them.
 """
 
 
@@ -101,22 +102,19 @@ class Fusable(nn.Module):
         Raises:
             BackendError: a fused backend was asked for by name and cannot; the message says why.
         """
-        if not fused(x) or self._trains_faster_plain(x):
+        if not fused(x):
+            return False
+        # What has not four dimensions is refused by the op.
+        if x.dim() == 4 and self.faster_plain(x, x.shape[0] * x.shape[2] * x.shape[3]):
             return False
         reason = self.why_not_fused()
         if reason is not None and backends.chosen() != "auto":
             raise backends.BackendError(reason)
         return reason is None
 
-    def _trains_faster_plain(self, x: Tensor) -> bool:
-        """Whether ``auto`` leaves it to plain modules (:data:`TRAINING_PIXELS`)."""
-        if not torch.is_grad_enabled() or backends.chosen() != "auto":
-            return False
-        if x.dim() != 4 or backends.select(x.device, compute_dtype(x)) != "cpu":
-            return False
-        if x.shape[0] * x.shape[2] * x.shape[3] >= TRAINING_PIXELS[self.batch]:
-            return False
-        return x.requires_grad or any(p.requires_grad for p in self.parameters())
+    def faster_plain(self, x: Tensor, pixels: int) -> bool:
+        """Whether ``auto`` leaves it to PyTorch, for maps of so many pixels made of ``x``."""
+        return faster_plain(x, pixels, batch=self.batch, gradient=needs_gradient(self, x))
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -142,6 +140,30 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 def fused(x: Tensor) -> bool:
     """Whether ``x`` goes through ops; see :func:`vovnet_fast.backends.fused`."""
     return backends.fused(x.device, compute_dtype(x))
+
+
+def needs_gradient(module: nn.Module, x: Tensor) -> bool:
+    """Whether autograd will want something of ``module(x)``."""
+    if not torch.is_grad_enabled():
+        return False
+    return x.requires_grad or any(parameter.requires_grad for parameter in module.parameters())
+
+
+def faster_plain(x: Tensor, pixels: int, *, batch: bool, gradient: bool) -> bool:
+    """Whether ``auto`` leaves modules on a CPU to PyTorch, although an op could run them.
+
+    Args:
+        x: their input.
+        pixels: of their maps, N * H * W (:data:`CPU_PIXELS`).
+        batch: norms take statistics from the batch.
+        gradient: what the op keeps for a backward pass will be needed.
+    """
+    dtype = compute_dtype(x)
+    if backends.chosen() != "auto" or backends.select(x.device, dtype) != "cpu":
+        return False
+    if dtype != torch.float32 and not gradient:
+        return False
+    return pixels < (CPU_PIXELS_OF_BATCH_NORM if batch else CPU_PIXELS)
 
 
 def conv_params(layers: Sequence[Parts], dtype: torch.dtype) -> list[ConvParams]:

@@ -21,6 +21,7 @@ from .fusing import Fusable, Parts, compute_dtype, conv_params, fused, update_ru
 from .norms import NormCfg, build_norm
 from .ops import BlockParams, ConvParams, max_pool
 from .ops.chain import conv_chain
+from .ops.max_pool import output_size as pooled_size
 from .ops.osa import osa_block_with_statistics
 from .specs import BlockPlan, Gate, Pool
 
@@ -250,13 +251,15 @@ class OSABlock(Fusable):
             )
         return self._aggregate(x)
 
-    @property
-    def room(self) -> int:
+    def room(self, x: Tensor, pixels: int) -> int:
         """Channels of the concat buffer in which the producer of its input should make it.
 
-        Zero where that would keep the buffer alive longer than it is needed.
+        Zero where that would keep the buffer alive longer than it is needed, or where the
+        block will not run as an op on maps of so many pixels, N * H * W, that are made of ``x``.
         """
-        return 0 if self.with_cp or self.batch else self.plan.concat_channels
+        if self.with_cp or self.batch or self.faster_plain(x, pixels):
+            return 0
+        return self.plan.concat_channels
 
     def why_not_fused(self) -> str | None:
         """The reason why no op can take the place of its parts, or None."""
@@ -320,9 +323,9 @@ def _spare_statistics(module: nn.Module) -> Iterator[None]:
             norm._buffers[name] = buffer
 
 
-def _room(block: nn.Module | None) -> int:
-    """:attr:`OSABlock.room`, zero for none and for what has taken the place of a block."""
-    return block.room if isinstance(block, OSABlock) else 0
+def _room(block: nn.Module | None, x: Tensor, pixels: int) -> int:
+    """:meth:`OSABlock.room`, zero for none and for what has taken the place of a block."""
+    return block.room(x, pixels) if isinstance(block, OSABlock) else 0
 
 
 class OSAStage(nn.Module):
@@ -343,19 +346,22 @@ class OSAStage(nn.Module):
         """``[N, C_in, H, W]`` to ``[N, C_out, H', W']``."""
         blocks = list(self.children())
         ops = fused(x)
+        n, _, height, width = x.shape
+        if self.pool is not None:
+            height, width = pooled_size(height, width, self.pool)
+        rooms = [_room(b, x, n * height * width) if ops else 0 for b in [*blocks, None]]
         if self.pool is not None and ops:
-            x = max_pool(x, self.pool, width=_room(blocks[0]))
+            x = max_pool(x, self.pool, width=rooms[0])
         elif self.pool is not None:
             x = reference.max_pool(x, self.pool)
-        for block, following in zip(blocks, [*blocks[1:], None], strict=True):
-            room = _room(following) if ops and isinstance(block, OSABlock) else 0
+        for block, following in zip(blocks, rooms[1:], strict=True):
+            room = following if isinstance(block, OSABlock) else 0
             x = block(x, width=room) if room else block(x)
         return x
 
-    @property
-    def room(self) -> int:
-        """:attr:`OSABlock.room` of the first block, zero behind a pool."""
-        return 0 if self.pool is not None else _room(next(self.children()))
+    def room(self, x: Tensor, pixels: int) -> int:
+        """:meth:`OSABlock.room` of the first block, zero behind a pool."""
+        return 0 if self.pool is not None else _room(next(self.children()), x, pixels)
 
     def blocks(self) -> list[OSABlock]:
         """The OSA blocks in the order in which they run."""

@@ -7,6 +7,7 @@ Segmentation" (arXiv:1911.06667).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import backends, ops, specs
-from .fusing import compute_dtype, fused, has_hooks
+from .fusing import compute_dtype, faster_plain, fused, has_hooks, needs_gradient
 from .layers import OSABlock, OSAStage, Stem
 from .norms import NormCfg
 from .ops.features import check_size
@@ -200,7 +201,10 @@ class VoVNet(nn.Module):
 
     def _is_one_op(self, x: Tensor) -> bool:
         """Whether the network runs as one op, which keeps nothing and calls no module."""
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *self.parameters())):
+        if needs_gradient(self, x):
+            return False
+        middle = x.shape[0] * x.shape[2] * x.shape[3] // 8**2  # Pixels of maps of stride 8.
+        if faster_plain(x, middle, batch=False, gradient=False):
             return False
         children = (module for name, module in self.named_modules() if name)
         replaced = any(
@@ -214,7 +218,11 @@ class VoVNet(nn.Module):
         """Call the modules one after another; each knows whether it runs fused."""
         wanted, features = self.out_features, []
         # A feature that is returned keeps its memory: it should be no larger than itself.
-        room = 0 if "stem" in wanted or not fused(x) else cast(OSAStage, self.stage2).room
+        room = 0
+        if "stem" not in wanted and fused(x):
+            n, _, height, width = x.shape
+            pixels = n * height * width // math.prod(self.spec.stem_strides) ** 2
+            room = cast(OSAStage, self.stage2).room(x, pixels)
         stem_2, x = self.stem(x, width=room) if room else self.stem(x)
         features += [f for name, f in (("stem_2", stem_2), ("stem", x)) if name in wanted]
         del stem_2  # A feature that nobody asked for must not live through the stages.
