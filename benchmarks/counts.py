@@ -7,19 +7,20 @@ counts with those that are committed.
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from vovnet_fast import VoVNet, aot, backends, freeze, plan
-from vovnet_fast.plan import Work, plan_forward
+from vovnet_fast import VoVNet, aot, freeze
+from vovnet_fast.plan import AtenRecorder, Work, launch_work, plan_forward
 from vovnet_fast.training_memory import training_memory
 
 from . import sass
-from .networks import Shape, on_meta
+from .networks import Shape, on_meta, operations
 
 Numbers = dict[str, float]
 """One row: numbers by what they count."""
@@ -78,7 +79,6 @@ NETWORKS: tuple[tuple[str, Shape], ...] = (
 
 _MULTIPLYING = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDSM", "LDS", "STS", "BAR")
 _MOVING = ("LDG", "STG", "LDS", "STS", "BAR")
-_MOVES_NOTHING = "set_"  # Autograd gives an output the memory that it has.
 
 
 # --------------------------------------------------------------------------------------
@@ -165,7 +165,7 @@ def training_step(spec: str, shape: Shape, **options: Any) -> Step:
         model.to(memory_format=torch.channels_last).train()
         images = torch.empty(shape[0], 3, *shape[1:], dtype=torch.bfloat16)
         images = images.to(memory_format=torch.channels_last)
-        with recording() as launches, plan._AtenRecorder() as recorder, on_meta():
+        with recording() as launches, AtenRecorder() as recorder, on_meta():
             for parameter in model.parameters():
                 parameter.register_post_accumulate_grad_hook(
                     lambda parameter: ready.append((parameter, len(launches)))
@@ -174,10 +174,9 @@ def training_step(spec: str, shape: Shape, **options: Any) -> Step:
             features = model._run_modules(images)
             forward = len(launches)
             torch.autograd.backward(features, [torch.empty_like(f) for f in features])
-    works = [plan._launch_work(launch) for launch in launches]
-    aten = [work for work in recorder.works if work.kind != _MOVES_NOTHING]
+    works = [launch_work(launch) for launch in launches]
     ready = [(parameter, count - forward) for parameter, count in ready]
-    return Step(works[:forward], works[forward:], aten, ready)
+    return Step(works[:forward], works[forward:], recorder.works, ready)
 
 
 def moved(works: Iterable[Work]) -> int:
@@ -219,19 +218,13 @@ def memory(spec: str, shape: Shape, norm_eval: bool) -> Numbers:
     return {f"bytes, {row.mode}": row.kept for row in rows if row.mode.startswith("fused")}
 
 
-def operations(call: Callable[[Tensor], Any]) -> int:
-    """ATen operations of a forward pass on plain PyTorch that move memory."""
-    images = torch.zeros(1, 3, 64, 64)
-    with torch.no_grad(), backends.use_backend("reference"), plan._AtenRecorder() as recorder:
-        call(images)
-    return len(recorder.works)
-
-
 def frozen(spec: str) -> Numbers:
     """ATen operations of a frozen network on plain PyTorch, by dtype."""
-    model = VoVNet(spec).eval()
+    model, images = VoVNet(spec).eval(), torch.zeros(1, 3, 64, 64)
     return {
-        str(dtype).removeprefix("torch."): operations(freeze(model, dtype))
+        str(dtype).removeprefix("torch."): operations(
+            functools.partial(freeze(model, dtype), images)
+        )
         for dtype in (torch.float32, torch.bfloat16)
     }
 

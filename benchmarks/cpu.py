@@ -9,7 +9,6 @@ what counts are the ratios to eager, of the times of one round. ``--out results`
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from vovnet_fast import use_backend
 from vovnet_fast.bench import provenance
-from vovnet_fast.bench.stopwatch import Stopwatch, interleaved, ratio_interval, spread
+from vovnet_fast.bench.stopwatch import Interval, Stopwatch, interleaved, ratio_interval, spread
 
 from .peers import EAGER, PEERS, Case, Missing, Peer
 
@@ -94,15 +93,12 @@ def _measure(case: Case, names: Sequence[str], rounds: int) -> list[Row]:
     eager, *_ = works
     rows = []
     for name, seconds in times.items():
-        ratio, low, high = ratio_interval(times[eager], seconds)
         distance = (features[name] - features[eager]).norm() / features[eager].norm()
         rows.append(
             {
                 **_about(name, PEERS[name], case),
                 **spread(seconds, "ms"),
-                "ratio_to_eager": ratio,
-                "ratio_low": low,
-                "ratio_high": high,
+                **ratio_interval(times[eager], seconds).fields(),
                 "distance": distance.item() if PEERS[name].same else None,
             }
         )
@@ -129,11 +125,10 @@ def _about(name: str, peer: Peer, case: Case) -> Row:
 
 
 def _table(spec: str, size: int, rows: Sequence[Row], about: dict[str, Any]) -> Iterator[str]:
-    number = functools.partial("{:.2f}".format)
     yield f"# {spec} on one {size}x{size} image"
     yield ""
-    yield "Ratios are eager's time over that of the row, medians of rounds run in turn, with"
-    yield "95 % intervals. Distances are those of the last feature from eager's."
+    yield "Ratios are eager's time over that of the row, medians of rounds run in turn, in"
+    yield "intervals of at least 95 %. Distances are those of the last feature from eager's."
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         yield f"\n## {dtype}\n"
         yield "| who | settings | ratio to eager | median ms | least ms | distance |"
@@ -143,11 +138,10 @@ def _table(spec: str, size: int, rows: Sequence[Row], about: dict[str, Any]) -> 
             if "missing" in row:
                 yield f"| {row['peer']} | {row['missing']} | | | | |"
                 continue
-            low, high = number(row["ratio_low"]), number(row["ratio_high"])
             distance = "" if row["distance"] is None else f"{row['distance']:.1e}"
             yield (
-                f"| {row['peer']} | {row['settings']} | {number(row['ratio_to_eager'])} "
-                f"({low} to {high}) | {row['ms']:.1f} | {row['ms_min']:.1f} | {distance} |"
+                f"| {row['peer']} | {row['settings']} | {Interval.of(row).text()} | "
+                f"{row['ms']:.1f} | {row['ms_min']:.1f} | {distance} |"
             )
     yield "\n## Where and with what\n"
     for name, value in about.items():

@@ -7,10 +7,11 @@ valuable steps come first: what does not fit into ``--minutes`` is left out at t
 
 The folder: ``summary.json`` and ``summary.md`` (rewritten after every step), ``log.txt``
 (what the steps printed), ``junit_*.xml`` (the tests), ``benchmarks.json`` (the rows of
-pytest-benchmark), ``tuning.json`` (the engines that were measured to be the fastest), and
-``comparison.png`` and ``comparison.json`` of two trainings, where mmdet is installed.
+pytest-benchmark), ``tuning.json`` (the engines that were measured to be the fastest),
+``comparison.png`` and ``comparison.json`` of two trainings, where mmdet is installed, and
+``report.md`` with pictures of the rows, where matplotlib is.
 
-Exit status: 0, 1 if a step failed or ran out of time, 2 without a GPU.
+Exit status: 0, 1 if a step other than the report failed or ran out of time, 2 without a GPU.
 """
 
 from __future__ import annotations
@@ -35,8 +36,10 @@ sys.path.insert(0, str(ROOT))  # As a script, it would only find what lies besid
 
 from benchmarks.steps import (  # noqa: E402
     FAILED,
+    LEAST,
     MISSING,
     PASSED,
+    REPORT,
     Outcome,
     Reader,
     Run,
@@ -194,7 +197,7 @@ class Folder:
                 for key in ("min", "max", "mean", "stddev", "median", "rounds")
             }
             kept.append({"step": step, "name": row["name"], "stats": stats, **row["extra_info"]})
-        merged.write_text(json.dumps(content, indent=1) + "\n")
+        merged.write_text(redact(json.dumps(content, indent=1)) + "\n")
 
     def sanitizer(self, tool: str, limit: float, **options: Any) -> Step:
         """compute-sanitizer over every kernel; in a dry run the kernels alone."""
@@ -214,7 +217,7 @@ class Folder:
             missing=missing, **options,
         )  # fmt: skip
 
-    def tuning(self, limit: float) -> Step:
+    def tuning(self, limit: float, **options: Any) -> Step:
         """What was measured on the way, as ``vovnet_fast.tuning`` reads it."""
         code = (
             "import sys; from pathlib import Path; from vovnet_fast import tuning; "
@@ -228,9 +231,9 @@ class Folder:
             with contextlib.suppress(FileNotFoundError):
                 (self.out / "tuning.json").chmod(0o644)  # It was made as a temporary file.
 
-        return Step("tuning", what, command, limit, self.environment, finish=finish)
+        return Step("tuning", what, command, limit, self.environment, finish=finish, **options)
 
-    def comparison(self, limit: float, *words: str) -> Step:
+    def comparison(self, limit: float, *words: str, **options: Any) -> Step:
         """Two trainings of the demo's detector, on plain PyTorch and on the fused path."""
         out = self.scratch / "comparison"
         command = [self.python, "demo/compare.py", "--out", str(out), *words]
@@ -243,7 +246,30 @@ class Folder:
 
         return Step(
             "trainings", "the demo's detector, trained twice", command, limit, self.environment,
-            finish=finish, missing=missing,
+            finish=finish, missing=missing, **options,
+        )  # fmt: skip
+
+    def report(self, limit: float) -> Step:
+        """Tables and pictures of all rows. They can be made later too: a run is good without."""
+        rows, written = self.out / "benchmarks.json", self.out / REPORT
+        command = [
+            self.python, "-m", "vovnet_fast.cli", "bench", "report", str(rows), "-o", str(self.out),
+            "--title", "Benchmarks on a GPU" if not self.dry else "Benchmarks of a dry run",
+        ]  # fmt: skip
+
+        def read(code: int, output: str) -> Outcome:
+            if not rows.exists():
+                return Outcome(MISSING, "no benchmark has left rows")
+            if code != 0 or not written.exists():
+                return by_exit_status(code or 1, output)
+            drawn = "with its pictures"
+            if not _installed("matplotlib"):
+                drawn = "without pictures, as matplotlib is not installed"
+            return Outcome(PASSED, f"{REPORT}, {drawn}")
+
+        return Step(
+            "report", "tables and pictures of what was measured", command, limit, self.environment,
+            read, optional=True,
         )  # fmt: skip
 
 
@@ -263,7 +289,7 @@ def gpu_steps(folder: Folder) -> list[Step]:
 
     precompile = [folder.python, "-m", "benchmarks.precompile"]
     trained = [*precompile, "--training", "--spec", "V-39-eSE", "V-99-eSE"]
-    last = 15.0  # For the export.
+    last = 15.0 + LEAST  # For the export, and for the report.
     maps = "400x672 or 200x336 or 100x168 or 50x84 or 25x42"  # Those of 800x1344.
     return [
         folder.tests("kernels", "the kernels on the device", 150, "tests/kernels"),
@@ -317,10 +343,12 @@ def gpu_steps(folder: Folder) -> list[Step]:
         training(
             "compiled", 180, "V-39-eSE and 800x1344 and compiled", "-m", "slow or not slow"
         ),
-        folder.tuning(30),
+        folder.tuning(30, reserve=LEAST),
         folder.comparison(
-            120, "--iterations", "300", "--train-scenes", "600", "--val-scenes", "100", "--amp"
+            120, "--iterations", "300", "--train-scenes", "600", "--val-scenes", "100", "--amp",
+            reserve=LEAST,
         ),
+        folder.report(30),
     ]  # fmt: skip
 
 
@@ -359,6 +387,7 @@ def dry_steps(folder: Folder) -> list[Step]:
         ),
         folder.tuning(30),
         folder.comparison(60, "--help"),
+        folder.report(60),
     ]
 
 

@@ -7,7 +7,7 @@ import functools
 import importlib
 import importlib.util
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 from unittest import mock
 
@@ -15,17 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from vovnet_fast import VoVNet, backends, tuning
+from vovnet_fast import VoVNet, backends, tuning, use_backend
+from vovnet_fast.backends import _passes, conv_sm90, cpu_conv
+from vovnet_fast.bench.training import Shape, image
 from vovnet_fast.fusing import Fusable
 from vovnet_fast.ops._checks import nhwc
 from vovnet_fast.ops.features import run
-from vovnet_fast.plan import plan_forward
+from vovnet_fast.plan import AtenRecorder, plan_forward
 
 if TYPE_CHECKING:
     from vovnet_fast.kernels._common import Launch
-
-Shape = tuple[int, int, int]
-"""N, H, W of images with three channels."""
 
 SPECS = ("V-39-eSE", "V-99-eSE", "V-19-slim-dw-eSE")
 SHAPES: tuple[Shape, ...] = ((1, 800, 1344), (6, 320, 800), (6, 640, 1600), (8, 224, 224))
@@ -59,13 +58,6 @@ def build(spec: str, dtype: torch.dtype, device: torch.device) -> VoVNet:
     return cast(VoVNet, model.to(dtype=dtype, memory_format=torch.channels_last).eval())
 
 
-def image(shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """``[N, 3, H, W]`` of normal numbers, ``channels_last``."""
-    torch.manual_seed(1)
-    x = torch.randn(shape[0], 3, *shape[1:], device=device, dtype=dtype)
-    return x.to(memory_format=torch.channels_last)
-
-
 # --------------------------------------------------------------------------------------
 # Training
 # --------------------------------------------------------------------------------------
@@ -84,51 +76,6 @@ def build_training(spec: str, device: torch.device, *, with_cp: bool = False) ->
     with torch.device(device):
         model: Any = VoVNet(spec, with_cp=with_cp)
     return cast(VoVNet, model.to(memory_format=torch.channels_last).train())
-
-
-class TrainingStep:
-    """Forward and backward pass; calling it leaves gradients of all parameters.
-
-    Args:
-        model: makes features of images. On a GPU it runs under autocast to bf16.
-        shape: of the images.
-        device: of both.
-    """
-
-    def __init__(self, model: nn.Module, shape: Shape, device: torch.device) -> None:
-        self.model, self.parameters = model, list(model.parameters())
-        self._images = image(shape, torch.float32, device)
-        self._gradients: list[Tensor] = []
-
-    def __call__(self) -> None:
-        self.clear()
-        self.backward(self.forward())
-
-    def clear(self) -> None:
-        """Forget gradients, and give their memory back."""
-        for parameter in self.parameters:
-            parameter.grad = None
-
-    def forward(self) -> tuple[Tensor, ...]:
-        """The features, and all that autograd keeps."""
-        kind = self._images.device.type
-        with torch.autocast(kind, torch.bfloat16, enabled=kind == "cuda"):
-            features: tuple[Tensor, ...] = self.model(self._images)
-        return features
-
-    def backward(self, features: tuple[Tensor, ...]) -> None:
-        """Take gradients of the features back: normal numbers, the same for every model."""
-        if not self._gradients:
-            torch.manual_seed(2)
-            random = [torch.randn(f.shape, device=f.device).to(f.dtype) for f in features]
-            self._gradients = [g.to(memory_format=torch.channels_last) for g in random]
-        torch.autograd.backward(features, self._gradients)
-
-    def distance(self, gradients: list[Tensor]) -> float:
-        """Of this step's gradients from others, of all parameters together, relative."""
-        ours = [cast(Tensor, parameter.grad) for parameter in self.parameters]
-        apart = sum((g - h).double().square().sum() for g, h in zip(ours, gradients, strict=True))
-        return cast(Tensor, apart / sum(h.double().square().sum() for h in gradients)).sqrt().item()
 
 
 def fold_in_graph(model: VoVNet) -> VoVNet:
@@ -190,6 +137,57 @@ def counted(spec: str, shape: Shape, dtype: str) -> dict[str, Any]:
         "bytes": plan.fused.total.bytes_moved,
         "launches": {p: getattr(plan, p).total.launches for p in ("fused", "eager")},
     }
+
+
+def operations(work: Callable[[], Any]) -> int:
+    """ATen operations of a call on plain PyTorch that move memory: each is a launch."""
+    with _counting() as recorder, use_backend("reference"), recorder:
+        work()
+    return len(recorder.works)
+
+
+def extension_launches(
+    backend: str, spec: str, shape: Shape, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Launches of a forward pass on ``cpu`` or ``cuda``, counted in one that is run.
+
+    These are the calls of the extension's functions (of which some launch two kernels of a GPU),
+    and ATen's operations between them. Weights are folded and packed before.
+    """
+    with _counting() as recorder:
+        model = build(spec, dtype, device)
+        params, images = model.fold(dtype).packed(dtype), nhwc(image(shape, dtype, device))
+        module = backends._module(backend)
+        with _calls() as called, recorder:
+            run(module, images, params, model.out_features)
+    return len(called) + len(recorder.works)
+
+
+@contextlib.contextmanager
+def _counting() -> Iterator[AtenRecorder]:
+    with torch.inference_mode(False), torch.no_grad():
+        yield AtenRecorder()
+
+
+@contextlib.contextmanager
+def _calls() -> Iterator[list[str]]:
+    """Collects the extension's functions that are called: passes, and its own convolutions."""
+    found: list[str] = []
+    with contextlib.ExitStack() as stack:
+        for owner, name in (
+            (_passes.Passes, "_run"), (cpu_conv, "run_engine"), (conv_sm90, "run")
+        ):  # fmt: skip
+            noted = _noting(found, getattr(owner, name), name)
+            stack.enter_context(mock.patch.object(owner, name, noted))
+        yield found
+
+
+def _noting(found: list[str], function: Callable[..., Any], name: str) -> Callable[..., Any]:
+    def noted(*args: Any, **options: Any) -> Any:
+        found.append(name)
+        return function(*args, **options)
+
+    return noted
 
 
 # --------------------------------------------------------------------------------------

@@ -49,7 +49,7 @@ def skip_unless_usable(provider: str, device: torch.device) -> None:
     if reason is None and provider == "triton" and interpreted():
         reason = "the time of Triton's interpreter says nothing"
     if reason is not None:
-        pytest.skip(reason)
+        pytest.skip(f"backend {provider}: {reason}")
 
 
 def measure_op(

@@ -18,8 +18,18 @@ import torch
 from torch import Tensor, nn
 
 from vovnet_fast import backends, freeze, use_backend
+from vovnet_fast.bench.training import Shape, image
+from vovnet_fast.plan import DTYPES
 
-from .networks import Shape, build, build_timm, fold_ahead, image, text
+from .networks import (
+    build,
+    build_timm,
+    counted,
+    extension_launches,
+    fold_ahead,
+    operations,
+    text,
+)
 
 Model = Callable[[Any], Sequence[Tensor]]
 """Makes the four features of images."""
@@ -65,6 +75,7 @@ class Peer(NamedTuple):
         backend: under which it runs; that of a row is None for the plain modules.
         same: computes the same function of the same weights as eager.
         slow: takes minutes to build.
+        opaque: the reason why nobody can count its launches, where that is so.
     """
 
     provider: str
@@ -74,6 +85,7 @@ class Peer(NamedTuple):
     backend: str = "reference"
     same: bool = True
     slow: bool = False
+    opaque: str = ""
 
     @property
     def ours(self) -> str | None:
@@ -90,10 +102,31 @@ class Peer(NamedTuple):
         if reason is None and self.backend == "triton" and case.device.type == "cpu":
             reason = "the time of Triton's interpreter says nothing"
         if reason is not None:
-            raise Missing(reason)
+            raise Missing(f"backend {self.backend}: {reason}")
         # As its user would: outside inference mode, which makes tensors of another kind.
         with torch.inference_mode(False), torch.no_grad():
             return self.build(case)
+
+    def launches(self, case: Case, model: Model) -> int:
+        """How many kernels ``model``, which :meth:`ready` made, launches; counted, not measured.
+
+        Of plain PyTorch ATen's operations, of Triton what it would launch with the choices that
+        need no measurement, of the extension its calls. Of a CUDA graph, what was captured.
+
+        Raises:
+            Missing: it cannot be counted; the message says why.
+        """
+        if self.opaque:
+            raise Missing(self.opaque)
+        if self.ours == "triton":
+            dtype = next(name for name, dtype in DTYPES.items() if dtype == case.dtype)
+            launches: int = counted(case.spec, case.shape, dtype)["launches"]["fused"]
+            return launches
+        if self.ours in ("cpu", "cuda"):
+            return extension_launches(self.ours, *case)
+        images = self.images(case.images())
+        captured: Model = getattr(model, "captured", model)
+        return operations(lambda: captured(images))
 
 
 def _only(case: Case, kind: str, what: str) -> None:
@@ -111,7 +144,8 @@ def _plain(case: Case) -> Model:
 
 
 def _nchw(case: Case) -> Model:
-    return case.network().to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    network = case.network()
+    return network.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def _amp(case: Case) -> Model:
@@ -141,13 +175,22 @@ def _compiled_folded(case: Case) -> Model:
     return torch.compile(_folded(case), dynamic=False)
 
 
-def _frozen_by_inductor(case: Case) -> Model:
+def _compiled_folded_nchw(case: Case) -> Model:
+    _only(case, "cpu", "Inductor's freezing, which packs weights itself, is for CPUs")
+    return _frozen_by_inductor(case, torch.contiguous_format)
+
+
+def _frozen_by_inductor(
+    case: Case, memory_format: torch.memory_format = torch.channels_last
+) -> Model:
     """Inductor's own folding and packing of weights, which is its best on a CPU."""
     import torch._inductor.config as inductor
 
+    network = build(case.spec, case.dtype, case.device)
+    network = network.to(memory_format=memory_format)  # type: ignore[call-overload]
     with inductor.patch(freezing=True):
-        model = torch.compile(build(case.spec, case.dtype, case.device), dynamic=False)
-        model(image(case.shape, case.dtype, case.device))
+        model = torch.compile(network, dynamic=False)
+        model(image(case.shape, case.dtype, case.device, memory_format))
     return model
 
 
@@ -160,9 +203,10 @@ def _max_autotune(mode: str) -> Callable[[Case], Model]:
 
 
 class _Graphed:
-    """A CUDA graph of a network. Its features are overwritten by the next call."""
+    """A CUDA graph of a network, ``captured``. The next call overwrites its features."""
 
     def __init__(self, model: Model, images: Tensor) -> None:
+        self.captured = model
         self._images = images.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
@@ -297,6 +341,13 @@ def _exported(case: Case) -> Iterator[Path]:
 
 
 _CL = "channels_last"
+_BY_COMPILER = "torch.compile makes kernels of its own, and does not say how many"
+_BY_RUNTIME = "a runtime of its own, which does not say what it launches"
+
+
+def _contiguous(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.contiguous_format)
+
 
 EAGER = Peer("eager", _plain, f"plain modules in the dtype, {_CL}")
 """What all are compared with."""
@@ -305,7 +356,7 @@ _LISTED = [
     EAGER,
     Peer(
         "eager NCHW", _nchw, "plain modules in the dtype, contiguous",
-        lambda x: x.contiguous(memory_format=torch.contiguous_format),
+        _contiguous,
     ),
     Peer("eager AMP", _amp, f"plain modules in fp32, {_CL}, autocast", Tensor.float),
     Peer("folded", _folded, f"batch norms folded into weights and biases, {_CL}"),
@@ -317,24 +368,35 @@ _LISTED = [
     Peer("timm", _timm, f"timm's network of the same convolutions, {_CL}", same=False),
     Peer(
         "onnxruntime", _onnxruntime, "fp32, all graph optimisations, as many threads as torch",
-        _numpy,
+        _numpy, opaque=_BY_RUNTIME,
     ),
     Peer(
         "openvino", _openvino, "latency hint, precision hint of the dtype, threads of torch",
-        _numpy,
+        _numpy, opaque=_BY_RUNTIME,
     ),
-    Peer("compiled", _compiled, f"torch.compile, default mode, {_CL}", slow=True),
+    Peer(
+        "compiled", _compiled, f"torch.compile, default mode, {_CL}", slow=True,
+        opaque=_BY_COMPILER,
+    ),
     Peer(
         "compiled, folded", _compiled_folded,
         f"torch.compile, default mode, folded (on a CPU by Inductor's freezing), {_CL}", slow=True,
+        opaque=_BY_COMPILER,
+    ),
+    Peer(
+        "compiled, folded, NCHW", _compiled_folded_nchw,
+        "torch.compile, default mode, folded by Inductor's freezing, network and images contiguous",
+        _contiguous, slow=True, opaque=_BY_COMPILER,
     ),
     Peer(
         "compiled, max-autotune", _max_autotune("max-autotune-no-cudagraphs"),
         f"torch.compile, max-autotune, folded, {_CL}", slow=True,
+        opaque=_BY_COMPILER,
     ),
     Peer(
         "compiled, max-autotune, graph", _max_autotune("max-autotune"),
         f"torch.compile, max-autotune with CUDA graphs, folded, {_CL}", slow=True,
+        opaque=_BY_COMPILER,
     ),
 ]  # fmt: skip
 

@@ -27,7 +27,7 @@ from torch import nn
 
 from vovnet_fast import VoVNet, tuning
 from vovnet_fast.ops.features import run as run_features
-from vovnet_fast.plan import Rates, plan_forward
+from vovnet_fast.plan import Rates, launch_work, plan_forward
 from vovnet_fast.training_memory import training_memory
 
 from . import communication as comm
@@ -189,8 +189,6 @@ def convolutions() -> Rows:
 
 
 def _convolution(launch: Launch) -> dict[str, Any]:
-    from vovnet_fast.plan import _launch_work
-
     c = launch.constants
     pixels = c["TILE_H"] * c["TILE_W"] if "TILE_H" in c else c["BLOCK_P"]
     blocks = [c[f"BLOCK_{i}"] for i in range(3) if c.get(f"BLOCK_{i}")]
@@ -198,7 +196,7 @@ def _convolution(launch: Launch) -> dict[str, Any]:
     if c["C_IN"] < c["BLOCK_K"]:  # The taps of the first layer are one step.
         steps = -(-(c["KERNEL"] ** 2) * c["C_IN"] // c["BLOCK_K"])
     step_bytes = (pixels + sum(blocks)) * c["BLOCK_K"] * 2
-    programs, work = _programs(launch), _launch_work(launch)
+    programs, work = _programs(launch), launch_work(launch)
     out = launch.args.get("out_ptr", launch.args.get("out_desc_0"))
     n, height, width, _ = getattr(out, "base", out).shape
     covered = programs * pixels * sum(blocks)

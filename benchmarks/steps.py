@@ -24,6 +24,9 @@ PASSED, FAILED, TIMED_OUT, MISSING, LEFT_OUT, PENDING = (
     "passed", "failed", "timed out", "missing", "left out", "pending",
 )  # fmt: skip
 
+REPORT = "report.md"
+"""Of the measurements, in the folder of results; the summary links it once it is there."""
+
 GRACE = 10.0
 """Seconds between the interrupt, upon which pytest writes its reports, and the kill."""
 
@@ -66,6 +69,7 @@ class Step:
         finish: called after it, however it ended: collects what it wrote.
         missing: why it cannot run here; then it is reported and not run.
         reserve: seconds that the steps after it shall find left.
+        optional: a run is good without it.
     """
 
     name: str
@@ -77,6 +81,7 @@ class Step:
     finish: Callable[[], None] = lambda: None
     missing: str | None = None
     reserve: float = 0.0
+    optional: bool = False
 
 
 @dataclass
@@ -122,12 +127,13 @@ class Run:
         self._write()
 
     def all(self) -> bool:
-        """Run every step; returns whether none failed or ran out of time."""
+        """Run every step; returns whether none that is needed failed or ran out of time."""
         for step, result in zip(self.steps, self.results, strict=True):
             self._one(step, result)
             self._write()
             print(f"{result.status:9} {result.seconds:5.0f} s  {step.name}: {result.detail}")
-        return not any(result.status in (FAILED, TIMED_OUT) for result in self.results)
+        needed = [r for s, r in zip(self.steps, self.results, strict=True) if not s.optional]
+        return not any(result.status in (FAILED, TIMED_OUT) for result in needed)
 
     def _one(self, step: Step, result: Result) -> None:
         if step.missing is not None:
@@ -198,8 +204,8 @@ class Run:
         part = self.out / "summary.json.part"
         part.write_text(json.dumps(content, indent=1) + "\n")
         part.replace(self.out / "summary.json")
-        text = _markdown(self.provenance, self.results) + networks(self.out / "benchmarks.json")
-        (self.out / "summary.md").write_text(text)
+        text = _markdown(self.provenance, self.results, (self.out / REPORT).exists())
+        (self.out / "summary.md").write_text(text + networks(self.out / "benchmarks.json"))
 
 
 def _end_group(process: subprocess.Popen) -> None:
@@ -222,8 +228,10 @@ def _shown(command: Sequence[str]) -> str:
     return redact(" ".join(words))
 
 
-def _markdown(provenance: dict[str, Any], results: Sequence[Result]) -> str:
+def _markdown(provenance: dict[str, Any], results: Sequence[Result], reported: bool) -> str:
     lines = ["# Checks with a GPU", ""]
+    if reported:
+        lines += [f"All measurements, in tables and pictures: [{REPORT}]({REPORT}).", ""]
     lines += [f"- {name}: {value}" for name, value in provenance.items()]
     lines += ["", "| step | what | status | seconds | detail |", "|---|---|---|---|---|"]
     for row in results:

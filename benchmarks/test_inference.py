@@ -5,13 +5,14 @@ torch.compile as well). bf16 on a GPU; on a CPU a few small networks, in fp32, a
 the processor multiplies that. :mod:`benchmarks.timing` says what is timed, and
 :mod:`benchmarks.peers` who takes part with which settings. Each row has in its ``extra_info``:
 
-* ``ratio_to_eager``, ``ratio_low``, ``ratio_high``: eager's time over this one's in the same
-  rounds. Eager's own row compares two copies of it: the noise of the measurement,
+* ``ratio_to_eager``, ``ratio_low``, ``ratio_high``, ``ratio_confidence``: eager's time over this
+  one's in the same rounds. Eager's own row compares two copies of it: the noise of the measurement,
 * ``images_per_s``: of calls that are queued without a wait between them,
 * ``peak_mib``: memory that the provider took from the driver, weights and results included
   (reserved, so that the pools of CUDA graphs count; without what choosing engines took),
 * ``distance``: of the last feature from eager's, relative, in norms,
-* ``flop``, ``bytes``, ``launches``: counted, not measured (:mod:`vovnet_fast.plan`).
+* ``flop``, ``bytes``: counted, not measured (:mod:`vovnet_fast.plan`),
+* ``launches``: counted too (:meth:`benchmarks.peers.Peer.launches`), or ``launches_why`` not.
 """
 
 import contextlib
@@ -91,7 +92,7 @@ def test_inference(case, name, benchmark, watch, eager_of):
         feature = model(images)[-1].float().cpu()
         settled()
         model(images)
-    describe(benchmark, case, peer)
+    describe(benchmark, case, peer, model)
     assert feature.isfinite().all(), "the features are not finite"
     if peer.same:
         distance = ((feature - baseline.feature).norm() / baseline.feature.norm()).item()
@@ -107,7 +108,7 @@ def test_inference(case, name, benchmark, watch, eager_of):
     benchmark.extra_info["images_per_s"] = case.shape[0] / queued
 
 
-def describe(benchmark, case, peer):
+def describe(benchmark, case, peer, model):
     """What a row says about its case and its provider."""
     dtype = str(case.dtype).removeprefix("torch.")
     benchmark.group = str(case)
@@ -125,11 +126,12 @@ def describe(benchmark, case, peer):
     if peer.provider == "timm":
         benchmark.extra_info["timm"] = TIMM[case.spec]
     found = dict(counted(case.spec, case.shape, {"bfloat16": "bf16", "float32": "fp32"}[dtype]))
-    launches = found.pop("launches", {})
+    found.pop("launches", None)
     benchmark.extra_info.update(found)
-    path = {"triton": "fused"}.get(peer.ours or "", peer.provider)
-    if path in launches:
-        benchmark.extra_info["launches"] = launches[path]
+    try:
+        benchmark.extra_info["launches"] = peer.launches(case, model)
+    except Missing as reason:
+        benchmark.extra_info["launches_why"] = str(reason)
 
 
 @contextlib.contextmanager

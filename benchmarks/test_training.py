@@ -6,8 +6,8 @@ statistics; on a CPU two small networks in fp32. A step makes four features, tak
 of them back, and leaves gradients of all parameters. Every round runs a step of eager and one of
 the provider, in turn. Each row has in its ``extra_info``:
 
-* ``ratio_to_eager``, ``ratio_low``, ``ratio_high``: eager's time over this one's in the same
-  rounds. Eager's own row compares two copies of it: the noise of the measurement,
+* ``ratio_to_eager``, ``ratio_low``, ``ratio_high``, ``ratio_confidence``: eager's time over this
+  one's in the same rounds. Eager's own row compares two copies of it: the noise of the measurement,
 * ``peak_mib``: the most that a step had allocated at a time, beyond weights and images,
 * ``kept_mib``: what was allocated between forward and backward pass, beyond the same,
 * ``peak_to_eager``: this peak over eager's,
@@ -22,13 +22,13 @@ import pytest
 import torch
 
 from vovnet_fast import backends, use_backend
+from vovnet_fast.bench.training import TrainingStep
 
 from .networks import (
     MORE_SPECS,
     MORE_TRAINING_SHAPES,
     SPECS,
     TRAINING_SHAPES,
-    TrainingStep,
     build_training,
     fold_in_graph,
     text,

@@ -3,8 +3,8 @@
 A round runs the baseline and what is measured, one right after the other, each on an idle
 device whose L2 cache has just been overwritten; which of them comes first changes from round
 to round. A ratio is that of the two times of a round, so that what slows the whole machine
-down for a while does not count, and its interval is a bootstrap over the rounds
-(:mod:`vovnet_fast.bench.stopwatch`).
+down for a while does not count, and its interval is one of the median over the rounds, of at
+least 95 % (:mod:`vovnet_fast.bench.stopwatch`).
 
 pytest-benchmark's own table shows what a caller who waits sees, launches and wait included.
 ``extra_info["device_ms"]`` is the median between two events around the call: without the wait,
@@ -123,11 +123,8 @@ def measure(
     found = Measured(times, turns.times)
     benchmark.extra_info.update(spread(times))
     if baseline is not None:
-        ratio, low, high = found.ratio
-        benchmark.extra_info.update(
-            eager_ms=statistics.median(found.baseline) * 1e3,
-            ratio_to_eager=ratio, ratio_low=low, ratio_high=high,
-        )  # fmt: skip
+        eager_ms = statistics.median(found.baseline) * 1e3
+        benchmark.extra_info.update(eager_ms=eager_ms, **found.ratio.fields())
     return found
 
 

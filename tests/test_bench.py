@@ -4,16 +4,25 @@ import json
 import math
 import os
 import platform
+import statistics
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from vovnet_fast import BackendError, cli
 from vovnet_fast.bench import command, provenance, quick, rows
-from vovnet_fast.bench.stopwatch import Stopwatch, interleaved, ratio_interval, spread
+from vovnet_fast.bench.stopwatch import (
+    CONFIDENCE,
+    Interval,
+    Stopwatch,
+    interleaved,
+    ratio_interval,
+    spread,
+)
 from vovnet_fast.bench.training import TrainingStep
 
 CPU = torch.device("cpu")
@@ -79,14 +88,70 @@ def test_a_stopwatch_on_this_cpu():
 
 def test_a_ratio_is_that_of_the_pairs():
     drift = [1.0, 1.1, 1.5, 3.0, 2.0, 1.2, 1.0, 1.6]
-    ratio, low, high = ratio_interval([2 * t for t in drift], drift)
+    ratio, low, high, _ = ratio_interval([2 * t for t in drift], drift)
     assert ratio == low == high == 2
     noisy = [t * (1.1 if i % 2 else 0.9) for i, t in enumerate(drift)]
-    ratio, low, high = ratio_interval([2 * t for t in drift], noisy)
+    ratio, low, high, _ = ratio_interval([2 * t for t in drift], noisy)
     assert low < ratio < high
     assert low > 1.8
     assert high < 2.3
-    assert ratio_interval([2 * t for t in drift], noisy) == (ratio, low, high), "the same draws"
+
+
+# Which of the sorted ratios are the ends, from tables of the sign test, and 1 - 2 P(B < k).
+RANKS = {6: (1, 1 - 2 / 64), 8: (1, 1 - 2 / 256), 9: (2, 1 - 20 / 512), 10: (2, 1 - 22 / 1024)}
+
+
+@pytest.mark.parametrize("pairs", RANKS)
+def test_the_interval_lies_between_ratios(pairs):
+    rank, confidence = RANKS[pairs]
+    ratios = [1.0 + i for i in range(pairs)]
+    shuffled = ratios[::2] + ratios[1::2][::-1]
+    found = ratio_interval(shuffled, [1.0] * pairs)
+    assert found == (statistics.median(ratios), rank, pairs + 1 - rank, confidence)
+    assert found.confidence >= CONFIDENCE
+
+
+@pytest.mark.parametrize(("pairs", "confidence"), [(1, 0), (2, 0.5), (5, 0.9375)])
+def test_too_few_pairs_give_their_range(pairs, confidence):
+    found = ratio_interval([1.0 + i for i in range(pairs)], [1.0] * pairs)
+    assert found[1:] == (1.0, pairs, confidence)
+    assert found.text().endswith(f" to {pairs:.2f}, {math.floor(100 * confidence)} %)")
+    assert ratio_interval([1.0] * pairs, [1.0] * pairs, confidence=0.01).confidence >= 0
+
+
+def test_any_confidence_can_be_asked_for():
+    ratios = [1.0 + i for i in range(101)]
+    narrow, wide = (ratio_interval(ratios, [1.0] * 101, confidence=c) for c in (0.5, 0.999))
+    assert wide.low < narrow.low < narrow.ratio == wide.ratio == 51 < narrow.high < wide.high
+    assert 0.5 <= narrow.confidence < 0.6
+    assert 0.999 <= wide.confidence < 0.9995
+    many = ratio_interval(ratios * 30, [1.0] * 3030)
+    assert CONFIDENCE <= many.confidence < 0.953
+    with pytest.raises(ValueError, match="between 0 and 1, got 95"):
+        ratio_interval([1.0], [1.0], confidence=95)
+
+
+@pytest.mark.parametrize("pairs", [7, 10, 30])
+@pytest.mark.parametrize("spread", ["normal", "log-normal"])
+def test_the_interval_covers_the_true_median(spread, pairs):
+    """At least as often as it says, however skewed the ratios are; a bootstrap's does not."""
+    random = np.random.default_rng(0)
+    times = random.normal(1, 0.1, (20_000, pairs))
+    if spread == "log-normal":
+        times = random.lognormal(0, 1.5, (20_000, pairs))
+    found = [ratio_interval(draw.tolist(), [1.0] * pairs) for draw in times]
+    covered = np.mean([interval.low <= 1 <= interval.high for interval in found])
+    assert covered >= CONFIDENCE
+    assert covered == pytest.approx(found[0].confidence, abs=0.005)
+
+
+def test_an_interval_in_words():
+    sure, unsure = Interval(1.254, 1.2, 1.31, 0.957), Interval(1.254, 1.2, 1.31, 0.9375)
+    assert sure.text() == Interval(1.254, 1.2, 1.31).text() == "1.25 (1.20 to 1.31)"
+    assert unsure.text() == "1.25 (1.20 to 1.31, 93 %)"
+    assert unsure.text(0.9) == sure.text()
+    assert Interval.of(sure.fields()) == sure
+    assert "ratio_confidence" not in Interval(1, 1, 1).fields()
 
 
 @pytest.mark.parametrize(
@@ -225,6 +290,7 @@ def test_rows(found):
         assert row["shape"] == "1x3x64x64"
         assert len(row["times"]) == quick.FEWEST
         assert row["ratio_low"] <= row["ratio_to_eager"] <= row["ratio_high"]
+        assert row["ratio_confidence"] >= CONFIDENCE, "as many rounds as that takes"
         assert 0 < row["device_ms_min"] <= row["device_ms_p10"] <= row["device_ms"]
         assert 0 <= row["distance"] < 1e-3
         assert row["provider"] != "eager" or row["distance"] == 0

@@ -221,6 +221,88 @@ def test_losses_are_listed_as_wins_are(tmp_path):
     assert table.index("**ours** | 5.26") < table.index("| folded | 7.14 |"), "the fastest first"
 
 
+def test_an_interval_of_few_rounds_is_not_taken_for_more(tmp_path):
+    few, many = dict(ratio_confidence=0.9375), dict(ratio_confidence=0.96)
+    for sure, verdicts in ((few, "| 0 | 1 | 0 |"), (many, "| 1 | 0 | 0 |")):
+        found = section_of(
+            tmp_path / "rows.json",
+            [
+                network("eager", 1.0, **sure), network("folded", 1.4, **sure),
+                network("ours", 1.9, backend="cuda", **sure),
+            ],
+        )  # fmt: skip
+        text = "".join(report._verdicts(found))
+        assert f"| Inference of whole networks {verdicts}" in text
+        table = "".join(report._networks(found, "inference"))
+        said = "1.90 (1.88 to 1.92, 93 %)" if sure is few else "1.90 (1.88 to 1.92)"
+        assert f"| {said} |" in table
+        assert not any("how sure" in line for line in report._not_measured(found, {}))
+        both = rows.against(found.rows[2], found.rows[1])
+        assert both.confidence == pytest.approx(0.875 if sure is few else 0.92)
+    assert report._by_way(both).endswith(")")
+    old = section_of(tmp_path / "rows.json", [network("eager", 1.0), network("folded", 1.4)])
+    assert "2 rows do not say how sure their intervals are" in "".join(
+        report._not_measured(old, {})
+    )
+
+
+def test_pictures_say_how_sure_an_interval_is(tmp_path):
+    plots = pytest.importorskip("vovnet_fast.bench.plots")
+    pytest.importorskip("matplotlib")
+    for sure, said in ((0.9375, True), (0.96, False)):
+        found = section_of(
+            tmp_path / "rows.json",
+            [network("eager", 1.0), network("folded", 1.4, ratio_confidence=sure)],
+        )
+        [figure] = plots.models(found)
+        labels = [text.get_text() for text in figure.axes[0].texts]
+        assert any(label.endswith("  (93 %)") for label in labels) == said
+        assert ("or of what is in brackets" in figure.get_supxlabel()) == said
+
+
+def test_launches_that_nobody_knows_have_a_reason(tmp_path):
+    why = "torch.compile makes kernels of its own, and does not say how many"
+    found = section_of(
+        tmp_path / "rows.json",
+        [
+            network("eager", 1.0, launches=164), network("compiled", 1.4, launches_why=why),
+            network("eager", 1.0, batch=2), network("compiled", 1.4, batch=2, launches_why=why),
+        ],
+    )  # fmt: skip
+    table = "".join(report._networks(found, "inference"))
+    assert "| 164 |" in table
+    assert "Launches are counted, not measured" in table
+    text = "".join(report._not_measured(found, {}))
+    assert text.count(f"- Launches of compiled: {why}.") == 1
+
+
+def test_eager_of_the_same_rounds_stands_beside(tmp_path):
+    """Its own row may be of a time when the machine was faster."""
+    made = [network("eager", 1.0), network("ours", 2.0, backend="cuda", eager_ms=12.5)]
+    made += [row | dict(kind="conv", name="3x3") for row in made]
+    found = section_of(tmp_path / "rows.json", made)
+    assert "| **ours** | 5 | 12.5 |" in "".join(report._networks(found, "inference"))
+    text = "".join(report._operations(found, "conv"))
+    assert "| 5 (ours) |  | 12.5 | eager | 2.00 (1.98 to 2.02)" in text, "measured directly"
+
+
+def test_inference_and_training_of_detectors_are_told_apart(tmp_path):
+    made = [network("eager", 1.0, kind="detector", spec="V-39-eSE") for _ in range(2)]
+    made[1]["pass"] = "step"
+    text = "".join(report._networks(section_of(tmp_path / "rows.json", made), "detector"))
+    assert "| V-39-eSE | forward | 1x3x224x224 |" in text
+    assert "| V-39-eSE | step | 1x3x224x224 |" in text
+    text = "".join(report._networks(section_of(tmp_path / "rows.json", made[:1]), "detector"))
+    assert "| pass |" not in text
+
+
+def test_a_copy_says_little_of_caches(tmp_path):
+    made = [dict(kind="ceiling", provider="copy", device_ms=1.0, name="copy", gbs=16.0)]
+    for device, said in (("cpu", True), ("cuda", False)):
+        found = section_of(tmp_path / "rows.json", made, device=device)
+        assert ("fits into the CPU's caches" in "".join(report._ceilings(found))) == said
+
+
 def test_machines_and_commits_have_sections_of_their_own(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "_draw", lambda *_: ({}, {}))
     ours = network("ours", 2.0, backend="cuda")
@@ -364,6 +446,8 @@ def test_a_busy_machine_is_said(tmp_path):
 def test_a_title_says_nothing_twice():
     row = network("eager", 1.0, name="3x3 64>64 on 1x3x224x224 backward", spec="")
     assert rows._row(row | {"pass": "backward"}).title == f"{row['name']}, bf16"
+    row = network("eager", 1.0, name="3x3 64>64 on 1x224x224", spec="")
+    assert rows._row(row).title == f"{row['name']}, bf16, forward"
     row = network("eager", 1.0, name="V-39-eSE 1x3x224x224")
     assert rows._row(row).title == "V-39-eSE 1x3x224x224, bf16, forward"
 

@@ -61,20 +61,26 @@ def test_a_dry_run_walks_through_every_step(tmp_path, without_gpu):
     steps = {row["name"]: row for row in summary["steps"]}
     assert list(steps) == [
         "kernels", "compile", "inference", "gpu", "memcheck", "conv", "training", "tuning",
-        "trainings",
+        "trainings", "report",
     ]  # fmt: skip
     comparison = steps.pop("trainings")
     assert comparison["status"] == ("passed" if find_spec("mmdet") else "missing")
     assert {row["status"] for row in steps.values()} == {"passed"}
     files = {path.name for path in folder.iterdir()}
+    pictures = {name for name in files if name.endswith(".png")}
+    assert bool(pictures) == bool(find_spec("matplotlib"))
     assert files == {
         "summary.json", "summary.md", "log.txt", "junit_kernels.xml", "junit_gpu.xml",
-        "benchmarks.json", "tuning.json",
-    }  # fmt: skip
+        "benchmarks.json", "tuning.json", "report.md",
+    } | pictures  # fmt: skip
+    drawn = "with its pictures" if pictures else "without pictures, as matplotlib is not installed"
+    assert steps["report"]["detail"] == f"report.md, {drawn}"
+    assert "[report.md](report.md)" in (folder / "summary.md").read_text()
+    assert all(f"]({name})" in (folder / "report.md").read_text() for name in pictures)
     for path in folder.iterdir():
-        text = path.read_text()
-        assert str(gpu.ROOT) not in text
-        assert "hostname" not in text
+        content = path.read_bytes()
+        assert str(gpu.ROOT).encode() not in content
+        assert b"hostname" not in content
     rows = json.loads((folder / "benchmarks.json").read_text())["benchmarks"]
     assert {row["step"] for row in rows} == {"inference", "conv", "training"}
     folded = next(row for row in rows if row.get("provider") == "folded")
@@ -175,8 +181,9 @@ def test_the_steps_on_a_gpu(tmp_path):
     names = [step.name for step in steps]
     assert len(set(names)) == len(names)
     assert names[0] == "kernels"
-    assert names[-2:] == ["tuning", "trainings"]
-    assert all(step.reserve for step in steps[2:-2] if step.name not in UNRESERVED)
+    assert names[-3:] == ["tuning", "trainings", "report"]
+    assert all(step.reserve for step in steps[2:-1] if step.name not in UNRESERVED)
+    assert [step.name for step in steps if step.optional] == ["report"]
     assert names.index("compile training") < min(
         i for i, name in enumerate(names) if name.startswith("training ")
     )
@@ -204,3 +211,30 @@ def test_trainings_leave_their_results(tmp_path):
     (scratch / "comparison" / "comparison.png").write_bytes(b"png")
     step.finish()
     assert {path.name for path in out.iterdir()} == {"comparison.json", "comparison.png"}
+
+
+def test_the_report_costs_no_run(tmp_path, monkeypatch):
+    """Not when there are no rows, not when it cannot be made of them, not when it hangs."""
+    folder = gpu.Folder(tmp_path, tmp_path, dry=True)
+    empty = gpu.Run(tmp_path, [folder.report(60)], 60.0, {})
+    assert empty.all()
+    assert empty.results[0].status == "missing"
+    assert "[report.md]" not in (tmp_path / "summary.md").read_text()
+    (tmp_path / "benchmarks.json").write_text('{"benchmarks": [{"kind": "conv"}]}')
+    [failed, hung] = [
+        gpu.Run(tmp_path, [step], 60.0, {}, grace=1.0)
+        for step in (
+            folder.report(60),
+            step("report", "import time; time.sleep(60)", 1.0, optional=True),
+        )
+    ]
+    assert failed.all()
+    assert failed.results[0].status == "failed"
+    assert "none of the 1 rows" in failed.results[0].detail
+    assert hung.all()
+    assert hung.results[0].status == "timed out"
+    (tmp_path / "report.md").write_text("# Benchmarks")
+    monkeypatch.setattr(gpu, "_installed", lambda name: False)
+    outcome = folder.report(60).read(0, "")
+    assert outcome.status == "passed"
+    assert "matplotlib is not installed" in outcome.detail

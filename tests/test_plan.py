@@ -161,7 +161,7 @@ def test_traffic_of_a_convolution(kernel, stride, pool, form):
         partials = meta(2, tiles, 64, dtype=torch.float32)
     launch = conv.plan(x, weight, scale, shift, out, stride=stride, pool_partials=partials)
     assert launch.kernel.fn.__name__ == f"conv_{form}_kernel"
-    work = plan._launch_work(launch)
+    work = plan.launch_work(launch)
     pixels = 2 * 20 * 24
     assert work.kind == f"conv {kernel}x{kernel}"
     assert work.flop == 2 * (pixels // stride**2) * 64 * 32 * kernel**2
@@ -177,7 +177,7 @@ def test_traffic_of_a_gate(identity):
     z, buffer = meta(2, 5, 7, 64), meta(2, 5, 7, 256)
     added = buffer[..., :64] if identity else None
     gates = meta(2, 64, dtype=torch.float32)
-    work = plan._launch_work(ese.plan_apply(z, gates, added, buffer[..., 64:128]))
+    work = plan.launch_work(ese.plan_apply(z, gates, added, buffer[..., 64:128]))
     features = 2 * 5 * 7 * 64 * 2
     assert work.bytes_read == features * (2 if identity else 1) + 2 * 64 * 4
     assert work.bytes_written == features
@@ -209,9 +209,9 @@ def test_unknown_kernel():
             pass
 
     with pytest.raises(LookupError, match=r"fn with arguments x_ptr is not what _KERNELS"):
-        plan._launch_work(Launch(Unknown(), (1,), dict(x_ptr=meta(1))))
+        plan.launch_work(Launch(Unknown(), (1,), dict(x_ptr=meta(1))))
     with pytest.raises(LookupError, match="write there which of them it writes"):
-        plan._launch_work(Launch(max_pool.max_pool_kernel, (1,), dict(x_ptr=meta(1))))
+        plan.launch_work(Launch(max_pool.max_pool_kernel, (1,), dict(x_ptr=meta(1))))
 
 
 @needs_triton
@@ -232,12 +232,13 @@ def test_recording_ends():
 def test_aten_operations():
     """Views and allocations are free; a copy does not read where it writes."""
     x, y = meta(4, 8), meta(8, 4)
-    with plan._AtenRecorder() as recorder:
+    with plan.AtenRecorder() as recorder:
         view = x.t()[1:].unsqueeze(0)
         torch.empty_like(view)
         y.copy_(x.t())
         torch.cat([x, x, view[0].t()], dim=1)
         y.relu_()
+        y.as_strided_((4, 8), (8, 1))
     assert recorder.works == [
         plan.Work("copy_", 0, 64, 64),
         plan.Work("cat", 0, 64 + 56, 2 * 64 + 56),  # x twice is read once.

@@ -332,8 +332,12 @@ _KERNELS = {
 }
 
 
-def _launch_work(launch: Launch) -> Work:
+def launch_work(launch: Launch) -> Work:
     """What a launch of a Triton kernel has to do.
+
+    Args:
+        launch: on meta tensors or others: only their shapes matter. Under
+            :func:`vovnet_fast.kernels._common.recording` launches are collected.
 
     Raises:
         LookupError: the kernel is not in :data:`_KERNELS`, or not as it is there.
@@ -362,9 +366,9 @@ def _fused_work(model: VoVNet, image: Tensor) -> list[Work]:
     from .kernels._common import recording
 
     params = model.fold(image.dtype).packed(image.dtype)
-    with _AtenRecorder() as recorder, recording() as launches:
+    with AtenRecorder() as recorder, recording() as launches:
         run_features(triton, nhwc(image), params, model.out_features)
-    return [_launch_work(launch) for launch in launches] + recorder.works
+    return [launch_work(launch) for launch in launches] + recorder.works
 
 
 # --------------------------------------------------------------------------------------
@@ -372,6 +376,7 @@ def _fused_work(model: VoVNet, image: Tensor) -> list[Work]:
 # --------------------------------------------------------------------------------------
 
 _MOVE_NOTHING = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+_MOVE_NOTHING |= {"as_strided_", "set_"}  # Views in place. Autograd uses the latter for outputs.
 _OVERWRITE = {"copy_", "fill_", "zero_"}  # They write their first argument without reading it.
 _ATEN_KINDS = {
     "native_batch_norm": "batch norm",
@@ -382,8 +387,10 @@ _ATEN_KINDS = {
 }
 
 
-class _AtenRecorder(TorchDispatchMode):
-    """Collects the work of the ATen operations that run inside it.
+class AtenRecorder(TorchDispatchMode):
+    """Collects the work of the ATen operations that run inside it, on meta tensors or others.
+
+    Not in inference mode, where an operation may not be taken apart into those that run.
 
     Attributes:
         works: one for each operation that moves memory. Views and allocations do not.
@@ -430,7 +437,7 @@ def _aten_flop(name: str, args: tuple[Any, ...], result: Any) -> int:
 
 
 @contextlib.contextmanager
-def _marking_ese(model: nn.Module, recorder: _AtenRecorder) -> Iterator[None]:
+def _marking_ese(model: nn.Module, recorder: AtenRecorder) -> Iterator[None]:
     """Tell ``recorder`` when an eSE module runs: alone, its FC looks like any other 1x1."""
 
     def enter(module: nn.Module, args: Any) -> None:
@@ -449,7 +456,7 @@ def _marking_ese(model: nn.Module, recorder: _AtenRecorder) -> Iterator[None]:
 
 def _eager_work(model: VoVNet, image: Tensor) -> list[Work]:
     """The ATen operations of the plain modules."""
-    recorder = _AtenRecorder()
+    recorder = AtenRecorder()
     with backends.use_backend("reference"), _marking_ese(model, recorder), recorder:
         model(image)
     return recorder.works

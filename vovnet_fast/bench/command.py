@@ -20,6 +20,7 @@ from ..plan import DTYPES, H200_TBS, H200_TFLOPS, Plan, Rates, Row, plan_forward
 from ..training_memory import TrainingMemory, training_memory
 from . import quick, report
 from .rows import EAGER, device_name
+from .stopwatch import Interval
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -233,12 +234,11 @@ def _print_found(found: quick.Found) -> None:
 
 
 def _found_cells(row: dict[str, Any], peaks: bool) -> list[str]:
-    ratio = f"{row['ratio_to_eager']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})"
     cells = [
         f"  {row['provider']}",
         f"{row['device_ms']:.4g}",
         f"{row['device_ms_p10']:.4g} to {row['device_ms_p90']:.4g}",
-        "1" if row["provider"] == EAGER else ratio,
+        "1" if row["provider"] == EAGER else Interval.of(row).text(),
     ]
     return [*cells, f"{row['peak_mib']:,.0f}"] if peaks else cells
 
@@ -262,8 +262,8 @@ def _found_caption(found: quick.Found) -> str:
     )  # fmt: skip
     return (
         f"{kernels}{busy}Medians, everybody in turn; eager is channels_last. Against eager: its "
-        "time over this one's, above 1 is faster, with a 95 % interval. Peers that take minutes "
-        "to build are in benchmarks/, torch.compile above all. "
+        "time over this one's, above 1 is faster, in an interval of at least 95 %. Peers that take "
+        "minutes to build are in benchmarks/, torch.compile above all. "
         f"torch {known['torch']}, commit {known['commit']}"
         f"{', with local changes' if known['dirty'] else ''}."
     )

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .rows import EAGER, KINDS, Row, Section, cases
+from .stopwatch import CONFIDENCE, Interval
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -241,9 +242,17 @@ def models(section: Section) -> Iterator[Figure]:
         figure, panels = _grid(page, lambda rows: len(rows))
         for axes, rows in zip(panels, page, strict=True):
             _speeds(axes, [row for row in rows if row.interval])
-        figure.supxlabel(f"eager's time : this one's, with 95 % intervals; {_WHOSE}", fontsize=9)
+        figure.supxlabel(f"eager's time : this one's, {_least(page)}; {_WHOSE}", fontsize=9)
         _title(figure, "Speed relative to eager (longer is faster)", section)
         yield figure
+
+
+def _least(page: list[list[Row]]) -> str:
+    """How sure the intervals of all panels are."""
+    intervals = [row.interval for rows in page for row in rows]
+    short = any(interval.doubt() for interval in intervals if interval)
+    less = ", or of what is in brackets" if short else ""
+    return f"with intervals of at least {100 * CONFIDENCE:g} %{less}"
 
 
 def _speeds(axes: Axes, rows: list[Row]) -> None:
@@ -255,14 +264,22 @@ def _speeds(axes: Axes, rows: list[Row]) -> None:
         error = [[max(interval.ratio - interval.low, 0)], [max(interval.high - interval.ratio, 0)]]
         _bar(axes, y, interval.ratio, row, xerr=error, error_kw=dict(lw=1, capsize=2.5))
         axes.annotate(
-            f"{interval.ratio:.2f}x  {_ms(row.device_ms)}", (interval.high, y), (5, 0),
+            _speed(row, interval), (interval.high, y), (5, 0),
             textcoords="offset points", va="center", fontsize=7,
             bbox=dict(facecolor="white", edgecolor="none", pad=0.6),
         )  # fmt: skip
     axes.axvline(1, color=_BLACK, linewidth=0.8, linestyle="--", zorder=0.5)
     highest = max(row.interval.high for row in rows if row.interval)
-    axes.set_xlim(0, highest * 1.45)
+    axes.set_xlim(0, highest * 1.75)
     _name_bars(axes, rows)
+
+
+def _speed(row: Row, interval: Interval) -> str:
+    """The ratio, both times, and how sure an interval is that is short of the rest."""
+    doubt = interval.doubt().removeprefix(", ")
+    beside = "" if row.eager_ms is None else f", eager {_ms(row.eager_ms)}"
+    times = _ms(row.device_ms) + ("" if row.provider == EAGER else beside)
+    return f"{interval.ratio:.2f}x  {times}{f'  ({doubt})' if doubt else ''}"
 
 
 def memory(section: Section) -> Iterator[Figure]:

@@ -14,18 +14,22 @@ from typing import Any
 
 from .._files import replacing
 from . import rows
-from .rows import EAGER, KINDS, Interval, ReportError, Row, Section
+from .rows import KINDS, Interval, ReportError, Row, Section
+from .stopwatch import CONFIDENCE
 
 NETWORKS = ("inference", "training", "detector")
 OPERATIONS = ("block", "conv", "op")
 
 _CAPTIONS = {
     "roofline": "Every operation with its rate, under the ceilings that the same run measured",
-    "models": "Networks: eager's time over each provider's, with 95 % intervals",
+    "models": "Networks: eager's time over each provider's, with intervals",
     "memory": "Networks: peak memory",
     "batch": "Networks: time of one image against the batch",
     "block": "Where the time goes in one OSA block, by provider",
 }
+_BY_WAY = 2 * CONFIDENCE - 1
+"""Confidence of an interval that is put together from two."""
+
 _NO_MATPLOTLIB = 'matplotlib is not installed: pip install "vovnet-fast[bench]"'
 
 
@@ -75,9 +79,14 @@ def _head(sections: Sequence[Section], title: str) -> Iterator[str]:
     yield (
         "Made by `vovnet-fast bench report` of rows of pytest-benchmark. Times are medians in ms "
         "on the device's clock. *Against eager* is eager's time over this one's, measured in "
-        "turn, with a 95 % bootstrap interval over the pairs: above 1 is faster than eager. "
-        "*Best peer* is the fastest that is not a kernel of this library; the comparison with "
-        "it goes by way of eager, and its interval is the widest that both allow.\n"
+        "turn: above 1 is faster than eager. It is the median over the pairs, in an interval of "
+        f"at least {100 * CONFIDENCE:g} %; where the pairs were too few for that, it is their "
+        "whole range, with what that reaches. Eager's own row compares two copies of it, and "
+        "shows the noise. Times of different rows were taken at different times, on a device "
+        "that may have been slower then: *eager beside it* is eager in the very rounds of a row. "
+        "*Best peer* is the fastest that is not a kernel of this library; the comparison with it "
+        "goes by way of eager, and its interval is the widest that both allow, of at least "
+        f"{100 * _BY_WAY:g} %.\n"
     )
     if len(sections) < 2:
         return
@@ -154,6 +163,11 @@ def _ceilings(section: Section) -> Iterator[str]:
             ["ceiling", "dtype", "TFLOP/s", "GB/s"],
             ([row.name, row.dtype, _number(row.tflops), _number(row.gbs)] for row in found),
         )
+        if section.provenance.get("device") == "cpu":
+            yield (
+                "The copy goes through memory. What fits into the CPU's caches, as most operations "
+                "here do, can be faster than that.\n"
+            )
 
 
 # --------------------------------------------------------------------------------------
@@ -194,7 +208,7 @@ def _verdicts(section: Section) -> Iterator[str]:
             verdict = _verdict(interval)
             count[verdict] += 1
             if verdict == "slower":
-                slower.append([ours.title, ours.provider, peer.provider, _interval(interval)])
+                slower.append([ours.title, ours.provider, peer.provider, _by_way(interval)])
         if sum(count.values()):
             lines.append([KINDS[kind], *map(str, count.values())])
     if not lines:
@@ -208,6 +222,8 @@ def _verdicts(section: Section) -> Iterator[str]:
 
 
 def _verdict(interval: Interval) -> str:
+    if interval.confidence is not None and interval.confidence < _BY_WAY:
+        return "undecided"
     if interval.low > 1:
         return "faster"
     return "slower" if interval.high < 1 else "undecided"
@@ -225,6 +241,13 @@ def _not_measured(section: Section, missing: dict[str, str]) -> Iterator[str]:
     shapeless = [row for row in section.of(*OPERATIONS) if row.bytes and not row.flop]
     if shapeless:
         lines.append(f"{len(shapeless)} rows only move memory, and are not on the roofline.")
+    old = [row for row in section.rows if row.ratio_low and row.ratio_confidence is None]
+    if old:
+        lines.append(
+            f"{len(old)} rows do not say how sure their intervals are: those of earlier versions "
+            "are short of 95 % where the rounds were few."
+        )
+    lines += _uncounted(section)
     for (status, why), count in sorted(section.left_out.items()):
         lines.append(f"{count} {'benchmark' if count == 1 else 'benchmarks'} {status}: {why}")
     if section.replaced:
@@ -245,6 +268,16 @@ def _not_measured(section: Section, missing: dict[str, str]) -> Iterator[str]:
         )
 
 
+def _uncounted(section: Section) -> Iterator[str]:
+    """Whose launches are not known, and why."""
+    reasons: dict[str, dict[str, None]] = {}
+    for row in section.rows:
+        if row.launches_why:
+            reasons.setdefault(row.launches_why, {})[row.provider] = None
+    for reason, providers in reasons.items():
+        yield f"Launches of {', '.join(providers)}: {reason}."
+
+
 # --------------------------------------------------------------------------------------
 # Tables
 # --------------------------------------------------------------------------------------
@@ -255,13 +288,16 @@ def _networks(section: Section, kind: str) -> Iterator[str]:
     if not found:
         return
     yield f"### {KINDS[kind]}\n"
+    several = len({row.direction for row in found}) > 1
     columns: dict[str, Callable[[Row], str]] = {
         "network": lambda row: row.spec or row.name,
+        "pass": lambda row: row.direction if several else "",
         "images": lambda row: row.shape,
         "dtype": lambda row: row.dtype,
         "provider": lambda row: f"**{_escape(row.provider)}**" if row.ours else row.provider,
         "ms": lambda row: _number(row.device_ms),
         "10 to 90 %": _spread,
+        "eager beside it": lambda row: _number(row.eager_ms),
         "images/s": lambda row: _number(row.batch and row.batch / row.device_ms * 1e3),
         "against eager": lambda row: _interval(row.interval),
         "peak MiB": lambda row: _number(row.peak_mib),
@@ -271,6 +307,11 @@ def _networks(section: Section, kind: str) -> Iterator[str]:
     }
     ordered = [row for of_case in rows.cases(found).values() for row in _ranked(of_case)]
     yield from _columns(columns, ordered)
+    if any(row.launches for row in found):
+        yield (
+            "Launches are counted, not measured: operations of plain PyTorch, kernels of Triton "
+            "before any choice by measurement, calls of this library's extension.\n"
+        )
     yield from _settings(found)
 
 
@@ -282,14 +323,14 @@ def _operations(section: Section, kind: str) -> Iterator[str]:
     lines = []
     for of_case in rows.cases(found).values():
         ours, peer = _pair(of_case)
-        eager = _best(row for row in of_case if row.provider == EAGER)
         lines.append([
             of_case[0].title,
-            _fastest(ours), _ceiling(ours), _fastest(eager), _fastest(peer), _ceiling(peer),
-            _interval(rows.against(ours, peer)) if ours and peer else "",
+            _fastest(ours), _ceiling(ours), _number(ours.eager_ms) if ours else "",
+            peer.provider if peer else "",
+            _by_way(rows.against(ours, peer)) if ours and peer else "",
         ])  # fmt: skip
     header = [
-        "what", "ours, ms", "of the ceiling", "eager, ms", "best peer, ms", "of the ceiling",
+        "what", "ours, ms", "of the ceiling", "eager beside it", "best peer",
         "the peer's time : ours",
     ]  # fmt: skip
     yield from _table(header, lines)
@@ -298,9 +339,10 @@ def _operations(section: Section, kind: str) -> Iterator[str]:
         "provider": lambda row: f"**{_escape(row.provider)}**" if row.ours else row.provider,
         "ms": lambda row: _number(row.device_ms),
         "10 to 90 %": _spread,
-        "warm L2": lambda row: _number(row.warm_ms),
-        "TFLOP/s": lambda row: _number(row.tflops),
-        "of matmul": lambda row: _percent(row.of_matmul),
+        "eager beside it": lambda row: _number(row.eager_ms),
+        "warm": lambda row: _number(row.warm_ms),
+        "TFLOP/s": lambda row: _number(row.tflops or None),
+        "of matmul": lambda row: _percent(row.of_matmul or None),
         "GB/s": lambda row: _number(row.gbs),
         "of copy": lambda row: _percent(row.of_copy),
         "against eager": lambda row: _interval(row.interval),
@@ -313,8 +355,7 @@ def _operations(section: Section, kind: str) -> Iterator[str]:
 def _fastest(row: Row | None) -> str:
     if row is None:
         return ""
-    who = "" if row.provider == EAGER else f" ({_escape(row.provider)})"
-    return f"{_number(row.device_ms)}{who}"
+    return f"{_number(row.device_ms)} ({_escape(row.provider)})"
 
 
 def _ceiling(row: Row | None) -> str:
@@ -380,9 +421,14 @@ def _spread(row: Row) -> str:
     return f"{_number(row.device_ms_p10)} to {_number(row.device_ms_p90)}"
 
 
-def _interval(interval: Interval | None) -> str:
+def _interval(interval: Interval | None, promised: float = CONFIDENCE) -> str:
     """The ratio, in its interval, and in words where it is below one."""
     if interval is None:
         return ""
-    text = f"{interval.ratio:.2f} ({interval.low:.2f} to {interval.high:.2f})"
+    text = interval.text(promised)
     return f"{text}, slower" if interval.high < 1 else text
+
+
+def _by_way(interval: Interval | None) -> str:
+    """:func:`_interval` of the comparison with a peer."""
+    return _interval(interval, _BY_WAY)

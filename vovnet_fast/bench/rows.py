@@ -61,10 +61,13 @@ class Row:
         of_matmul: rate over the matrix ceiling of the same run.
         of_copy: bandwidth over the copy ceiling of the same run.
         ratio_to_eager: eager's time over this one's, in turn; ``ratio_low`` and ``ratio_high``
-            are the ends of its 95 % interval.
+            are the ends of its interval, and ``ratio_confidence`` is how sure that is.
         kept_mib: between forward and backward pass.
         distance: from eager's result, relative.
+        eager_ms: eager's, in the same rounds.
         settings: which ones a peer got, in words.
+        launches: of kernels, or calls of an extension; counted.
+        launches_why: the reason why they are not, where they cannot be.
         parts: ms by part of a block.
     """
 
@@ -87,14 +90,17 @@ class Row:
     gbs: float | None = None
     of_matmul: float | None = None
     of_copy: float | None = None
+    eager_ms: float | None = None
     ratio_to_eager: float | None = None
     ratio_low: float | None = None
     ratio_high: float | None = None
+    ratio_confidence: float | None = None
     peak_mib: float | None = None
     kept_mib: float | None = None
     distance: float | None = None
     settings: str = ""
     launches: float | None = None
+    launches_why: str = ""
     parts: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -111,7 +117,10 @@ class Row:
     def title(self) -> str:
         """The case in words, none of them twice: names of cases often have a shape already."""
         found = self.name or self.spec or self.kind
-        for word in (self.spec, self.shape, self.dtype, self.direction):
+        n, _, size = self.shape.partition("x")
+        pixels = f"{n}x{size.partition('x')[2]}"  # Names of operations have channels elsewhere.
+        shape = "" if f"on {pixels}" in found else self.shape
+        for word in (self.spec, shape, self.dtype, self.direction):
             found += f", {word}" if word and word not in found else ""
         return found
 
@@ -128,7 +137,8 @@ class Row:
             return None
         low, high = self.ratio_low, self.ratio_high
         ratio = self.ratio_to_eager
-        return Interval(ratio, ratio if low is None else low, ratio if high is None else high)
+        low, high = ratio if low is None else low, ratio if high is None else high
+        return Interval(ratio, low, high, self.ratio_confidence)
 
 
 @dataclass
@@ -154,8 +164,8 @@ class Section:
     left_out: Counter[tuple[str, str]] = field(default_factory=Counter)
 
     def of(self, *kinds: str) -> list[Row]:
-        """The rows of some kinds."""
-        return [row for row in self.rows if row.kind in kinds]
+        """The rows of some kinds, in the order of these."""
+        return [row for kind in kinds for row in self.rows if row.kind == kind]
 
     @property
     def device(self) -> str:
@@ -237,12 +247,17 @@ def cases(rows: Iterable[Row]) -> dict[tuple[str, ...], list[Row]]:
 def against(ours: Row, peer: Row) -> Interval | None:
     """The peer's time over ours, by way of eager, which was measured in turn with both.
 
-    The interval is the widest that both of theirs allow.
+    Where eager is the peer itself, nothing has to be put together. Elsewhere the interval is the
+    widest that both of theirs allow, and as sure as it is if what each of them misses adds up.
     """
     a, b = ours.interval, peer.interval
     if a is None or b is None or not ours.device_ms:
         return None
-    return Interval(a.ratio / b.ratio, a.low / b.high, a.high / b.low)
+    if peer.provider == EAGER:
+        return a
+    known = a.confidence is not None and b.confidence is not None
+    sure = max(0.0, (a.confidence or 0) + (b.confidence or 0) - 1) if known else None
+    return Interval(a.ratio / b.ratio, a.low / b.high, a.high / b.low, sure)
 
 
 def _read(path: Path) -> dict[str, Any]:
