@@ -383,7 +383,7 @@ def dry_steps(folder: Folder) -> list[Step]:
             60,
             "benchmarks/test_training.py",
             "-k",
-            "64x64 and not NCHW and not fused",
+            "V-19-slim-dw and not NCHW and not fused",
         ),
         folder.tuning(30),
         folder.comparison(60, "--help"),

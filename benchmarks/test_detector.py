@@ -26,7 +26,7 @@ ON_GPU = torch.cuda.is_available()
 CONFIG = (
     Path(__file__).parents[1] / "configs" / "faster_rcnn" / "faster-rcnn_vovnet-39_fpn_1x_coco.py"
 )
-SHAPE = (2, 800, 1344) if ON_GPU else (1, 64, 96)
+SHAPE = (2, 800, 1344) if ON_GPU else (1, 128, 192)
 PROPOSALS = 1000 if ON_GPU else 16
 MAX_DISTANCE = 0.1 if ON_GPU else 1e-3
 
@@ -43,6 +43,9 @@ class Provider(NamedTuple):
 def _providers():
     yield "eager", Provider("eager", "plain modules in the backbone")
     yield "frozen", Provider("frozen", "vovnet_fast.freeze on plain PyTorch", frozen=True)
+    if not ON_GPU:  # There it is one of those below.
+        words = "VoVNetFast, backend auto: ops, or plain modules where these are faster"
+        yield "fused-auto", Provider("fused, auto", words, "auto")
     for backend in backends.NAMES:
         if backend != "reference":
             fused = f"VoVNetFast, backend {backend}"

@@ -40,7 +40,7 @@ TRAINS = True
 """conftest.py: not in inference mode."""
 
 ON_GPU = torch.cuda.is_available()
-CASES = [("V-19-slim-dw-eSE", (1, 64, 64)), ("V-39-eSE", (1, 96, 96))]
+CASES = [("V-19-slim-dw-eSE", (1, 224, 224)), ("V-39-eSE", (1, 224, 224))]
 if ON_GPU:
     shapes = TRAINING_SHAPES + MORE_TRAINING_SHAPES
     CASES = [(spec, shape) for shape in shapes for spec in SPECS + MORE_SPECS]
@@ -91,6 +91,9 @@ def _providers():
     yield "eager-NCHW", Provider("eager NCHW", contiguous, "plain modules, contiguous")
     yield "checkpoint", Provider("checkpoint", checkpointed, "every OSA block checkpointed")
     yield "folding", Provider("folding", folding, "batch norms folded into weights in every step")
+    if not ON_GPU:  # There it is one of those below.
+        settings = "vovnet_fast, backend auto: ops, or plain modules where these are faster"
+        yield "fused-auto", Provider("fused, auto", eager, settings, "auto")
     for backend in backends.NAMES:
         if backend != "reference":
             settings = f"vovnet_fast, backend {backend}"

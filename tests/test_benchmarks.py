@@ -426,7 +426,7 @@ def written(tmp_path_factory):
         "depthwise and eager and not gradient",
         "ceiling",
         "OSA and backward and eager",
-        "training and 64x64 and folding",
+        "training and V-19 and folding",
     )
     command = [
         sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist",
