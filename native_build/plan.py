@@ -140,8 +140,9 @@ class Plan:
     def _link(self, objects: Sequence[Path], output: Path) -> tuple[str, ...]:
         flags = toolchain.link_flags()
         if sys.platform == "linux":
-            # CUDA's runtime, linked statically, must not take the place of torch's own.
-            flags.append("-Wl,--exclude-libs,ALL")
+            if self.nvcc is not None:
+                # CUDA's runtime, linked statically, must not take the place of torch's own.
+                flags.append("-Wl,--exclude-libs,ALL")
             if not self.debug:
                 flags.append("-Wl,-s")
         flags += shlex.split(os.environ.get("LDFLAGS", ""))

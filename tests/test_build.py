@@ -198,15 +198,24 @@ def test_it_shares_the_threads_of_torch(cpu_site):
     assert len(runtimes) == 1, done.stdout
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("version", ["2.7.1", "2.13.0"])
-def test_one_wheel_serves_every_version_of_torch(cpu_build, tmp_path, version):
-    """Gigabytes, where pip finds no build of that torch for CPUs (PIP_EXTRA_INDEX_URL)."""
+@pytest.fixture
+def venv(tmp_path):
+    """A virtual environment: gone after the test, unlike other folders of it."""
     subprocess.run([sys.executable, "-m", "venv", tmp_path], check=True)
-    python = tmp_path / "bin" / "python"
-    done = run(python, "-m", "pip", "install", f"torch=={version}", cpu_build[0], cwd=tmp_path)
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("version", ["2.7.1", "2.13.0", "2.14.1"])
+def test_one_wheel_serves_every_version_of_torch(cpu_build, venv, version):
+    """Gigabytes, where pip finds no build of that torch for CPUs (PIP_EXTRA_INDEX_URL)."""
+    python = venv / "bin" / "python"
+    words = [python, "-m", "pip", "install", f"torch=={version}", cpu_build[0]]
+    # On a path that leads here pip would find the package installed already.
+    done = run(*words, cwd=venv, PYTHONPATH=None)
     assert done.returncode == 0, done.stdout[-3000:]
-    found = doctor(tmp_path, python=python)
+    found = doctor(venv, python=python)
     assert found["versions"]["torch"].startswith(version)
     assert found["backends"]["cpu"] == "usable"
 

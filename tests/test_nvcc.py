@@ -11,7 +11,16 @@ from typing import NamedTuple
 
 import pytest
 
+from native_build import architectures
+
 from .cuda_on_cpu import kernel_files
+
+ARCHITECTURES = [
+    # Each takes half a minute of a core. These two have the instructions of 80.
+    pytest.param(arch, id=arch.name, marks=[pytest.mark.slow] if arch.number in (86, 89) else [])
+    for arch in architectures.default(range(1000))
+]
+"""What an installation compiles for."""
 
 MAX_REGISTERS = 128
 """Of a thread: launch bounds ask for two blocks of 256 threads on a processor of 65536."""
@@ -89,12 +98,14 @@ def compile_file(source, architecture, folder):
     ]
 
 
-@pytest.fixture(scope="module", params=["80", "90a"])
+@pytest.fixture(scope="module", params=ARCHITECTURES)
 def kernels(request, tmp_path_factory):
-    cuda_tool("nvcc")
-    folder = tmp_path_factory.mktemp(f"sm_{request.param}")
+    number, name = request.param.number, request.param.name
+    if f"sm_{number}" not in run([cuda_tool("nvcc"), "--list-gpu-code"]).split():
+        pytest.skip(f"this nvcc does not know sm_{number}")
+    folder = tmp_path_factory.mktemp(f"sm_{name}")
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        files = pool.map(lambda path: compile_file(path, request.param, folder), kernel_files())
+        files = pool.map(lambda path: compile_file(path, name, folder), kernel_files())
         return [kernel for file in files for kernel in file]
 
 

@@ -78,13 +78,24 @@ struct WordOf<1> {
 template <class T, int V>
 using Word = typename WordOf<sizeof(Raw<T, V>)>::type;
 
+// For loads that depend on conditions: a word is chosen as one. The elements of a vector would be
+// chosen one by one, and halves then take twice the registers.
 template <int V, class T>
-VF_DEVICE Raw<T, V> load(const T* from) {
+VF_DEVICE Word<T, V> load_word(const T* from) {
   VF_CHECK_ALIGNED(from, sizeof(Raw<T, V>));
-  const Word<T, V> word = *reinterpret_cast<const Word<T, V>*>(from);
+  return *reinterpret_cast<const Word<T, V>*>(from);
+}
+
+template <class T, int V>
+VF_DEVICE Raw<T, V> raw_of(const Word<T, V>& word) {
   Raw<T, V> raw;
   memcpy(&raw, &word, sizeof raw);
   return raw;
+}
+
+template <int V, class T>
+VF_DEVICE Raw<T, V> load(const T* from) {
+  return raw_of<T, V>(load_word<V>(from));
 }
 
 #ifdef VF_CUDA_ON_CPU

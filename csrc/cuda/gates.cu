@@ -80,9 +80,10 @@ VF_KERNEL fc_gate_kernel(const GatesParams p) {
   }
 }
 
-// A block makes kWarp channels of dpixel of one image.
+// A block makes kWarp channels of dpixel of one image. Without a number of blocks ptxas may rather
+// spill than have fewer of them on a processor.
 template <class Number>
-__global__ void __launch_bounds__(kWarp* kGradRows)
+__global__ void __launch_bounds__(kWarp* kGradRows, kBlocksPerProcessor)
     fc_input_grad_kernel(const GatesBackwardParams p) {
   VF_SHARED(Number, sums, kWarp * kGradRows);
   const int64_t blocks = ceil_div(p.c, kWarp);

@@ -40,7 +40,7 @@ VF_KERNEL pixelwise_kernel(const Op op, const Share share, const Size size, cons
     const auto columns = op.template start<V>(job.n, job.c);
     const int step = blockDim.y;
     for (int first = job.first + threadIdx.y; first < job.last; first += kInFlight * step) {
-      Raw<T, V> raw[kInFlight][Op::kViews];
+      Word<T, V> words[kInFlight][Op::kViews];
 #pragma unroll
       for (int u = 0; u < kInFlight; ++u) {
         const Pixel at = pixel_at(size, first + u * step);
@@ -48,9 +48,9 @@ VF_KERNEL pixelwise_kernel(const Op op, const Share share, const Size size, cons
         for (int k = 0; k < Op::kViews; ++k) {
           if (first + u * step < job.last && op.reads(k, job.c)) {
             const T* from = image<T>(op.view(k), job.n, op.channel(k, job.c));
-            raw[u][k] = load<V>(from + offset(op.view(k), at.h, at.w));
+            words[u][k] = load_word<V>(from + offset(op.view(k), at.h, at.w));
           } else {
-            raw[u][k] = zeros<T, V>();
+            words[u][k] = {};
           }
         }
       }
@@ -59,7 +59,7 @@ VF_KERNEL pixelwise_kernel(const Op op, const Share share, const Size size, cons
         if (first + u * step >= job.last) break;
         High<T> x[Op::kViews][V], y[V];
 #pragma unroll
-        for (int k = 0; k < Op::kViews; ++k) unpack(x[k], raw[u][k]);
+        for (int k = 0; k < Op::kViews; ++k) unpack(x[k], raw_of<T, V>(words[u][k]));
         op.apply(columns, x, y, sums);
         if constexpr (Op::kStores) {
           const Pixel at = pixel_at(size, first + u * step);
