@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from vovnet_fast import use_backend
+from vovnet_fast import backends, use_backend
 from vovnet_fast.bench import provenance
 from vovnet_fast.bench.stopwatch import Interval, Stopwatch, interleaved, ratio_interval, spread
 
@@ -107,6 +107,9 @@ def _measure(case: Case, names: Sequence[str], rounds: int) -> list[Row]:
 
 def _work(peer: Peer, case: Case) -> Callable[[], Sequence[Tensor]]:
     """The peer's call on its images, which is known to run."""
+    reason = backends.why_not(peer.backend, CPU)
+    if reason is not None:
+        raise Missing(f"backend {peer.backend}: {reason}")
     images = peer.images(case.images())
     with use_backend(peer.backend):
         model = peer.ready(case)
@@ -127,7 +130,7 @@ def _about(name: str, peer: Peer, case: Case) -> Row:
 def _table(spec: str, size: int, rows: Sequence[Row], about: dict[str, Any]) -> Iterator[str]:
     yield f"# {spec} on one {size}x{size} image"
     yield ""
-    yield "Ratios are eager's time over that of the row, medians of rounds run in turn, in"
+    yield "Ratios are eager's time over that of the row, medians of rounds run in turn, with"
     yield "intervals of at least 95 %. Distances are those of the last feature from eager's."
     for dtype in dict.fromkeys(row["dtype"] for row in rows):
         yield f"\n## {dtype}\n"
