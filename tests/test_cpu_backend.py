@@ -182,7 +182,6 @@ def test_auto_leaves_small_maps_to_plain_modules(norm_eval, compiled, monkeypatc
     torch.compiler.reset()
     run = torch.compile(block, backend="aot_eager") if compiled else block
     channels = block.layers[0].parts().conv.in_channels
-    least = fusing.CPU_PIXELS if norm_eval else fusing.CPU_PIXELS_OF_BATCH_NORM
 
     def ops_of(images, width, *, backend="auto", gradient=True, dtype=torch.float32):
         calls.clear()
@@ -197,14 +196,18 @@ def test_auto_leaves_small_maps_to_plain_modules(norm_eval, compiled, monkeypatc
 
     layers = len(block.conv_layers())
     for gradient in (True, False):
+        least = fusing.CPU_PIXELS_TRAINING
+        if norm_eval and not gradient:
+            least = fusing.CPU_PIXELS
         assert ops_of(1, least // 20, gradient=gradient) == layers
         assert ops_of(1, least // 20 - 1, gradient=gradient) == 0
         assert ops_of(2, least // 20 - 1, gradient=gradient) == layers  # Of all images.
         assert ops_of(1, 7, gradient=gradient, backend="cpu") == layers
     assert ops_of(1, 7, dtype=torch.bfloat16) == 0
-    assert ops_of(1, 7, dtype=torch.bfloat16, gradient=False) == layers
+    alone = layers if norm_eval else 0
+    assert ops_of(1, 7, dtype=torch.bfloat16, gradient=False) == alone
     block.requires_grad_(False)
-    assert ops_of(1, 7, dtype=torch.bfloat16) == layers
+    assert ops_of(1, 7, dtype=torch.bfloat16) == alone
 
 
 def test_auto_runs_whole_networks_of_large_images_as_one_op(monkeypatch, tmp_path):

@@ -20,15 +20,15 @@ from .ops import ConvParams, batch_norm
 from .ops.batch_norm import FixedNorm
 from .ops.conv import channels_last, depthwise_last
 
-CPU_PIXELS, CPU_PIXELS_OF_BATCH_NORM = 1600, 6400
-"""Pixels of a map, N * H * W, from which ``auto`` runs a module as one op on a CPU; the latter
-where a norm takes its statistics from the batch.
+CPU_PIXELS, CPU_PIXELS_TRAINING = 1600, 6400
+"""Pixels of a map, N * H * W, from which ``auto`` runs a module as one op on a CPU: in fp32 without
+gradients, and where gradients are needed, or norms take their statistics from the batch.
 
 An op saves passes over activations, and pays with passes over weights and with Python. On two cores
-of a Xeon, in fp32 with and without gradients, and in bf16 with them, the first blocks of the stages
-of V-39 and V-19-slim-dw broke even with plain modules there, whatever their channels were; at a
-quarter of the pixels they took 1.1 to 1.4 times as long. In bf16 without gradients they were always
-faster. Frozen networks have their weights packed: this is not for them.
+of a Xeon the first blocks of the stages of V-39 and V-19-slim-dw broke even with plain modules
+there, whatever their channels were; at a quarter of the pixels they took 1.1 to 1.4 times as long.
+In half precision without gradients they were always faster. Frozen networks have their weights
+packed: this is not for them.
 """
 
 
@@ -161,9 +161,9 @@ def faster_plain(x: Tensor, pixels: int, *, batch: bool, gradient: bool) -> bool
     dtype = compute_dtype(x)
     if backends.chosen() != "auto" or backends.select(x.device, dtype) != "cpu":
         return False
-    if dtype != torch.float32 and not gradient:
-        return False
-    return pixels < (CPU_PIXELS_OF_BATCH_NORM if batch else CPU_PIXELS)
+    if gradient or batch:
+        return pixels < CPU_PIXELS_TRAINING
+    return dtype == torch.float32 and pixels < CPU_PIXELS
 
 
 def conv_params(layers: Sequence[Parts], dtype: torch.dtype) -> list[ConvParams]:
