@@ -1,6 +1,7 @@
 """The figures of the README are those of committed files, and these are what the code counts."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,28 @@ def test_traffic():
         assert moved == total.bytes_moved
         text = words.format(launches=total.launches, gigabytes=moved / 1e9)
         assert text in " ".join(README.split()), text
+
+
+def newest(name):
+    """The last committed measurement of this name."""
+    return json.loads(max((ROOT / "benchmarks/results").glob(f"*/{name}")).read_text())
+
+
+def test_ratios_on_a_cpu():
+    """Every row of the table is the one that was measured."""
+    found = newest("V-39-eSE-320.json")
+    rows = {(row["dtype"], row["peer"]): row for row in found["rows"]}
+    assert found["provenance"]["dirty"] is False
+    assert f"at commit {found['provenance']['commit'][:8]}" in README
+    for peer in ("fused-cpu", "compiled-folded", "openvino", "onnxruntime", "eager-NCHW"):
+        cells = [
+            "{ratio_to_eager:.2f} ({ratio_low:.2f} to {ratio_high:.2f})".format(**rows[dtype, peer])
+            for dtype in ("fp32", "bf16")
+            if "missing" not in rows[dtype, peer]
+        ]
+        assert f"| {' | '.join(cells)} |" in README
+
+
+def test_what_is_linked_is_there():
+    for target in re.findall(r"\]\(([^)#:]+)\)", README):
+        assert (ROOT / target).exists(), target
