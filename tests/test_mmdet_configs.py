@@ -43,6 +43,21 @@ ESE_CONFIGS = {
 }
 SPEC_OF = SEED_CONFIGS | ESE_CONFIGS
 
+# Each detector and each depth once. The others differ in nothing that these do not show.
+RUN = {
+    "faster_rcnn/faster-rcnn_vovnet-19_fpn_1x_coco.py",
+    "mask_rcnn/mask-rcnn_vovnet-39_fpn_1x_coco.py",
+    "cascade_rcnn/cascade-rcnn_vovnet-57_fpn_1x_coco.py",
+    "cascade_mask_rcnn/cascade-mask-rcnn_vovnet-99_fpn_1x_coco.py",
+    LIGHT,
+    *ESE_CONFIGS,
+}
+runs = pytest.mark.parametrize(
+    "detector",
+    [pytest.param(n, marks=[] if n in RUN else [pytest.mark.slow]) for n in SPEC_OF],
+    indirect=True,
+)
+
 # Two shapes, so that the batch is padded: to 64x64, which is 2x2 in stage5.
 IMAGE_SHAPES = [(3, 48, 64), (3, 64, 48)]
 
@@ -90,6 +105,9 @@ def norms(module: nn.Module) -> list[_BatchNorm]:
 
 
 def test_the_expected_configs_are_there() -> None:
+    assert set(SPEC_OF) >= RUN
+    assert {SPEC_OF[name] for name in RUN} == set(SPEC_OF.values())
+    assert {name.split("/")[0] for name in RUN} == {name.split("/")[0] for name in SPEC_OF}
     found = {
         path.relative_to(CONFIGS).as_posix()
         for path in CONFIGS.glob("**/*.py")
@@ -203,13 +221,14 @@ def test_ese_configs_feed_what_the_pretrained_file_expects(name: str) -> None:
 # --- The detectors. One at a time is alive; inference comes before the step that moves it. ---
 
 
-@pytest.fixture(scope="module", params=SPEC_OF)
+@pytest.fixture(scope="module")
 def detector(request: pytest.FixtureRequest) -> nn.Module:
     model = build_detector(request.param)
     model.config_name = request.param
     return model
 
 
+@pytest.mark.parametrize("detector", SPEC_OF, indirect=True)
 def test_levels_match(detector: nn.Module) -> None:
     backbone = detector.backbone
     assert type(backbone) is VoVNetFast
@@ -230,6 +249,7 @@ def test_levels_match(detector: nn.Module) -> None:
     assert [s[0] for s in head.prior_generator.strides[: len(strides)]] == strides
 
 
+@runs
 def test_inference(detector: nn.Module) -> None:
     detector.eval()
     with torch.no_grad():
@@ -244,6 +264,7 @@ def test_inference(detector: nn.Module) -> None:
             assert instances.masks.shape == (10, height, width)
 
 
+@runs
 def test_one_training_step(detector: nn.Module) -> None:
     config = load_config(detector.config_name)
     backbone = detector.backbone
