@@ -292,8 +292,8 @@ def launches(spec: str, shape: Shape, *, training: bool = False) -> list[Launch]
     """
     from vovnet_fast.compiling import needed
 
-    plan = needed.training if training else needed.inference
-    return plan(spec, shape, "bf16", needed.Setting()).launches
+    run = needed.Run(spec, shape, mode="training" if training else "inference")
+    return needed.plan(run, needed.Setting()).launches
 
 
 # --------------------------------------------------------------------------------------

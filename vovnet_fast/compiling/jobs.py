@@ -10,12 +10,15 @@ import base64
 import functools
 import hashlib
 import importlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..kernels._common import Launch
 from ..kernels._variants import Variant, variant
+
+_POINTED = re.compile(r"(?:\*|tensordesc<)(\w+)")
 
 
 class Job(NamedTuple):
@@ -38,6 +41,15 @@ class Job(NamedTuple):
     attributes: dict[tuple[int, ...], Any]
     options: dict[str, Any]
     arch: str
+
+    def __str__(self) -> str:
+        kinds = {kind for text in self.signature.values() for kind in _POINTED.findall(text)}
+        names = list(self.signature)
+        values = {names[i]: value for (i,), value in self.constants.items()}
+        given = [f"{name}={value}" for name, value in values.items() if value is not None]
+        warps, stages = self.options["num_warps"], self.options["num_stages"]
+        words = (self.name, "/".join(sorted(kinds)), f"warps={warps}", f"stages={stages}")
+        return " ".join((*words, *given))
 
     def compile(self) -> Any:
         """Compile it into Triton's cache, if it is not there; returns Triton's compiled kernel.
@@ -142,3 +154,9 @@ def is_compiled(key: str, name: str, folder: Path) -> bool:
 def missing(jobs: Iterable[Job], folder: Path) -> list[Job]:
     """Those that a cache folder does not have."""
     return [job for job in jobs if not is_compiled(job.key, job.name, folder)]
+
+
+def compiled(jobs: Iterable[Job]) -> dict[str, str]:
+    """Those that Triton's cache has: names by key."""
+    folder = cache_folder()
+    return {job.key: job.name for job in jobs if is_compiled(job.key, job.name, folder)}

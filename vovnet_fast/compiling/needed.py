@@ -1,28 +1,22 @@
-"""What a network will launch, found out on meta tensors, which have shapes and no memory.
-
-The network's own code runs on a twin of it. What tuning would measure is launched there as
-well, and so is what the self-check runs of the functions that are used.
-"""
+"""What runs of published architectures need, from a name, a shape and a mode."""
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .. import backends, selfcheck, tuning
-from ..kernels._common import Launch, Target, planning_for, recording
+from ..kernels._common import Target
 from ..model import VoVNet
-from ..ops import NetworkParams
-from ..ops._checks import nhwc
-from ..ops.features import run as run_features
 from ..plan import DTYPES, IMAGE_CHANNELS, check_input
+from ..specs import VoVNetSpec
+from . import rehearsal
+from .jobs import Job, different
+from .rehearsal import Plan, Setting
 
 Shape = tuple[int, int, int]
-Module = TypeVar("Module", bound=nn.Module)
 
 TARGETS = {
     "sm_80": Target((8, 0), 108),
@@ -32,182 +26,80 @@ TARGETS = {
     "sm_100": Target((10, 0), 148),
     "sm_120": Target((12, 0), 170),
 }
-"""The largest usual card of an architecture. The processors decide how some work is shared
-out among programs, which leaves kernels as they are."""
+"""The largest usual card of an architecture. How many processors there are decides how some
+work is shared out, which leaves kernels as they are."""
+
+MODES = ("inference", "training", "training-batch")
+"""Forward passes without gradients; training steps with fixed statistics, and with the batch's."""
 
 
-def arch_of(target: Target) -> str:
-    """``sm_90`` for compute capability 9.0."""
-    return f"sm_{target.capability[0]}{target.capability[1]}"
-
-
-class Setting(NamedTuple):
-    """Where and how a network will run.
+class Run(NamedTuple):
+    """A network that runs.
 
     Attributes:
-        target: the GPU.
-        planning: which engines it will measure, and which it knows.
+        spec: the architecture, or its name.
+        shape: N, H, W of the images, which have three channels and are ``channels_last``.
+        dtype: of activations, a key of :data:`~vovnet_fast.plan.DTYPES`. In inference of the
+            weights too; in training these are in fp32.
+        mode: one of :data:`MODES`. A training step ends with the backward pass from all stages.
     """
 
-    target: Target = Target()
-    planning: tuning.Planning = tuning.Planning()
+    spec: str | VoVNetSpec
+    shape: Shape
+    dtype: str = "bf16"
+    mode: str = "inference"
 
-    @classmethod
-    def here(cls, device: torch.device) -> Setting:
-        """That of this process on a GPU."""
-        from ..kernels._common import target_of
+    def network(self) -> tuple[VoVNet, Tensor]:
+        """The model and the images, on meta.
 
-        planning = tuning.Planning(tuning.machine(device), tuning.enabled())
-        return cls(target_of(device), planning)
+        Raises:
+            UnknownSpecError: no architecture has that name.
+            ValueError: a size below 1, unknown dtype or mode.
+        """
+        check_input(self.shape, self.dtype)
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        n, h, w = self.shape
+        images = torch.empty(n, IMAGE_CHANNELS, h, w, dtype=DTYPES[self.dtype], device="meta")
+        trained = self.mode != "inference"
+        with torch.device("meta"):
+            model: Any = VoVNet(self.spec, IMAGE_CHANNELS, norm_eval=self.mode != "training-batch")
+        model.to(
+            dtype=torch.float32 if trained else images.dtype, memory_format=torch.channels_last
+        )
+        return model.train(trained), images.to(memory_format=torch.channels_last)
+
+    @property
+    def gradient(self) -> bool:
+        """Whether autograd takes part."""
+        return self.mode != "inference"
 
 
-class Plan(NamedTuple):
-    """What a run needs.
-
-    Attributes:
-        launches: in order, those of tuning too.
-        functions: of the backend, that were called; see :mod:`vovnet_fast.backends`.
-    """
-
-    launches: list[Launch]
-    functions: frozenset[str]
-
-
-def inference(
-    spec: str, shape: Shape, dtype: str, setting: Setting, *, autocast: bool = False
-) -> Plan:
-    """A forward pass from ``channels_last`` images to the four stages, no gradient needed.
-
-    Args:
-        spec: an architecture's name.
-        shape: N, H, W of the images.
-        dtype: of activations, a key of :data:`~vovnet_fast.plan.DTYPES`.
-        setting: where it runs.
-        autocast: weights are in fp32, and not in ``dtype``.
+def plan(run: Run, setting: Setting) -> Plan:
+    """What a run launches.
 
     Raises:
-        UnknownSpecError: no architecture has that name.
-        ValueError: a size below 1, images too small for the network, unknown dtype.
+        UnknownSpecError, ValueError: as :meth:`Run.network`; images too small for the network.
     """
-    images = _images(shape, dtype)
-    with torch.device("meta"):
-        model = VoVNet(spec, IMAGE_CHANNELS).to(torch.float32 if autocast else images.dtype)
-    with torch.no_grad():
-        return of_model(model.eval(), images, setting)
+    model, images = run.network()
+    with torch.set_grad_enabled(run.gradient):
+        return rehearsal.of_model(model, images, setting)
 
 
-def training(spec: str, shape: Shape, dtype: str, setting: Setting, **options: Any) -> Plan:
-    """A training step: forward pass, and the backward pass from all four stages.
+def by_run(runs: Iterable[Run], setting: Setting) -> dict[Run, list[Job]]:
+    """The kernels that each run needs, each once, with those of the self-check.
 
     Args:
-        spec, shape, dtype, setting: as for :func:`inference`. Weights are in fp32.
-        options: of :class:`vovnet_fast.VoVNet`, such as ``norm_eval``.
+        runs: what will run.
+        setting: where.
 
     Raises:
-        UnknownSpecError, ValueError: as :func:`inference`.
+        UnknownSpecError, ValueError: as :func:`plan`.
     """
-    images = _images(shape, dtype)
-    with torch.device("meta"):
-        model: Any = VoVNet(spec, IMAGE_CHANNELS, **options)
-    model = model.to(memory_format=torch.channels_last).train()
-    with torch.enable_grad():
-        return of_model(model, images, setting)
-
-
-def _images(shape: Shape, dtype: str) -> Tensor:
-    check_input(shape, dtype)
-    n, h, w = shape
-    images = torch.empty(n, IMAGE_CHANNELS, h, w, dtype=DTYPES[dtype], device="meta")
-    return images.to(memory_format=torch.channels_last)
-
-
-def of_model(model: VoVNet, x: Tensor, setting: Setting) -> Plan:
-    """What ``model(x)`` needs, and its backward pass, if autograd would want one.
-
-    Args:
-        model: on meta tensors, as :func:`twin` makes it.
-        x: images, on meta and in the dtype of activations.
-        setting: where it runs.
-    """
-    with _planning(setting) as plan:
-        if model._is_one_op(x):
-            _run_folded(model.fold(x.dtype), x, model.out_features)
-        else:
-            features = [f for f in model._run_modules(x) if f.requires_grad]
-            if features:
-                torch.autograd.backward(features, [torch.empty_like(f) for f in features])
-    return plan()
-
-
-def of_params(
-    params: NetworkParams, x: Tensor, out_features: tuple[str, ...], setting: Setting
-) -> Plan:
-    """What :func:`vovnet_fast.ops.features` needs for ``[N, C, H, W]`` images on meta."""
-    with _planning(setting) as plan:
-        _run_folded(params, x, out_features)
-    return plan()
-
-
-def _run_folded(params: NetworkParams, x: Tensor, out_features: tuple[str, ...]) -> None:
-    backend = backends.get(x.device, x.dtype)
-    run_features(backend, nhwc(x), params, out_features)
-
-
-@contextlib.contextmanager
-def _planning(setting: Setting) -> Iterator[Callable[[], Plan]]:
-    """Note what is launched inside; what it gives away makes the plan of that."""
-    functions: set[str] = set()
-    with (
-        recording() as launches,
-        planning_for(setting.target),
-        tuning.planning(setting.planning),
-        backends.shapes_only("triton", functions),
-    ):
-        yield lambda: Plan(launches, frozenset(functions))
-
-
-def self_check(
-    functions: Iterable[str], dtypes: Sequence[torch.dtype], target: Target
-) -> list[Launch]:
-    """What the self-check of these functions launches."""
-    wanted = frozenset(functions)
-    meta = torch.device("meta")
-    with recording() as launches, planning_for(target), tuning.static_choices(), torch.no_grad():
-        for case in selfcheck.CASES:
-            for dtype in dtypes if case.function in wanted else ():
-                backend = backends.get(meta)
-                list(case.call(backend, selfcheck.Tensors(dtype, dtype, meta)))
-    return launches
-
-
-def twin(model: Module) -> Module:
-    """A module of the same structure and modes with its tensors on meta.
-
-    It shares everything else with the model, but for hooks, of which it has none. Statistics
-    of a batch are those of one process: others are not to be waited for.
-    """
-    kind: type[nn.Module] = type(model)
-    if isinstance(model, nn.SyncBatchNorm):
-        kind = nn.BatchNorm2d
-    found: Any = object.__new__(kind)  # FSDP's own would initialise it.
-    found.__dict__.update(model.__dict__)
-    for name in [name for name in found.__dict__ if name.endswith("_hooks")]:
-        found.__dict__[name] = type(found.__dict__[name])()
-    found._parameters = {
-        name: None if p is None else nn.Parameter(_on_meta(p), p.requires_grad)
-        for name, p in model._parameters.items()
-    }
-    found._buffers = {
-        name: None if b is None else _on_meta(b) for name, b in model._buffers.items()
-    }
-    found._modules = {
-        name: None if child is None else twin(child) for name, child in model._modules.items()
-    }
+    arch = rehearsal.arch_of(setting.target)
+    found = {}
+    for run in runs:
+        planned = plan(run, setting)
+        checked = rehearsal.self_check(planned.functions, setting.target)
+        found[run] = different([*planned.launches, *checked], arch)
     return found
-
-
-def _on_meta(tensor: Tensor) -> Tensor:
-    """Not ``to``: of a tensor that is spread over several devices the whole is meant."""
-    return torch.empty_strided(
-        tuple(tensor.shape), tuple(tensor.stride()), dtype=tensor.dtype, device="meta"
-    )
