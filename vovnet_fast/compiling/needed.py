@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .. import specs
 from ..kernels._common import Target
-from ..model import VoVNet
+from ..model import STAGE_NAMES, VoVNet
+from ..ops.features import check_size
 from ..plan import DTYPES, IMAGE_CHANNELS, check_input
 from ..specs import VoVNetSpec
 from . import rehearsal
@@ -54,16 +56,20 @@ class Run(NamedTuple):
 
         Raises:
             UnknownSpecError: no architecture has that name.
-            ValueError: a size below 1, unknown dtype or mode.
+            ValueError: a size below 1, images too small for the network, unknown dtype or mode.
         """
         check_input(self.shape, self.dtype)
+        architecture = specs.get(self.spec)
+        check_size(architecture, STAGE_NAMES, *self.shape[1:])
         if self.mode not in MODES:
             raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
         n, h, w = self.shape
         images = torch.empty(n, IMAGE_CHANNELS, h, w, dtype=DTYPES[self.dtype], device="meta")
         trained = self.mode != "inference"
         with torch.device("meta"):
-            model: Any = VoVNet(self.spec, IMAGE_CHANNELS, norm_eval=self.mode != "training-batch")
+            model: Any = VoVNet(
+                architecture, IMAGE_CHANNELS, norm_eval=self.mode != "training-batch"
+            )
         model.to(
             dtype=torch.float32 if trained else images.dtype, memory_format=torch.channels_last
         )
@@ -79,7 +85,7 @@ def plan(run: Run, setting: Setting) -> Plan:
     """What a run launches.
 
     Raises:
-        UnknownSpecError, ValueError: as :meth:`Run.network`; images too small for the network.
+        UnknownSpecError, ValueError: as :meth:`Run.network`.
     """
     model, images = run.network()
     with torch.set_grad_enabled(run.gradient):
