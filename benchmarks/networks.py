@@ -34,6 +34,13 @@ MORE_SPECS = ("V-57-eSE", "V-19-eSE", "V-19-slim-eSE", "V-19-dw-eSE")
 MORE_SHAPES: tuple[Shape, ...] = ((8, 800, 1344), (1, 224, 224))
 """What the benchmarks have besides, and nothing is compiled for beforehand."""
 
+HEADLINE: tuple[tuple[str, Shape], ...] = (
+    ("V-99-eSE", (6, 640, 1600)),
+    ("V-99-eSE", (8, 800, 1344)),
+    ("V-39-eSE", (1, 800, 1344)),
+)
+"""What counts most: PETR's six cameras, a node's batch of a detector, one image of it."""
+
 TIMM = {
     "V-39-eSE": "ese_vovnet39b",
     "V-57-eSE": "ese_vovnet57b",
