@@ -67,12 +67,12 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     setting = Setting(needed.TARGETS[options.arch])
     by_run = needed.by_run(runs(), setting)
-    watched = kernels(sanitize.launches(), options.arch)
+    watched = kernels(sanitize.launches(few=True), options.arch)
     jobs = {job.key: job for found in (*by_run.values(), watched) for job in found}
     if options.list:
         for run, found in by_run.items():
             print(f"{len(found)} for {run}")
-        print(f"{len(watched)} for benchmarks.sanitize")
+        print(f"{len(watched)} for benchmarks.sanitize --few")
         print(f"{len(jobs)} kernels")
         return 0
     outcome = fill(list(jobs.values()), options.workers, progress=True)

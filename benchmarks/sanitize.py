@@ -109,11 +109,14 @@ def _training(device: torch.device, dtype: torch.dtype) -> None:
             torch.autograd.backward(features, [torch.zeros_like(f) for f in features])
 
 
-def launches() -> list[Launch]:
+def launches(*, few: bool = False) -> list[Launch]:
     """What :func:`main` launches on a GPU, for compiling it beforehand."""
     meta = torch.device("meta")
     with recording() as found, torch.no_grad():
-        for part in (_others, _convolutions, _gradients, _network, _training):
+        _others(meta, torch.float16)
+        for part in (_convolutions, _gradients):
+            part(meta, torch.float16, few)
+        for part in () if few else (_network, _training):
             part(meta, torch.float16)
     return found
 
