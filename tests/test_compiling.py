@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="the Triton backend is optional")
 import vovnet_fast
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, cli, tuning
-from vovnet_fast.compiling import cache, rehearsal, workers
+from vovnet_fast.compiling import cache, first_use, rehearsal, workers
 from vovnet_fast.compiling.jobs import Job
 from vovnet_fast.compiling.needed import MODES, Run, plan
 from vovnet_fast.compiling.rehearsal import Setting
@@ -193,9 +193,9 @@ def test_the_command_lists_what_is_needed(monkeypatch, capsys):
     *lines, last = capsys.readouterr().out.splitlines()
     assert last == f"{len(lines)} kernels"
     assert any(line.startswith("conv_tma_kernel bf16/fp32 warps=") for line in lines)
-    assert cli.main([*words, "--dtype", "fp16", "--train", "--batch-norm"]) == 0
+    assert cli.main([*words, "--train"]) == 0
     more = capsys.readouterr().out.splitlines()
-    assert len(more) > 2 * len(lines)
+    assert len(more) > len(lines) + 20
 
 
 @compiles
@@ -235,3 +235,32 @@ def test_how_many_processes(monkeypatch):
     monkeypatch.setenv(workers.ENVIRONMENT, "many")
     with pytest.raises(ValueError, match="must be a number of processes"):
         workers.count()
+
+
+def test_what_goes_wrong_at_first_use_is_said_once_and_stops_nothing(monkeypatch, caplog):
+    device, asked = torch.device("cuda", 7), []
+
+    def fail(setting):
+        asked.append(setting)
+        raise OSError("the cache is full")
+
+    monkeypatch.setattr(first_use, "_will_run_triton", lambda device, dtype: True)
+    monkeypatch.setattr(Setting, "here", classmethod(lambda kind, device: STATIC))
+    monkeypatch.setattr(first_use, "_met", set())
+    first_use._say.cache_clear()
+    for key in (("one",), ("one",), ("another",)):
+        first_use._once(key, device, torch.float16, fail)
+    assert asked == [STATIC, STATIC], "a network is asked for once"
+    [record] = caplog.records
+    assert "one by one: OSError: the cache is full" in record.getMessage()
+    monkeypatch.setenv(workers.ENVIRONMENT, "0")
+    first_use._once(("a third",), device, torch.float16, fail)
+    assert len(asked) == 2
+
+
+def test_only_what_triton_will_run_is_compiled_at_first_use():
+    device = torch.device("cuda", 0)
+    with vovnet_fast.use_backend("reference"):
+        assert not first_use._will_run_triton(device, torch.float16)
+    if not torch.cuda.is_available():
+        assert not first_use._will_run_triton(device, torch.float16)

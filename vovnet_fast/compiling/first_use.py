@@ -8,6 +8,7 @@ once, and Triton compiles each kernel when it meets it.
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import hashlib
 import json
 import logging
@@ -113,7 +114,11 @@ def _once(
     dtype: torch.dtype,
     plan: Callable[[Setting], Plan],
 ) -> None:
-    """Compile for what is new in this process, if Triton's backend will run it."""
+    """Compile for what is new in this process, if Triton's backend will run it.
+
+    Raises:
+        ValueError: ``VOVNET_FAST_COMPILE_WORKERS`` is no number.
+    """
     seen = (device, backends.chosen(), *key)
     if seen in _met or torch.cuda.is_current_stream_capturing():
         return
@@ -121,18 +126,23 @@ def _once(
         if seen in _met:
             return
         _met.add(seen)
-        try:
-            if _will_run_triton(device, dtype):
-                from .rehearsal import Setting
+        if not _will_run_triton(device, dtype):
+            return
+        from . import workers
+        from .rehearsal import Setting
 
-                checks = backends.chosen() == "auto"
-                ahead(key, Setting.here(device), plan, checks=checks)
+        if workers.count() == 0:
+            return
+        try:
+            ahead(key, Setting.here(device), plan, checks=backends.chosen() == "auto")
         except Exception as error:
-            _log.warning(
-                "kernels could not be compiled ahead, and will be one by one: %s: %s",
-                type(error).__name__,
-                error,
-            )
+            _say(f"{type(error).__name__}: {error}")
+
+
+@functools.cache
+def _say(problem: str) -> None:
+    """Once in a process."""
+    _log.warning("kernels could not be compiled ahead, and will be one by one: %s", problem)
 
 
 def ahead(
@@ -153,10 +163,7 @@ def ahead(
         Exception: whatever went wrong.
     """
     from .rehearsal import self_check
-    from .workers import count
 
-    if count() == 0:
-        return False
     noted = Note(key, setting)
     if noted.holds():
         return False
@@ -198,7 +205,8 @@ def compile_launches(launches: Iterable[Launch], setting: Setting) -> dict[str, 
 
     jobs = different(launches, arch_of(setting.target))
     wanted = missing(jobs, cache_folder())
-    if len(wanted) > FEW and (processes := count()):
+    processes = count()
+    if len(wanted) > FEW and processes > 0:
         _log.info("compiling %d kernels in %d processes", len(wanted), processes)
         first = os.environ.get("LOCAL_RANK", "0") == "0"  # One of torchrun's processes shows it.
         outcome = fill(wanted, processes, progress=first)
