@@ -248,6 +248,10 @@ def test_what_goes_wrong_at_first_use_is_said_once_and_stops_nothing(monkeypatch
     monkeypatch.setattr(Setting, "here", classmethod(lambda kind, device: STATIC))
     monkeypatch.setattr(first_use, "_met", set())
     first_use._say.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    first_use._once(("one",), device, torch.float16, fail)
+    assert not asked, "not while a graph is captured, but afterwards"
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for key in (("one",), ("one",), ("another",)):
         first_use._once(key, device, torch.float16, fail)
     assert asked == [STATIC, STATIC], "a network is asked for once"
