@@ -18,7 +18,7 @@ from vovnet_fast.compiling import cache, first_use, rehearsal, workers
 from vovnet_fast.compiling.jobs import Job
 from vovnet_fast.compiling.needed import MODES, Run, plan
 from vovnet_fast.compiling.rehearsal import Setting
-from vovnet_fast.kernels._common import Target, interpreted
+from vovnet_fast.kernels._common import Target, interpreted, processors
 from vovnet_fast.kernels._variants import variant
 
 STATIC = Setting(planning=tuning.Planning(measured=False))
@@ -140,6 +140,21 @@ def test_a_network_in_use_needs_what_its_architecture_does(mode):
     assert found.functions == expected.functions
     assert not called, "hooks are the user's: nothing has run"
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+@compiles
+@pytest.mark.parametrize("mode", MODES)
+def test_tensors_without_memory_are_specialised_as_real_ones(mode):
+    """Addresses decide what a kernel may assume, and whether two views are one."""
+    model = VoVNet(TINY["depthwise"], norm_eval=mode != "training-batch")
+    model = model.half().train(mode != "inference")
+    images = torch.zeros(2, 3, 64, 96, dtype=torch.float16)
+    images = images.to(memory_format=torch.channels_last)
+    setting = Setting(Target(processors=processors(images.device)))
+    with torch.set_grad_enabled(model.training):
+        real = rehearsal.of_model(model, images, setting)
+        planned = rehearsal.of_model(rehearsal.twin(model), rehearsal.on_meta(images), setting)
+    assert variants(real.launches) == variants(planned.launches)
 
 
 @compiles

@@ -250,7 +250,7 @@ def select(
     name = choice or chosen()
     if name == "auto":
         return _automatic(device, dtype)
-    if device.type == "meta" and name in _SHAPES:
+    if name in _SHAPES:
         return _SHAPES[name]
     reason = why_not(name, device)
     if reason is not None:
