@@ -20,7 +20,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..kernels._compile_log import ENVIRONMENT as LOG_ENVIRONMENT
@@ -30,7 +29,6 @@ from .jobs import Job, cache_folder
 ENVIRONMENT = "VOVNET_FAST_COMPILE_WORKERS"
 """How many processes compile at first use; 0 for none."""
 
-_ROOT = Path(__file__).resolve().parents[2]
 _SHOWN = 2000  # Characters of what a process printed, in a message.
 
 
@@ -109,16 +107,17 @@ def _started(printed: Any) -> Iterator[subprocess.Popen]:
     """A fresh interpreter in :func:`serve`, which ends with the ``with`` statement."""
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(_ROOT), os.environ.get("PYTHONPATH")))),
         "TRITON_CACHE_DIR": str(cache_folder()),
         "OMP_NUM_THREADS": "1",
     }
     for name in ("TRITON_INTERPRET", LOG_ENVIRONMENT):  # What is logged are surprises.
         environment.pop(name, None)
-    code = f"from {__name__} import serve; serve()"
+    # It must find what this one has found.
+    places = json.dumps([place or os.getcwd() for place in sys.path])
+    code = f"import json, sys; sys.path[:] = json.loads(sys.argv.pop()); import {__name__} as w"
     try:
         process = subprocess.Popen(
-            [sys.executable, "-c", code],
+            [sys.executable, "-c", f"{code}; w.serve()", places],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=printed,
