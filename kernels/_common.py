@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _compile_log
+
 INT32_LIMIT = 2**31
 VECTOR_BYTES = 16
 """Of the widest load and store of a thread."""
@@ -25,9 +27,9 @@ PARTS = 3
 REDUCTION_PROGRAMS = 6
 """Programs of a reduction a processor: as many as its registers let be resident at once."""
 
-_ASSUMED_PROCESSORS = {"cpu": 3, "meta": 132}
-# Interpreted runs are tiny: three programs make persistent ones loop. Compile-only runs
-# on meta tensors take an H100.
+_INTERPRETED_PROCESSORS = 3  # Such runs are tiny: three programs make persistent ones loop.
+
+_compile_log.start()
 
 _SUM_ROWS = 64
 _SUM_COLUMNS = 32
@@ -99,18 +101,49 @@ def recording() -> Iterator[list[Launch]]:
         _recorded.reset(token)
 
 
+class Target(NamedTuple):
+    """A GPU for which launches on meta tensors are planned; an H100 by default.
+
+    Attributes:
+        capability: compute capability.
+        processors: streaming multiprocessors.
+    """
+
+    capability: tuple[int, int] = (9, 0)
+    processors: int = 132
+
+
+_HOPPER = Target()
+_target: ContextVar[Target] = ContextVar("target", default=_HOPPER)
+
+
+@contextlib.contextmanager
+def planning_for(target: Target) -> Iterator[None]:
+    """Inside, in this thread, launches on meta tensors are those of another GPU."""
+    token = _target.set(target)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
 @functools.cache
+def target_of(device: torch.device) -> Target:
+    """What the GPU ``device`` is."""
+    found = torch.cuda.get_device_properties(device)
+    return Target((found.major, found.minor), found.multi_processor_count)
+
+
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of ``device``; that of Hopper where no GPU is involved."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    """Compute capability of ``device``; that of :func:`planning_for` where no GPU is involved."""
+    return (target_of(device) if device.type == "cuda" else _target.get()).capability
 
 
-@functools.cache
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of ``device``."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return _ASSUMED_PROCESSORS[device.type]
+    """Streaming multiprocessors of ``device``; those of :func:`planning_for` on meta tensors."""
+    if device.type == "cpu":
+        return _INTERPRETED_PROCESSORS
+    return (target_of(device) if device.type == "cuda" else _target.get()).processors
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -158,6 +191,12 @@ def assert_same(name: str, tensor: Tensor, like: Tensor) -> None:
     assert (tensor.dtype, tensor.device) == (like.dtype, like.device), (
         f"{name} must be {like.dtype} on {like.device}, got {tensor.dtype} on {tensor.device}"
     )
+
+
+def same_place(a: Tensor, b: Tensor) -> bool:
+    """Whether two views begin at the same element; meta tensors have no address to tell it by."""
+    storages = (tensor.untyped_storage()._cdata for tensor in (a, b))
+    return next(storages) == next(storages) and a.storage_offset() == b.storage_offset()
 
 
 def in_raster_order(*tensors: Tensor) -> bool:

@@ -18,6 +18,7 @@ from ._common import (
     pixel_offsets,
     pixelwise,
     program_tile,
+    same_place,
     scale_shift_relu,
     store_statistics,
     tile_statistics,
@@ -126,7 +127,7 @@ def plan(
             RELU=relu,
             POOL=pool_partials is not None,
             STATISTICS=statistics is not None,
-            STORE=scale is not None or out.data_ptr() != z.data_ptr(),
+            STORE=scale is not None or not same_place(out, z),
         ),
     )
 
