@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import carry, gpu
 from benchmarks.evidence import carried, summary
 from benchmarks.evidence.folder import FILES, Folder
 from benchmarks.evidence.maker import Carried, Maker
@@ -221,6 +221,34 @@ def test_a_wheel_that_does_not_fit_says_why(tmp_path):
         (tmp_path / "none.whl", "there is no wheel"),
     ):
         assert reason in carried.wheel_problem(wheel)
+
+
+def test_an_extension_that_does_not_load_is_built(tmp_path, monkeypatch, capfd):
+    """It is a real process that builds; here it only says so."""
+    (tmp_path / "vovnet_fast").mkdir()
+    (tmp_path / "setup.py").write_text("import sys; print('building:', *sys.argv[1:])")
+    wheel = a_wheel(tmp_path, carried.build_tag())
+    tag = carried.build_tag()
+    monkeypatch.setattr(carried, "ROOT", tmp_path)
+    monkeypatch.setattr(carried, "build_tag", lambda: tag)
+    for problem in (None, "GLIBC_2.99 not found"):
+        monkeypatch.setattr(carried, "_loads", lambda problem=problem: problem)
+        assert carried.main(["extension", str(wheel)]) == 0
+        assert len(list((tmp_path / "vovnet_fast").iterdir())) == (problem is None)
+        last = capfd.readouterr().out.strip().splitlines()
+        if problem is None:
+            assert last == [f"from the wheel {wheel.name}: its Python and its sources are these"]
+        else:
+            assert "building: -q build_ext --inplace" in last
+            assert last[-1] == f"built here, as the wheel's does not load here: {problem}"
+    assert carried.main(["extension"]) == 0
+    assert "built here, as no wheel was given" in capfd.readouterr().out
+
+
+def test_what_is_compiled_beforehand_is_the_headline():
+    assert carry.networks() == [
+        "V-99-eSE", "6x640x1600", "8x800x1344", "V-39-eSE", "1x800x1344"
+    ]  # fmt: skip
 
 
 def test_the_digest_follows_the_sources(tmp_path, monkeypatch):
