@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.networks import on_meta
 from vovnet_fast import VoVNet, backends
 from vovnet_fast.backends import triton as backend
 from vovnet_fast.kernels import accumulate, conv, conv_weight_grad, max_pool
@@ -104,16 +103,20 @@ def _training(device: torch.device, dtype: torch.dtype) -> None:
         with torch.device(device):
             model = VoVNet("V-19-slim-dw-eSE", norm_eval=norm_eval).to(dtype).train()
         image = torch.zeros(2, 3, 72, 104, dtype=dtype, device=device)
-        with backends.use_backend("triton") if on_gpu else on_meta(), torch.enable_grad():
+        path = backends.use_backend if on_gpu else backends.shapes_only
+        with path("triton"), torch.enable_grad():
             features = model(image)
             torch.autograd.backward(features, [torch.zeros_like(f) for f in features])
 
 
-def launches() -> list[Launch]:
+def launches(*, few: bool = False) -> list[Launch]:
     """What :func:`main` launches on a GPU, for compiling it beforehand."""
     meta = torch.device("meta")
     with recording() as found, torch.no_grad():
-        for part in (_others, _convolutions, _gradients, _network, _training):
+        _others(meta, torch.float16)
+        for part in (_convolutions, _gradients):
+            part(meta, torch.float16, few)
+        for part in () if few else (_network, _training):
             part(meta, torch.float16)
     return found
 
