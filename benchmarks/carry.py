@@ -3,7 +3,7 @@
 ``python benchmarks/carry.py --out FOLDER --arch sm_90`` leaves two files there, and needs no GPU:
 
 * ``kernels.tar.xz``: Triton's kernels of the headline's networks, inference and training step,
-  those that tuning measures, and those of the self-check;
+  those that tuning measures, and those that compute-sanitizer watches;
 * a wheel of this package whose extension has the CUDA half for that GPU, with a digest of its
   sources in its name.
 
@@ -29,33 +29,14 @@ from benchmarks.evidence import carried  # noqa: E402
 
 KERNELS = "kernels.tar.xz"
 
-_BF16, _FP16 = ("--train", "--dtype", "bf16"), ("--dtype", "fp16")
-"""What is measured, and what the first look computes besides."""
-
-
-def networks() -> list[str]:
-    """The headline as ``vovnet-fast compile`` takes it: names, each with its sizes."""
-    from benchmarks.networks import HEADLINE
-
-    shapes: dict[str, list[str]] = {}
-    for spec, shape in HEADLINE:
-        shapes.setdefault(spec, []).append("x".join(map(str, shape)))
-    return [word for spec, found in shapes.items() for word in (spec, *found)]
-
 
 def compile_kernels(file: Path, arch: str) -> None:
-    """Compile them on all cores, and pack them.
+    """Compile them on all cores, and pack them (:mod:`benchmarks.precompile`).
 
     Raises:
         subprocess.CalledProcessError: a kernel cannot be compiled.
     """
-    from vovnet_fast.compiling import cache
-
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "vovnet_fast.cli", "compile", *networks()]
-        for options in (_BF16, _FP16):
-            _run([*command, *options, "--arch", arch, "--out", folder])
-        print(cache.pack(Path(folder), file))
+    _run([sys.executable, "benchmarks/precompile.py", "--arch", arch, "--out", str(file)])
 
 
 def build_wheel(out: Path, arch: str) -> Path:

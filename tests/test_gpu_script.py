@@ -6,13 +6,14 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from dataclasses import replace
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import find_spec
 
 import pytest
 import torch
 
-from benchmarks import carry, gpu
+from benchmarks import gpu
 from benchmarks.evidence import carried, summary
 from benchmarks.evidence.folder import FILES, Folder
 from benchmarks.evidence.maker import Carried, Maker
@@ -245,10 +246,37 @@ def test_an_extension_that_does_not_load_is_built(tmp_path, monkeypatch, capfd):
     assert "built here, as no wheel was given" in capfd.readouterr().out
 
 
-def test_what_is_compiled_beforehand_is_the_headline():
-    assert carry.networks() == [
-        "V-99-eSE", "6x640x1600", "8x800x1344", "V-39-eSE", "1x800x1344"
-    ]  # fmt: skip
+def a_cache(folder):
+    """A kernel as Triton keeps it."""
+    kernel = folder / "A2B3"
+    kernel.mkdir(parents=True)
+    description = {"target": {"arch": 90}, "extern_libs": []}
+    (kernel / "_a_kernel.json").write_text(json.dumps(description))
+    (kernel / "_a_kernel.cubin").write_bytes(b"a binary")
+    (kernel / "__grp___a_kernel.json").write_text("{}")
+    return folder
+
+
+def test_carried_kernels_are_unpacked_first(tmp_path):
+    """A step of its own, which says what there was; one that does not fit stops nothing."""
+    pytest.importorskip("triton")
+    from vovnet_fast.compiling import cache
+
+    packed = tmp_path / "kernels.tar.xz"
+    cache.pack(a_cache(tmp_path / "cache"), packed)
+    damaged = tmp_path / "damaged.tar.xz"
+    damaged.write_bytes(b"no archive")
+    folder = Folder(tmp_path / "out", tmp_path / "scratch")
+    folder.create({})
+    makers = [Maker(folder, True, Carried(cache=file)) for file in (packed, damaged)]
+    steps = [plan(make)[0] for make in makers]
+    assert steps[0].name == "carried kernels"
+    run = Run(folder, [steps[0], replace(steps[1], name="damaged")], 3600.0, {})
+    assert run.all()
+    assert [result.status for result in run.results] == ["passed", "failed"]
+    assert run.results[0].detail.startswith("1 kernels for sm_90 and 0 modules")
+    assert "kernels are compiled as they are met" in run.results[1].detail
+    assert (tmp_path / "scratch" / "triton" / "A2B3" / "_a_kernel.cubin").exists()
 
 
 def test_the_digest_follows_the_sources(tmp_path, monkeypatch):
