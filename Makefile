@@ -20,21 +20,30 @@ export VOVNET_FAST_CUDA
 SPEC ?= V-19-slim-dw-eSE
 DEVICE ?= cpu
 GPU_PYTHON ?= python3
-OUT ?= work_dirs/demo
+SECONDS ?= 540
+ARCH ?= sm_90
+# What `make gpu-carry` leaves, and `make gpu` takes where it is there.
+CARRIED ?= build/carried
+TAKEN = $(addprefix --cache ,$(wildcard $(CARRIED)/kernels.tar.xz)) \
+	$(addprefix --wheel ,$(wildcard $(CARRIED)/*.whl))
+demo: OUT ?= work_dirs/demo
+gpu: OUT ?= benchmarks/results/{date}-{gpu}-{commit}
 
 BIN := $(VENV)/bin
 CXX_SOURCES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) \
 	$(if $(wildcard $(WHEELS)),--find-links $(abspath $(WHEELS)))
 
-.PHONY: help demo test sanitize gpu lint format clean
+.PHONY: help demo test sanitize gpu gpu-carry lint format clean
 
 help:
 	@echo "make demo    train a detector on scenes of digits, evaluate it, draw what it finds"
 	@echo "             (SPEC=V-39-eSE DEVICE=cuda OUT=folder; see: python demo/run.py --help)"
 	@echo "make test    run the tests"
 	@echo "make sanitize  the op tests of the extension's CPU half under ASan and UBSan"
-	@echo "make gpu     tests and measurements on a GPU, in 10 minutes, with GPU_PYTHON as it is"
+	@echo "make gpu     proofs and measurements on a GPU, with GPU_PYTHON as it is"
+	@echo "             (SECONDS=540 OUT=folder; see: python benchmarks/gpu.py --help)"
+	@echo "make gpu-carry  compile beforehand, without a GPU, what that needs (ARCH=sm_90)"
 	@echo "make lint    ruff, mypy and clang-format"
 	@echo "make format  let ruff and clang-format rewrite the sources"
 	@echo "make clean   remove the virtual environment and what the targets made"
@@ -73,7 +82,11 @@ sanitize: $(VENV)/dev
 
 # Installs nothing: GPU_PYTHON has torch, Triton, pytest and pytest-benchmark already.
 gpu:
-	$(GPU_PYTHON) benchmarks/gpu.py --out "benchmarks/results/{date}-{gpu}-{commit}"
+	$(GPU_PYTHON) benchmarks/gpu.py --out "$(OUT)" --seconds $(SECONDS) $(TAKEN)
+
+# GPU_PYTHON is the Python, and has the Triton, of the machine with the GPU.
+gpu-carry:
+	$(GPU_PYTHON) benchmarks/carry.py --out $(CARRIED) --arch $(ARCH)
 
 lint: $(VENV)/dev
 	$(BIN)/ruff check

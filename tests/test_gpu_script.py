@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from dataclasses import replace
 from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import find_spec
 
@@ -221,6 +222,61 @@ def test_a_wheel_that_does_not_fit_says_why(tmp_path):
         (tmp_path / "none.whl", "there is no wheel"),
     ):
         assert reason in carried.wheel_problem(wheel)
+
+
+def test_an_extension_that_does_not_load_is_built(tmp_path, monkeypatch, capfd):
+    """It is a real process that builds; here it only says so."""
+    (tmp_path / "vovnet_fast").mkdir()
+    (tmp_path / "setup.py").write_text("import sys; print('building:', *sys.argv[1:])")
+    wheel = a_wheel(tmp_path, carried.build_tag())
+    tag = carried.build_tag()
+    monkeypatch.setattr(carried, "ROOT", tmp_path)
+    monkeypatch.setattr(carried, "build_tag", lambda: tag)
+    for problem in (None, "GLIBC_2.99 not found"):
+        monkeypatch.setattr(carried, "_loads", lambda problem=problem: problem)
+        assert carried.main(["extension", str(wheel)]) == 0
+        assert len(list((tmp_path / "vovnet_fast").iterdir())) == (problem is None)
+        last = capfd.readouterr().out.strip().splitlines()
+        if problem is None:
+            assert last == [f"from the wheel {wheel.name}: its Python and its sources are these"]
+        else:
+            assert "building: -q build_ext --inplace" in last
+            assert last[-1] == f"built here, as the wheel's does not load here: {problem}"
+    assert carried.main(["extension"]) == 0
+    assert "built here, as no wheel was given" in capfd.readouterr().out
+
+
+def a_cache(folder):
+    """A kernel as Triton keeps it."""
+    kernel = folder / "A2B3"
+    kernel.mkdir(parents=True)
+    description = {"target": {"arch": 90}, "extern_libs": []}
+    (kernel / "_a_kernel.json").write_text(json.dumps(description))
+    (kernel / "_a_kernel.cubin").write_bytes(b"a binary")
+    (kernel / "__grp___a_kernel.json").write_text("{}")
+    return folder
+
+
+def test_carried_kernels_are_unpacked_first(tmp_path):
+    """A step of its own, which says what there was; one that does not fit stops nothing."""
+    pytest.importorskip("triton")
+    from vovnet_fast.compiling import cache
+
+    packed = tmp_path / "kernels.tar.xz"
+    cache.pack(a_cache(tmp_path / "cache"), packed)
+    damaged = tmp_path / "damaged.tar.xz"
+    damaged.write_bytes(b"no archive")
+    folder = Folder(tmp_path / "out", tmp_path / "scratch")
+    folder.create({})
+    makers = [Maker(folder, True, Carried(cache=file)) for file in (packed, damaged)]
+    steps = [plan(make)[0] for make in makers]
+    assert steps[0].name == "carried kernels"
+    run = Run(folder, [steps[0], replace(steps[1], name="damaged")], 3600.0, {})
+    assert run.all()
+    assert [result.status for result in run.results] == ["passed", "failed"]
+    assert run.results[0].detail.startswith("1 kernels for sm_90 and 0 modules")
+    assert "kernels are compiled as they are met" in run.results[1].detail
+    assert (tmp_path / "scratch" / "triton" / "A2B3" / "_a_kernel.cubin").exists()
 
 
 def test_the_digest_follows_the_sources(tmp_path, monkeypatch):

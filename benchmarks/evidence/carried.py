@@ -131,11 +131,24 @@ def extension(wheel: Path | None) -> int:
     return code
 
 
+def _arch() -> str | None:
+    """``sm_90`` for a Hopper GPU; None where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return "sm_{}{}".format(*torch.cuda.get_device_capability())
+
+
 def cache(packed: Path) -> int:
     """Unpack a cache of compiled kernels to where Triton looks for them."""
-    from vovnet_fast.compiling import cache as compiled  # type: ignore[import-not-found]
+    from vovnet_fast.compiling import cache as compiled
 
-    print(compiled.unpack(packed, Path(os.environ["TRITON_CACHE_DIR"])))
+    try:
+        print(compiled.unpack(packed, Path(os.environ["TRITON_CACHE_DIR"]), _arch()))
+    except (OSError, ValueError) as error:
+        print(f"kernels are compiled as they are met: {error}")
+        return 1
     return 0
 
 
