@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _interpreter
+
 INT32_LIMIT = 2**31
 PARTS = 3
 """A CTA computes its output channels in at most this many accumulators."""
@@ -37,6 +39,10 @@ def cdiv(a: int, b: int) -> int:
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, which was decided when it was imported."""
     return triton.knobs.runtime.interpret
+
+
+if interpreted():
+    _interpreter.repair()
 
 
 @dataclass(frozen=True)
