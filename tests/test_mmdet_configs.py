@@ -9,19 +9,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+pytest.importorskip("mmcv.ops", exc_type=Exception)
+pytest.importorskip("mmdet", exc_type=Exception)
+
 import mmcv.ops
 import mmdet.registry
 import mmengine.registry
-import pytest
-import torch
 from mmdet.testing import demo_mm_inputs
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.model import BaseModule, revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner.checkpoint import load_state_dict as mmengine_load_state_dict
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import vovnet_fast
 from vovnet_fast.checkpoints import CheckpointError
