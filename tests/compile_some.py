@@ -35,7 +35,7 @@ def ahead(folder):
     first_use.FEW = 0
 
     def asked():
-        return first_use.ahead(("some",), SETTING, some, checks=False)
+        return first_use.ahead(("some",), SETTING, some, None)
 
     found = [asked(), asked()]
     contents = cache.pack(folder, folder.with_suffix(".tar.xz"))
@@ -81,7 +81,7 @@ def launch(folder):
     return {
         "new": sorted({str(path) for path in folder.rglob("*")} - before),
         "modules": contents.modules,
-        "noted": first_use.ahead(("some",), SETTING, some, checks=False),
+        "noted": first_use.ahead(("some",), SETTING, some, None),
     }
 
 

@@ -21,6 +21,37 @@ from ._engines import ATEN, aten, conv_trial, judge, problem, tf32, tolerance
 MIN_CAPABILITY = (8, 0)
 
 
+_SOURCES = {
+    "conv": "backends.conv_sm90 backends.cudnn_graph kernels.conv kernels.epilogue",
+    "conv_statistics": "kernels.conv kernels.epilogue",
+    "conv_input_grad": "kernels.accumulate kernels.conv kernels.pack",
+    "conv_weight_grad": "kernels.conv_weight_grad",
+    "normalize": "kernels.epilogue",
+    "batch_norm_merge": "kernels.batch_norm",
+    "batch_norm_finish": "kernels.batch_norm",
+    "batch_norm_sums": "kernels.batch_norm",
+    "batch_norm_input_grad": "kernels.batch_norm",
+    "depthwise": "kernels.depthwise",
+    "depthwise_input_grad": "kernels.depthwise",
+    "depthwise_weight_grad": "kernels.depthwise",
+    "gates": "kernels.ese",
+    "gates_backward": "kernels.ese",
+    "gate_sums": "kernels.ese",
+    "apply_gates": "kernels.ese",
+    "apply_gates_backward": "kernels.ese",
+    "max_pool": "kernels.max_pool",
+    "max_pool_backward": "kernels.max_pool",
+}
+
+
+def sources(function: str) -> tuple[str, ...]:
+    """Modules of this package that compute a function with static choices.
+
+    What kernels import from each other is not named (:mod:`vovnet_fast.selfcheck.sources`).
+    """
+    return ("backends.triton", "backends._engines", *_SOURCES[function].split())
+
+
 @functools.cache
 def _kernels() -> Any:
     """The kernels, imported on first use: importing the package never needs Triton."""

@@ -134,7 +134,8 @@ def _once(
         if workers.count() == 0:
             return
         try:
-            ahead(key, Setting.here(device), plan, checks=backends.chosen() == "auto")
+            check = dtype if backends.chosen() == "auto" else None
+            ahead(key, Setting.here(device), plan, check)
         except Exception as error:
             _say(f"{type(error).__name__}: {error}")
 
@@ -146,7 +147,10 @@ def _say(problem: str) -> None:
 
 
 def ahead(
-    key: tuple[Hashable, ...], setting: Setting, plan: Callable[[Setting], Plan], *, checks: bool
+    key: tuple[Hashable, ...],
+    setting: Setting,
+    plan: Callable[[Setting], Plan],
+    check: torch.dtype | None,
 ) -> bool:
     """Compile what a network needs, unless it is noted that all of it is there.
 
@@ -154,7 +158,7 @@ def ahead(
         key: of the network, in its mode.
         setting: where it will run.
         plan: says what it needs, in a thread of its own.
-        checks: the self-check of the functions that it uses will run, too.
+        check: the self-check of the functions that it uses will run, too, in this dtype.
 
     Returns:
         whether it had to be found out.
@@ -172,7 +176,9 @@ def ahead(
     def launches() -> list[Launch]:
         with torch.set_grad_enabled(gradient):
             found = plan(setting)
-        return found.launches + (self_check(found.functions, setting.target) if checks else [])
+        if check is None:
+            return found.launches
+        return found.launches + self_check(found.functions, check, setting.target)
 
     # A thread of its own knows nothing of the caller's modes.
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
