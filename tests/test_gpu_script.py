@@ -26,7 +26,8 @@ NAMES = [
     "carried kernels", "first look", "numerics", "extension", "cuda", "headline inference",
     "headline training", "headline compiled", "hopper", "layers", "memcheck", "racecheck",
     "initcheck", "synccheck", "tuning", "headline tuned", "compiled V-99", "architectures",
-    "blocks", "other inference", "other training", "detectors", "trainings", "report",
+    "blocks", "all engines", "other inference", "other training", "detectors", "trainings",
+    "report",
 ]  # fmt: skip
 
 REHEARSED = {
@@ -146,8 +147,9 @@ def test_the_steps_on_a_gpu(tmp_path):
     assert [step.name for step in steps if step.closing] == ["report"]
     assert {step.name for step in steps if step.optional} == {"carried kernels", "report"}
     variables = {step.name: step.environment for step in steps}
-    assert {name for name, found in variables.items() if found["VOVNET_FAST_TUNE"] == "1"} == {
-        "tuning", "headline tuned"
+    tuned = {name: v["VOVNET_FAST_TUNE"] for name, v in variables.items()}
+    assert {name: value for name, value in tuned.items() if value != "0"} == {
+        "tuning": "1", "headline tuned": "1", "all engines": "all"
     }  # fmt: skip
     assert all(f"{spec}-{text(shape)}" in HEADLINE for spec, shape in NETWORKS)
 
@@ -157,7 +159,7 @@ def test_the_first_call_holds_what_matters_most(tmp_path):
     seconds = {step.name: step.estimate for step in plan(maker(tmp_path))}
     seconds["extension"] = 8.0
     before = NAMES.index("headline compiled")
-    assert sum(seconds[name] for name in NAMES[:before]) + seconds["report"] < 500
+    assert sum(seconds[name] for name in NAMES[:before]) + seconds["report"] < 530
 
 
 def test_the_headline_is_among_the_benchmarks_cases():
