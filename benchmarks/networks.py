@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.util
 import types
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from vovnet_fast import VoVNet, backends, use_backend
+from vovnet_fast import VoVNet, _optional, backends, use_backend
 from vovnet_fast.backends import _passes, conv_sm90, cpu_conv
 from vovnet_fast.bench.training import Shape, image
 from vovnet_fast.fusing import Fusable
@@ -134,7 +133,7 @@ def counted(spec: str, shape: Shape, dtype: str) -> dict[str, Any]:
     Returns:
         ``flop`` and ``bytes`` of the fused path, and ``launches`` by path, fused and eager.
     """
-    if importlib.util.find_spec("triton") is None:
+    if _optional.why_not("triton") is not None:
         return {}
     with torch.inference_mode(False):
         plan = plan_forward(spec, shape, dtype=dtype)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from vovnet_fast import reference, specs
 from vovnet_fast.backends import reference as plain
+from vovnet_fast.folded import NO_EPS
 from vovnet_fast.ops.features import sizes
 from vovnet_fast.ops.max_pool import output_size
 from vovnet_fast.plan import IMAGE_CHANNELS
@@ -130,7 +131,7 @@ class _Norm(NamedTuple):
         return cls(torch.zeros_like(scale), torch.ones_like(scale), scale, shift)
 
     def __call__(self, z: Tensor) -> Tensor:
-        return F.batch_norm(z, *self, eps=0.0)
+        return F.batch_norm(z, *self, eps=NO_EPS)
 
 
 # --------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import importlib.util
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,11 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vovnet_fast import backends, freeze, use_backend
+from vovnet_fast import _optional, backends, freeze, use_backend
 from vovnet_fast.bench.training import Shape, image
 from vovnet_fast.plan import DTYPES
 
 from .networks import (
+    TIMM,
     build,
     build_timm,
     counted,
@@ -134,6 +134,14 @@ def _only(case: Case, kind: str, what: str) -> None:
         raise Missing(f"{what}; this is a {case.device.type.upper()}")
 
 
+def _import(module: str) -> Any:
+    """A module of an optional package, which is missing where it cannot be used."""
+    reason = _optional.why_not(module)
+    if reason is not None:
+        raise Missing(reason)
+    return importlib.import_module(module)
+
+
 # --------------------------------------------------------------------------------------
 # PyTorch
 # --------------------------------------------------------------------------------------
@@ -230,14 +238,10 @@ def _folded_graph(case: Case) -> Model:
 
 
 def _timm(case: Case) -> Model:
-    if importlib.util.find_spec("timm") is None:
-        raise Missing("timm is not installed")
-    try:
-        return build_timm(case.spec, case.dtype, case.device)
-    except KeyError:
-        raise Missing(f"timm has no {case.spec}") from None
-    except (ImportError, AttributeError) as error:
-        raise Missing(f"timm cannot be imported: {error}") from error
+    _import("timm")
+    if case.spec not in TIMM:
+        raise Missing(f"timm has no {case.spec}")
+    return build_timm(case.spec, case.dtype, case.device)
 
 
 # --------------------------------------------------------------------------------------
@@ -293,9 +297,7 @@ def _onnxruntime(case: Case) -> Model:
     _only(case, "cpu", "ONNX Runtime is measured on CPUs")
     if case.dtype != torch.float32:
         raise Missing("ONNX Runtime has no convolutions in half precision on CPUs")
-    if importlib.util.find_spec("onnxruntime") is None:
-        raise Missing("onnxruntime is not installed")
-    runtime: Any = importlib.import_module("onnxruntime")
+    runtime = _import("onnxruntime")
     options = runtime.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
     options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
@@ -310,9 +312,7 @@ def _onnxruntime(case: Case) -> Model:
 
 def _openvino(case: Case) -> Model:
     _only(case, "cpu", "OpenVINO is measured on CPUs")
-    if importlib.util.find_spec("openvino") is None:
-        raise Missing("openvino is not installed")
-    openvino: Any = importlib.import_module("openvino")
+    openvino = _import("openvino")
     precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[case.dtype]
     options = {
         "PERFORMANCE_HINT": "LATENCY",
@@ -346,8 +346,7 @@ def _tensorrt(case: Case) -> Model:
 
 @contextlib.contextmanager
 def _exported(case: Case) -> Iterator[Path]:
-    if importlib.util.find_spec("onnx") is None:
-        raise Missing("onnx, which the export needs, is not installed")
+    _import("onnx")  # torch's exporter needs it.
     with onnx_file(case) as path:
         yield path
 

@@ -7,14 +7,13 @@ and few proposals in fp32 on a CPU. ``extra_info["images_per_s"]`` counts whole 
 losses and optimiser included, and ``distance`` is that of the last feature from eager's.
 """
 
-import importlib.util
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 
-from vovnet_fast import backends, freeze, use_backend
+from vovnet_fast import _optional, backends, freeze, use_backend
 
 from .op_rows import skip_unless_usable
 from .timing import FEWEST, measure
@@ -126,8 +125,9 @@ class Detector:
 @pytest.mark.parametrize("name", PROVIDERS)
 @pytest.mark.parametrize("direction", ["forward", "step"])
 def test_detector(direction, name, benchmark, watch, device):
-    if importlib.util.find_spec("mmdet") is None:
-        pytest.skip("mmdet is not installed")
+    missing = list(filter(None, map(_optional.why_not, ("mmcv.ops", "mmdet"))))
+    if missing:
+        pytest.skip(missing[0])
     provider = PROVIDERS[name]
     if direction == "step" and provider.frozen:
         pytest.skip("a frozen backbone is not trained")

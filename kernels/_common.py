@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _compile_log
+from . import _compile_log, _interpreter
 
 INT32_LIMIT = 2**31
 VECTOR_BYTES = 16
@@ -43,6 +43,10 @@ def cdiv(a: int, b: int) -> int:
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, which was decided when it was imported."""
     return triton.knobs.runtime.interpret
+
+
+if interpreted():
+    _interpreter.repair()
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="the Triton backend is optional")
+pytest.importorskip("triton", minversion="3.6", reason="the Triton backend is optional")
 
 import vovnet_fast
 

@@ -4,6 +4,10 @@ import copy
 
 import pytest
 import torch
+
+pytest.importorskip("mmcv.ops", exc_type=Exception)
+pytest.importorskip("mmdet", exc_type=Exception)
+
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs
 from mmdet.utils import register_all_modules

@@ -54,7 +54,7 @@ def script(*words):
 
 
 def test_a_rehearsal_walks_through_every_step(tmp_path, without_gpu):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     pytest.importorskip("pytest_benchmark")
     done = script("--out", f"{tmp_path}/{{gpu}}-{{commit}}", "--rehearse", "--commit", "abc")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -261,7 +261,7 @@ def a_cache(folder):
 
 def test_carried_kernels_are_unpacked_first(tmp_path):
     """A step of its own, which says what there was; one that does not fit stops nothing."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     from vovnet_fast.compiling import cache
 
     packed = tmp_path / "kernels.tar.xz"

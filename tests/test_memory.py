@@ -51,7 +51,8 @@ def bytes_alive(spec, mode, *, norm_eval):
     allocations = Allocations()
     with fused() if mode.fused else backends.use_backend("reference"), allocations:
         features = model(x)
-    nodes = [feature.grad_fn for feature in features]
+    # Of nodes above: up to torch 2.11 a Function's own, held in Python, does not keep the graph.
+    nodes = [feature.view_as(feature).grad_fn for feature in features]
     del features
     found = allocations.alive([x, *model.parameters(), *model.buffers()])
     del nodes
@@ -97,7 +98,7 @@ def test_what_a_context_hides_is_found():
 @pytest.mark.parametrize("norm_eval", [True, False])
 def test_the_kernels_keep_what_the_reference_does(name, norm_eval, monkeypatch):
     """The same ops with the Triton backend, whose launches are noted and not run."""
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     from vovnet_fast.kernels._common import recording
 
     counted = kept(TINY[name], norm_eval=norm_eval)

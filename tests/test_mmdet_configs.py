@@ -9,19 +9,23 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+pytest.importorskip("mmcv.ops", exc_type=Exception)
+pytest.importorskip("mmdet", exc_type=Exception)
+
 import mmcv.ops
 import mmdet.registry
 import mmengine.registry
-import pytest
-import torch
 from mmdet.testing import demo_mm_inputs
 from mmdet.utils import register_all_modules
 from mmengine.config import Config
 from mmengine.model import BaseModule, revert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.runner.checkpoint import load_state_dict as mmengine_load_state_dict
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import vovnet_fast
 from vovnet_fast.checkpoints import CheckpointError
@@ -42,6 +46,21 @@ ESE_CONFIGS = {
     "retinanet/retinanet_v-39-ese_fpn_1x_coco.py": "V-39-eSE",
 }
 SPEC_OF = SEED_CONFIGS | ESE_CONFIGS
+
+# Each detector and each depth once. The others differ in nothing that these do not show.
+RUN = {
+    "faster_rcnn/faster-rcnn_vovnet-19_fpn_1x_coco.py",
+    "mask_rcnn/mask-rcnn_vovnet-39_fpn_1x_coco.py",
+    "cascade_rcnn/cascade-rcnn_vovnet-57_fpn_1x_coco.py",
+    "cascade_mask_rcnn/cascade-mask-rcnn_vovnet-99_fpn_1x_coco.py",
+    LIGHT,
+    *ESE_CONFIGS,
+}
+runs = pytest.mark.parametrize(
+    "detector",
+    [pytest.param(n, marks=[] if n in RUN else [pytest.mark.slow]) for n in SPEC_OF],
+    indirect=True,
+)
 
 # Two shapes, so that the batch is padded: to 64x64, which is 2x2 in stage5.
 IMAGE_SHAPES = [(3, 48, 64), (3, 64, 48)]
@@ -90,6 +109,9 @@ def norms(module: nn.Module) -> list[_BatchNorm]:
 
 
 def test_the_expected_configs_are_there() -> None:
+    assert set(SPEC_OF) >= RUN
+    assert {SPEC_OF[name] for name in RUN} == set(SPEC_OF.values())
+    assert {name.split("/")[0] for name in RUN} == {name.split("/")[0] for name in SPEC_OF}
     found = {
         path.relative_to(CONFIGS).as_posix()
         for path in CONFIGS.glob("**/*.py")
@@ -203,13 +225,14 @@ def test_ese_configs_feed_what_the_pretrained_file_expects(name: str) -> None:
 # --- The detectors. One at a time is alive; inference comes before the step that moves it. ---
 
 
-@pytest.fixture(scope="module", params=SPEC_OF)
+@pytest.fixture(scope="module")
 def detector(request: pytest.FixtureRequest) -> nn.Module:
     model = build_detector(request.param)
     model.config_name = request.param
     return model
 
 
+@pytest.mark.parametrize("detector", SPEC_OF, indirect=True)
 def test_levels_match(detector: nn.Module) -> None:
     backbone = detector.backbone
     assert type(backbone) is VoVNetFast
@@ -230,6 +253,7 @@ def test_levels_match(detector: nn.Module) -> None:
     assert [s[0] for s in head.prior_generator.strides[: len(strides)]] == strides
 
 
+@runs
 def test_inference(detector: nn.Module) -> None:
     detector.eval()
     with torch.no_grad():
@@ -244,6 +268,7 @@ def test_inference(detector: nn.Module) -> None:
             assert instances.masks.shape == (10, height, width)
 
 
+@runs
 def test_one_training_step(detector: nn.Module) -> None:
     config = load_config(detector.config_name)
     backbone = detector.backbone

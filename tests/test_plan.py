@@ -5,7 +5,7 @@ Triton is imported inside the tests only: tests/kernels chooses its interpreter 
 
 import contextlib
 import functools
-import importlib.util
+import importlib
 import inspect
 import json
 import pkgutil
@@ -14,12 +14,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vovnet_fast import VoVNet, backends, cli, plan, specs
+from vovnet_fast import VoVNet, _optional, backends, cli, plan, specs
 from vovnet_fast.plan import Plan, Rates, Row, Tally, plan_forward
 
-needs_triton = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="the Triton backend is optional"
-)
+_MISSING = _optional.why_not("triton")
+needs_triton = pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING))
 
 SMALL = (2, 64, 96)
 SIDES = ("fused", "eager")
@@ -344,8 +343,8 @@ def test_errors_of_the_function():
 
 
 def test_without_triton(capsys, monkeypatch):
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert_error(capsys, ["--plan", "V-39-eSE", "1x64x64"], "not installed: pip install triton")
+    monkeypatch.setattr(_optional, "why_not", lambda module: f"{module} is broken")
+    assert_error(capsys, ["--plan", "V-39-eSE", "1x64x64"], "with Triton: triton is broken")
 
 
 def test_bench_help(capsys):

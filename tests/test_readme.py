@@ -27,7 +27,7 @@ def test_training_memory(written):
 
 
 def test_traffic():
-    pytest.importorskip("triton", reason="launches are planned with Triton")
+    pytest.importorskip("triton", minversion="3.6", reason="launches are planned with Triton")
     counted = plan_forward(PLAN["spec"], tuple(PLAN["shape"]), dtype=PLAN["dtype"])
     for path, words in (
         ("fused", "{launches} launches and {gigabytes:.1f} GB"),

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import __version__, backends, selfcheck, tuning
+from . import __version__, _optional, backends, selfcheck, tuning
 from .backends import _extension
 
 
@@ -137,15 +137,16 @@ def _versions() -> _Found:
     yield "python", f"{platform.python_version()}, {platform.platform()}"
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     yield "torch", f"{torch.__version__}, {build}, {torch.get_num_threads()} threads"
-    yield "triton", _version("triton", "pip install triton")
-    yield "mmdet", _version("mmdet", 'pip install "vovnet-fast[mmdet]"')
-    yield "mmcv", _version("mmcv", 'pip install "vovnet-fast[mmdet]"') + _mmcv_operators()
+    yield "triton", _version("triton")
+    yield "mmdet", _version("mmdet")
+    yield "mmcv", _version("mmcv") + _mmcv_operators()
 
 
-def _version(module: str, remedy: str) -> str:
-    """The version of what brings a module, without importing it."""
-    if importlib.util.find_spec(module) is None:
-        return f"not installed ({remedy})"
+def _version(module: str) -> str:
+    """The version of what brings a module, or the reason why that cannot be used."""
+    reason = _optional.why_not(module)
+    if reason is not None:
+        return reason
     names = _distributions().get(module, [])
     if not names:
         return "of unknown version"
@@ -160,13 +161,13 @@ def _distributions() -> dict[str, list[str]]:
 
 def _mmcv_operators() -> str:
     """Whether mmcv has its compiled operators: without them it installs, and detectors fail."""
-    spec = importlib.util.find_spec("mmcv")
-    if spec is None:
+    if _optional.why_not("mmcv") is not None:
         return ""
-    folders = spec.submodule_search_locations or []
-    if any(Path(folder).glob("_ext*") for folder in folders):
+    reason = _optional.why_not("mmcv._ext")
+    if reason is None:
         return ", with its operators"
-    return ", WITHOUT its operators (pip install --no-build-isolation onedl-mmcv, after torch)"
+    remedy = "pip install --no-build-isolation onedl-mmcv, after torch"
+    return f", WITHOUT its operators: {reason} ({remedy})"
 
 
 # --------------------------------------------------------------------------------------
@@ -177,7 +178,7 @@ def _mmcv_operators() -> str:
 def _cuda() -> _Found:
     yield "driver", _driver()
     yield "toolkit", _toolkit()
-    yield "cuDNN frontend", _version("cudnn", 'pip install "vovnet-fast[cudnn]"')
+    yield "cuDNN frontend", _version("cudnn")
     if not torch.cuda.is_available():
         yield "GPU", "torch sees none"
         return

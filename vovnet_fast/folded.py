@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -14,6 +15,9 @@ from .ops import BlockParams, ConvParams, NetworkParams
 from .specs import FIRST_STAGE
 
 Statistics = tuple[Tensor, Tensor]
+
+NO_EPS = torch.finfo(torch.float32).tiny
+"""For a batch norm whose variances are one: rounded away, where torch 2.11 refuses zero."""
 
 
 def folded_forward(
@@ -62,7 +66,7 @@ def _conv_relu(x: Tensor, layer: ConvParams, statistics: Statistics) -> Tensor:
     y = F.conv2d(x, weight, layer.shift if folded else None, stride, weight.shape[2] // 2)
     if not folded:
         mean, var = (statistic[: y.shape[1]] for statistic in statistics)
-        y = F.batch_norm(y, mean, var, layer.scale, layer.shift, eps=0.0)
+        y = F.batch_norm(y, mean, var, layer.scale, layer.shift, eps=NO_EPS)
     return y.relu_()
 
 

@@ -13,7 +13,6 @@ convolutions and fully connected layers, two a multiply-add.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from . import backends
+from . import _optional, backends
 from .layers import ESE
 from .model import VoVNet
 from .ops._checks import nhwc
@@ -193,12 +192,12 @@ def plan_forward(
     Raises:
         UnknownSpecError: no architecture has that name.
         ValueError: a size below 1, images too small for the network, unknown dtype.
-        BackendError: Triton is not installed.
+        BackendError: Triton is not installed, or cannot be imported.
     """
-    if importlib.util.find_spec("triton") is None:
+    reason = _optional.why_not("triton")
+    if reason is not None:
         raise backends.BackendError(
-            "the launches of the fused path are planned with Triton, which is not installed: "
-            "pip install triton"
+            f"the launches of the fused path are planned with Triton: {reason}"
         )
     check_input(shape, dtype)
     rates = rates or Rates()

@@ -6,7 +6,6 @@ that only listens, and by the real one where it is installed.
 
 import contextlib
 import dataclasses
-import importlib.util
 import logging
 import types
 
@@ -14,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vovnet_fast import tuning
+from vovnet_fast import _optional, tuning
 from vovnet_fast.backends import cudnn_graph
 from vovnet_fast.backends import triton as backend
 
@@ -85,7 +84,7 @@ def _nothing_remembered():
 @pytest.fixture
 def installed(monkeypatch):
     """A frontend and a GPU, as far as :func:`why_not` can see; says how to make it worse."""
-    monkeypatch.setattr(cudnn_graph, "_installed", lambda: True)
+    monkeypatch.setattr(_optional, "why_not", lambda module: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 92000)
@@ -112,8 +111,8 @@ def test_reasons_why_not(installed, monkeypatch):
         assert "no NVIDIA GPU" in cudnn_graph.why_not(cuda)
     with torch.backends.cudnn.flags(enabled=False):
         assert "enabled is off" in cudnn_graph.why_not(cuda)
-    monkeypatch.setattr(cudnn_graph, "_installed", lambda: False)
-    assert "pip install vovnet-fast[cudnn]" in cudnn_graph.why_not(cuda)
+    monkeypatch.setattr(_optional, "why_not", lambda module: f"{module} is not installed")
+    assert "frontend: cudnn is not installed" in cudnn_graph.why_not(cuda)
 
 
 def _no_library():
@@ -134,7 +133,7 @@ def test_a_frontend_that_does_not_fit(installed, backend_version, reason):
 
 
 def test_nothing_is_offered_where_it_is_missing(monkeypatch, layer, output):
-    monkeypatch.setattr(cudnn_graph, "_installed", lambda: False)
+    monkeypatch.setattr(_optional, "why_not", lambda module: f"{module} is not installed")
     case = layer(1, 5, 7, 16, 32, torch.float16)
     out = output(case.shape(), torch.float16).view
     assert case.engines(out) == []
@@ -476,8 +475,9 @@ def test_the_backend_offers_and_runs_it(layer, output, frontend, monkeypatch):
 
 def test_the_real_frontend_accepts_the_description(layer, output):
     """Its own checks of the graph. All that comes after them asks the GPU."""
-    if importlib.util.find_spec("cudnn") is None:
-        pytest.skip("NVIDIA's cuDNN frontend is not installed")
+    reason = _optional.why_not("cudnn")
+    if reason is not None:
+        pytest.skip(reason)
     case = layer(2, 9, 11, 24, 40, torch.bfloat16, stride=2, crop=True)
     out = output(case.shape(), torch.bfloat16, crop=True).view
     problem = cudnn_graph.describe(*case.tensors(out), **case.options())

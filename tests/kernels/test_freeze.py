@@ -238,7 +238,7 @@ def test_few_shapes_are_kept(fused):
 def test_threads_share_no_arena(fused, monkeypatch):
     model = network()
     frozen = freeze(model)
-    used, together = [], threading.Barrier(2, timeout=30)
+    used, together = [], threading.Barrier(2, timeout=600)
     run = module.run
 
     def meet(backend, view, params, out_features, memory):

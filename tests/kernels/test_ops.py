@@ -7,7 +7,6 @@ import collections
 
 import pytest
 import torch
-import triton
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -341,16 +340,3 @@ def test_choosing_a_backend(monkeypatch):
     monkeypatch.setenv("VOVNET_FAST_BACKEND", "tritn")
     with pytest.raises(ValueError, match="'tritn': choose one of auto, reference, cpu, triton"):
         backends.select(torch.device("cpu"))
-
-
-@pytest.mark.parametrize(("version", "old"), [("3.3.1", True), ("3.5.0", True), ("3.6.0", False)])
-def test_an_old_triton_is_a_reason(version, old, monkeypatch):
-    """That of torch 2.7 lacks what the kernels import: that must not be an error elsewhere."""
-    monkeypatch.setattr(triton, "__version__", version)
-    reason = backends.why_not("triton", None)
-    if old:
-        assert f"Triton {version} is older than 3.6" in reason
-        with pytest.raises(backends.BackendError, match=r"install torch 2\.10 or newer"):
-            backends.use_backend("triton").__enter__()
-    else:
-        assert reason is None or "older" not in reason

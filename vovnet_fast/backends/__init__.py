@@ -304,8 +304,9 @@ _trusted._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _exporting() -> bool:
     """Whether torch.export, or either exporter of ONNX, is tracing."""
-    if torch.jit.is_tracing():
-        return True
-    if hasattr(torch.compiler, "is_exporting"):  # Since torch 2.7.
-        return torch.compiler.is_exporting()
-    return torch.compiler.is_compiling()
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
+# As above, and asked while torch.compile traces: up to torch 2.11 it would itself take
+# is_exporting() for true, and compiled networks would be plain modules.
+_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import logging
 import threading
 from collections.abc import Iterator
@@ -23,6 +22,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from .. import _optional
 
 NAME = "cudnn-graph"
 """Names of engines begin with it; the name that cuDNN has for the plan follows."""
@@ -52,8 +53,9 @@ class Refused(RuntimeError):
 
 def why_not(device: torch.device) -> str | None:
     """The reason why nothing at all is offered on ``device``, or None."""
-    if not _installed():
-        return "NVIDIA's cuDNN frontend is not installed (pip install vovnet-fast[cudnn])"
+    reason = _optional.why_not("cudnn")
+    if reason is not None:
+        return f"NVIDIA's cuDNN frontend: {reason}"
     if device.type != "cuda":
         return f"it needs tensors on an NVIDIA GPU, these are on {device}"
     if not torch.cuda.is_available() or torch.version.hip is not None:
@@ -66,13 +68,8 @@ def why_not(device: torch.device) -> str | None:
     return _mismatch()
 
 
-@functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("cudnn") is not None
-
-
 def _frontend() -> Any:
-    """The frontend, imported on first use: it loads cuDNN, torch's where torch has one."""
+    """The frontend, which may be missing. It loads cuDNN, torch's where torch has one."""
     return importlib.import_module("cudnn")
 
 
@@ -81,7 +78,7 @@ def _mismatch() -> str | None:
     """What is wrong with the frontend, or with the cuDNN that it found."""
     try:
         found = _frontend().backend_version()
-    except (ImportError, OSError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         return f"NVIDIA's cuDNN frontend does not load: {error}"
     if found < MIN_CUDNN:
         return f"cuDNN {found} is older than {MIN_CUDNN}"

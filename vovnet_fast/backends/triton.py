@@ -7,21 +7,18 @@ tensors in Triton's interpreter (``TRITON_INTERPRET=1``).
 from __future__ import annotations
 
 import functools
-import importlib.util
-import re
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import selfcheck, tuning
+from .. import _optional, selfcheck, tuning
 from .._dtypes import accumulator
 from ..specs import Gate, Pool
 from . import _aten, conv_sm90, cudnn_graph, reference
 from ._engines import ATEN, aten, conv_trial, judge, problem, tf32, tolerance
 
 MIN_CAPABILITY = (8, 0)
-MIN_TRITON = (3, 6)
 
 
 @functools.cache
@@ -45,15 +42,9 @@ def _kernels() -> Any:
 
 def why_not(device: torch.device | None) -> str | None:
     """The reason why the kernels cannot run on ``device`` (None: on any device here)."""
-    if importlib.util.find_spec("triton") is None:
-        return "Triton is not installed (pip install triton)"
-    import triton
-
-    if tuple(map(int, re.findall(r"\d+", triton.__version__)[:2])) < MIN_TRITON:
-        return (
-            f"Triton {triton.__version__} is older than 3.6, the first that has what the kernels "
-            "need: install torch 2.10 or newer, which brings it"
-        )
+    reason = _optional.why_not("triton")
+    if reason is not None:
+        return reason
     from ..kernels._common import interpreted
 
     if interpreted():

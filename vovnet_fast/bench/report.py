@@ -7,11 +7,11 @@ faster is, and what was not measured is said.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import _optional
 from .._files import replacing
 from . import rows
 from .rows import KINDS, Interval, ReportError, Row, Section
@@ -29,8 +29,6 @@ _CAPTIONS = {
 }
 _BY_WAY = 2 * CONFIDENCE - 1
 """Confidence of an interval that is put together from two."""
-
-_NO_MATPLOTLIB = 'matplotlib is not installed: pip install "vovnet-fast[bench]"'
 
 
 def write(files: Sequence[Path], folder: Path, title: str) -> list[Path]:
@@ -67,8 +65,9 @@ def _draw(
     section: Section, folder: Path, suffix: str
 ) -> tuple[dict[str, list[Path]], dict[str, str]]:
     """The pictures' files, and why others are missing."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return {}, dict.fromkeys(_CAPTIONS, _NO_MATPLOTLIB)
+    reason = _optional.why_not("matplotlib")
+    if reason is not None:
+        return {}, dict.fromkeys(_CAPTIONS, reason)
     from . import plots
 
     return plots.draw(section, folder, suffix)

@@ -76,8 +76,7 @@ class Job(NamedTuple):
 def different(launches: Iterable[Launch], arch: str) -> list[Job]:
     """The kernels that these launches need on ``arch``, each once, in order.
 
-    Raises:
-        RuntimeError: the process runs Triton's interpreter, which compiles nothing.
+    Not in a process in which Triton interprets.
     """
     found: dict[str, Job] = {}
     for launch in launches:
