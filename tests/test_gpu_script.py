@@ -178,6 +178,13 @@ def test_the_headline_is_among_the_benchmarks_cases():
     assert done.stdout == "True True\n", done.stderr
 
 
+def test_carried_files_are_named_from_where_one_is(tmp_path, monkeypatch):
+    """The steps run in the repository's root."""
+    monkeypatch.chdir(tmp_path)
+    options = gpu._parser().parse_args(["--out", "x", "--cache", "a.tar.xz", "--wheel", "b.whl"])
+    assert (options.cache, options.wheel) == (tmp_path / "a.tar.xz", tmp_path / "b.whl")
+
+
 def test_only_some_steps(tmp_path):
     steps = plan(maker(tmp_path))
     assert [s.name for s in gpu._chosen(steps, ["tuning"])] == ["tuning", "report"]
