@@ -361,8 +361,10 @@ def test_last(): os._exit(7)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_plugin_of_pytest(tmp_path, workers):
+def test_the_plugin_of_pytest(tmp_path, workers, monkeypatch):
     """Also in a worker of pytest-xdist, and of a test that ends its process."""
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+        monkeypatch.delenv(name)  # What this test runs in is not what it runs.
     pytest.importorskip("xdist")
     pytest.importorskip("pytest_benchmark")
     suite = tmp_path / "test_suite.py"
