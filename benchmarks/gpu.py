@@ -41,6 +41,11 @@ from benchmarks.evidence.runner import Run  # noqa: E402
 from benchmarks.evidence.steps import Step  # noqa: E402
 
 
+def _path(text: str) -> Path:
+    """From where this command was called; the steps run elsewhere."""
+    return Path(text).resolve()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python benchmarks/gpu.py",
@@ -65,10 +70,10 @@ def _parser() -> argparse.ArgumentParser:
         help="these steps, and the report: what an earlier run left out",
     )
     parser.add_argument(
-        "--cache", type=Path, metavar="FILE", help="kernels that benchmarks/carry.py compiled"
+        "--cache", type=_path, metavar="FILE", help="kernels that benchmarks/carry.py compiled"
     )
     parser.add_argument(
-        "--wheel", type=Path, metavar="FILE", help="the extension that benchmarks/carry.py built"
+        "--wheel", type=_path, metavar="FILE", help="the extension that benchmarks/carry.py built"
     )
     parser.add_argument(
         "--commit", help="what the sources are, where they do not lie in a git checkout"

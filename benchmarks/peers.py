@@ -6,140 +6,20 @@ weights and images; each wants the latter in its own form (:attr:`Peer.images`).
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vovnet_fast import _optional, backends, freeze, use_backend
-from vovnet_fast.bench.training import Shape, image
-from vovnet_fast.plan import DTYPES
+from vovnet_fast import backends, freeze
+from vovnet_fast.bench.training import image
 
-from .networks import (
-    TIMM,
-    build,
-    build_timm,
-    counted,
-    extension_launches,
-    fold_ahead,
-    operations,
-    text,
-)
+from . import runtimes
+from .networks import TIMM, build, build_timm, fold_ahead
+from .peer import Case, Missing, Model, Peer, imported, only
 
-Model = Callable[[Any], Sequence[Tensor]]
-"""Makes the four features of images."""
-
-
-class Missing(Exception):
-    """This machine does not have the peer; the message says why."""
-
-
-class Case(NamedTuple):
-    """A network on images of one size; ``dtype`` is that of activations."""
-
-    spec: str
-    shape: Shape
-    dtype: torch.dtype
-    device: torch.device
-
-    def __str__(self) -> str:
-        return f"{self.spec}-{text(self.shape)}-{str(self.dtype).removeprefix('torch.')}"
-
-    def network(self) -> nn.Module:
-        """The plain network in this dtype, ``channels_last``, in eval mode."""
-        return build(self.spec, self.dtype, self.device)
-
-    def images(self) -> Tensor:
-        """``channels_last``, in this dtype."""
-        with torch.inference_mode(False):
-            return image(self.shape, self.dtype, self.device)
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
-
-
-class Peer(NamedTuple):
-    """Someone who makes features of images.
-
-    Attributes:
-        provider: as rows name it.
-        build: makes it; may compile, convert, capture.
-        settings: which ones it got, in words.
-        images: of ``channels_last`` images in the case's dtype, those that it wants.
-        backend: under which it runs; that of a row is None for the plain modules.
-        same: computes the same function of the same weights as eager.
-        slow: takes minutes to build.
-        opaque: the reason why nobody can count its launches, where that is so.
-    """
-
-    provider: str
-    build: Callable[[Case], Model]
-    settings: str
-    images: Callable[[Tensor], Any] = _same
-    backend: str = "reference"
-    same: bool = True
-    slow: bool = False
-    opaque: str = ""
-
-    @property
-    def ours(self) -> str | None:
-        """The backend, where this is vovnet_fast."""
-        return self.backend if self.provider.startswith(("fused", "frozen")) else None
-
-    def ready(self, case: Case) -> Model:
-        """Build it, unless it is missing here.
-
-        Raises:
-            Missing: the reason why it is.
-        """
-        reason = backends.why_not(self.backend, case.device)
-        if reason is None and self.backend == "triton" and case.device.type == "cpu":
-            reason = "the time of Triton's interpreter says nothing"
-        if reason is not None:
-            raise Missing(f"backend {self.backend}: {reason}")
-        # As its user would: outside inference mode, which makes tensors of another kind.
-        with torch.inference_mode(False), torch.no_grad():
-            return self.build(case)
-
-    def launches(self, case: Case, model: Model) -> int:
-        """How many kernels ``model``, which :meth:`ready` made, launches; counted, not measured.
-
-        Of plain PyTorch ATen's operations, of Triton what it would launch with the choices that
-        need no measurement, of the extension its calls. Of a CUDA graph, what was captured.
-
-        Raises:
-            Missing: it cannot be counted; the message says why.
-        """
-        if self.opaque:
-            raise Missing(self.opaque)
-        if self.ours == "triton":
-            dtype = next(name for name, dtype in DTYPES.items() if dtype == case.dtype)
-            launches: int = counted(case.spec, case.shape, dtype)["launches"]["fused"]
-            return launches
-        if self.ours in ("cpu", "cuda"):
-            return extension_launches(self.ours, *case)
-        images = self.images(case.images())
-        captured: Model = getattr(model, "captured", model)
-        return operations(lambda: captured(images))
-
-
-def _only(case: Case, kind: str, what: str) -> None:
-    if case.device.type != kind:
-        raise Missing(f"{what}; this is a {case.device.type.upper()}")
-
-
-def _import(module: str) -> Any:
-    """A module of an optional package, which is missing where it cannot be used."""
-    reason = _optional.why_not(module)
-    if reason is not None:
-        raise Missing(reason)
-    return importlib.import_module(module)
+__all__ = ["EAGER", "PEERS", "Case", "Missing", "Peer"]
 
 
 # --------------------------------------------------------------------------------------
@@ -184,7 +64,7 @@ def _compiled_folded(case: Case) -> Model:
 
 
 def _compiled_folded_nchw(case: Case) -> Model:
-    _only(case, "cpu", "Inductor's freezing, which packs weights itself, is for CPUs")
+    only(case, "cpu", "Inductor's freezing, which packs weights itself, is for CPUs")
     return _frozen_by_inductor(case, torch.contiguous_format)
 
 
@@ -204,7 +84,7 @@ def _frozen_by_inductor(
 
 def _max_autotune(mode: str) -> Callable[[Case], Model]:
     def make(case: Case) -> Model:
-        _only(case, "cuda", "max-autotune is for GPUs")
+        only(case, "cuda", "max-autotune is for GPUs")
         return torch.compile(_folded(case), mode=mode, dynamic=False)
 
     return make
@@ -233,12 +113,12 @@ class _Graphed:
 
 
 def _folded_graph(case: Case) -> Model:
-    _only(case, "cuda", "CUDA graphs need an NVIDIA GPU")
+    only(case, "cuda", "CUDA graphs need an NVIDIA GPU")
     return _Graphed(_folded(case), case.images())
 
 
 def _timm(case: Case) -> Model:
-    _import("timm")
+    imported("timm")
     if case.spec not in TIMM:
         raise Missing(f"timm has no {case.spec}")
     return build_timm(case.spec, case.dtype, case.device)
@@ -254,7 +134,7 @@ def _frozen(case: Case) -> Model:
 
 
 def _frozen_graph(case: Case) -> Model:
-    _only(case, "cuda", "CUDA graphs need an NVIDIA GPU")
+    only(case, "cuda", "CUDA graphs need an NVIDIA GPU")
     return freeze(build(case.spec, case.dtype, case.device), graph=True)
 
 
@@ -269,91 +149,13 @@ def _ours() -> Iterator[Peer]:
                 yield Peer("fused, graph", _frozen_graph, graph, backend=name)
 
 
-# --------------------------------------------------------------------------------------
-# Other runtimes; those on GPUs are in gpu_runtimes.py
-# --------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def onnx_file(case: Case) -> Iterator[Path]:
-    """The network in fp32, exported for images of this size."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "network.onnx"
-        with use_backend("reference"):
-            model = build(case.spec, torch.float32, case.device)
-            images = image(case.shape, torch.float32, case.device).contiguous()
-            # The exporter by TorchScript: the newer one takes several times as long.
-            torch.onnx.export(
-                model, (images,), path, input_names=["images"], dynamo=False, verbose=False
-            )
-        yield path
+_CL = "channels_last"
+_BY_COMPILER = "torch.compile makes kernels of its own, and does not say how many"
+_BY_RUNTIME = "a runtime of its own, which does not say what it launches"
 
 
 def _numpy(x: Tensor) -> Any:
     return x.float().contiguous().numpy()
-
-
-def _onnxruntime(case: Case) -> Model:
-    _only(case, "cpu", "ONNX Runtime is measured on CPUs")
-    if case.dtype != torch.float32:
-        raise Missing("ONNX Runtime has no convolutions in half precision on CPUs")
-    runtime = _import("onnxruntime")
-    options = runtime.SessionOptions()
-    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    with _exported(case) as path:
-        session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    def run(images: Any) -> Sequence[Tensor]:
-        return [torch.from_numpy(found) for found in session.run(None, {"images": images})]
-
-    return run
-
-
-def _openvino(case: Case) -> Model:
-    _only(case, "cpu", "OpenVINO is measured on CPUs")
-    openvino = _import("openvino")
-    precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[case.dtype]
-    options = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": precision,
-        "ENABLE_CPU_PINNING": False,  # It would bind this very thread, and all peers with it.
-    }
-    with _exported(case) as path:
-        core = openvino.Core()
-        compiled = core.compile_model(core.read_model(path), "CPU", options)
-    request = compiled.create_infer_request()
-
-    def run(images: Any) -> Sequence[Tensor]:
-        found = request.infer([images], share_inputs=True, share_outputs=True)
-        return [torch.from_numpy(found[output]) for output in compiled.outputs]
-
-    return run
-
-
-def _onnxruntime_cuda(case: Case) -> Model:
-    from . import gpu_runtimes
-
-    return gpu_runtimes.onnxruntime(case)
-
-
-def _tensorrt(case: Case) -> Model:
-    from . import gpu_runtimes
-
-    return gpu_runtimes.tensorrt(case)
-
-
-@contextlib.contextmanager
-def _exported(case: Case) -> Iterator[Path]:
-    _import("onnx")  # torch's exporter needs it.
-    with onnx_file(case) as path:
-        yield path
-
-
-_CL = "channels_last"
-_BY_COMPILER = "torch.compile makes kernels of its own, and does not say how many"
-_BY_RUNTIME = "a runtime of its own, which does not say what it launches"
 
 
 def _half(x: Tensor) -> Tensor:
@@ -382,21 +184,21 @@ _LISTED = [
     *_ours(),
     Peer("timm", _timm, f"timm's network of the same convolutions, {_CL}", same=False),
     Peer(
-        "onnxruntime", _onnxruntime, "fp32, all graph optimisations, as many threads as torch",
-        _numpy, opaque=_BY_RUNTIME,
+        "onnxruntime", runtimes.onnxruntime,
+        "fp32, all graph optimisations, as many threads as torch", _numpy, opaque=_BY_RUNTIME,
     ),
     Peer(
-        "onnxruntime CUDA", _onnxruntime_cuda,
+        "onnxruntime CUDA", runtimes.onnxruntime_cuda,
         "fp16, CUDA provider, all algorithms of cuDNN tried, NHWC preferred", _half,
         opaque=_BY_RUNTIME,
     ),
     Peer(
-        "tensorrt", _tensorrt, "fp16, strongly typed, optimisation level 5", _half, slow=True,
-        opaque=_BY_RUNTIME,
+        "tensorrt", runtimes.tensorrt, "fp16, strongly typed, optimisation level 5", _half,
+        slow=True, opaque=_BY_RUNTIME,
     ),
     Peer(
-        "openvino", _openvino, "latency hint, precision hint of the dtype, threads of torch",
-        _numpy, opaque=_BY_RUNTIME,
+        "openvino", runtimes.openvino,
+        "latency hint, precision hint of the dtype, threads of torch", _numpy, opaque=_BY_RUNTIME,
     ),
     Peer(
         "compiled", _compiled, f"torch.compile, default mode, {_CL}", slow=True,

@@ -3,15 +3,15 @@
 ``python -m benchmarks.tune --out tuning.json``: an inference pass and a training step of each of
 the headline's networks (:data:`benchmarks.networks.HEADLINE`) on the Triton backend, whose
 layers are measured as they are met (:mod:`vovnet_fast.tuning`). The file is written after each
-network, so that whoever stops it keeps what there is. On a CPU nothing can be measured; the
-networks are small, and run on plain PyTorch.
+network, so that whoever stops it keeps what there is. ``VOVNET_FAST_TUNE`` and
+``VOVNET_FAST_CACHE`` say what is measured, and what is known already. On a CPU nothing can be
+measured; the networks are small, and run on plain PyTorch.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
-import os
 import sys
 import time
 from pathlib import Path
@@ -52,7 +52,6 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="what is written")
     options = parser.parse_args(arguments)
-    os.environ[tuning.ENVIRONMENT] = "1"
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = device.type == "cuda"
     count = export(options.out)

@@ -231,6 +231,21 @@ def test_engines(watch):
         assert call() == "slow"
 
 
+@pytest.mark.parametrize(
+    ("static", "expected"),
+    [
+        ("tma-128x64-k64", ["tma-128x64-k64", "aten", "conv-sm90 256x64", "pointer-128x64-k32"]),
+        ("pointer-64x64-k32", ["pointer-64x64-k32", "aten", "conv-sm90 256x64", "tma-256x64-k64"]),
+        ("of another layer", ["aten", "conv-sm90 256x64", "tma-256x64-k64", "pointer-128x64-k32"]),
+    ],
+)
+def test_one_engine_of_each_form(static, expected):
+    """The static choice, and beside it the others with the same tile where they have one."""
+    names = ["aten", "conv-sm90 256x64", "tma-256x64-k64", "tma-128x64-k64"]
+    names += ["pointer-128x64-k32", "pointer-64x64-k32"]
+    assert op_rows.one_of_each_form(names, static) == expected
+
+
 def test_an_error_that_the_device_does_not_survive_ends_the_search(watch):
     def run(engine):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

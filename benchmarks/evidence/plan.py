@@ -66,12 +66,12 @@ def _headline(make: Maker) -> list[Step]:
     small = "V-19-slim-dw-eSE"
     return [
         make.benchmark(
-            "headline inference", "inference of V-99 and V-39 against all peers", 100, 180,
+            "headline inference", "inference of V-99 and V-39 against all peers", 130, 200,
             _INFERENCE, "-k", HEADLINE,
             rehearsed=[_INFERENCE, "-k", f"{small}-1x3x128x128 and (eager or folded)"],
         ),
         make.benchmark(
-            "headline training", "training steps of V-99 and V-39 against all peers", 100, 180,
+            "headline training", "training steps of V-99 and V-39 against all peers", 130, 200,
             _TRAINING, "-k", HEADLINE,
             rehearsed=[_TRAINING, "-k", f"{small} and (checkpoint or folding) and not fused"],
         ),
@@ -118,6 +118,7 @@ def _engines(make: Maker) -> list[Step]:
 def _rest(make: Maker) -> list[Step]:
     """Everything else."""
     blocks = ["ceilings", "blocks", "ops"]
+    every = make.folder.rest / "tuning_all.json"
     return [
         make.benchmark(
             "compiled V-99", "V-99 under torch.compile, max-autotune, and TensorRT", 180, 280,
@@ -133,6 +134,14 @@ def _rest(make: Maker) -> list[Step]:
             *(f"benchmarks/test_{name}.py" for name in blocks),
             "-k", f"ceiling or ((eager or triton or cuda) and ({MAPS}))",
             rehearsed=_REHEARSED_ALREADY,
+        ),
+        make.step(
+            "all engines", "every engine for the layers of the headline, for judging predictions",
+            240, 400, ["-m", "benchmarks.tune", "--out", str(every)], kind="tuning",
+            rehearsed="nothing is measured on a CPU",
+            variables={
+                "VOVNET_FAST_TUNE": "all", "VOVNET_FAST_CACHE": str(make.folder.scratch / "all")
+            },
         ),
         make.benchmark(
             "other inference", "inference of other networks and sizes", 120, 200,

@@ -1,0 +1,167 @@
+"""Runtimes of ONNX as peers: ONNX Runtime and OpenVINO on CPUs, ONNX Runtime and TensorRT on GPUs.
+
+On a GPU the network is in fp16, which both do best in, and images and features lie there already:
+the next call overwrites the features.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vovnet_fast import use_backend
+from vovnet_fast.bench.training import image
+
+from .networks import build
+from .peer import Case, Missing, Model, imported, only
+
+IMAGES = "images"
+_FEATURES = ("stage2", "stage3", "stage4", "stage5")
+_CUDA = "CUDAExecutionProvider"
+_LEVEL = 5
+"""TensorRT's highest level of optimisation."""
+
+
+@contextlib.contextmanager
+def onnx_file(case: Case, dtype: torch.dtype = torch.float32) -> Iterator[Path]:
+    """The network in a dtype, exported for images of this size."""
+    imported("onnx")  # torch's exporter needs it.
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        with use_backend("reference"):
+            model = build(case.spec, dtype, case.device)
+            images = image(case.shape, dtype, case.device).contiguous()
+            # The exporter by TorchScript: the newer one takes several times as long.
+            torch.onnx.export(
+                model, (images,), path, input_names=[IMAGES], output_names=list(_FEATURES),
+                dynamo=False, verbose=False,
+            )  # fmt: skip
+        yield path
+
+
+# --------------------------------------------------------------------------------------
+# CPUs
+# --------------------------------------------------------------------------------------
+
+
+def onnxruntime(case: Case) -> Model:
+    """ONNX Runtime on its CPU provider."""
+    only(case, "cpu", "ONNX Runtime is measured on CPUs")
+    if case.dtype != torch.float32:
+        raise Missing("ONNX Runtime has no convolutions in half precision on CPUs")
+    runtime = imported("onnxruntime")
+    options = _all_optimisations(runtime)
+    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
+    with onnx_file(case) as path:
+        session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def run(images: Any) -> Sequence[Tensor]:
+        return [torch.from_numpy(found) for found in session.run(None, {IMAGES: images})]
+
+    return run
+
+
+def openvino(case: Case) -> Model:
+    """OpenVINO."""
+    only(case, "cpu", "OpenVINO is measured on CPUs")
+    library = imported("openvino")
+    precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[case.dtype]
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+        "INFERENCE_PRECISION_HINT": precision,
+        "ENABLE_CPU_PINNING": False,  # It would bind this very thread, and all peers with it.
+    }
+    with onnx_file(case) as path:
+        core = library.Core()
+        compiled = core.compile_model(core.read_model(path), "CPU", options)
+    request = compiled.create_infer_request()
+
+    def run(images: Any) -> Sequence[Tensor]:
+        found = request.infer([images], share_inputs=True, share_outputs=True)
+        return [torch.from_numpy(found[output]) for output in compiled.outputs]
+
+    return run
+
+
+def _all_optimisations(runtime: Any) -> Any:
+    options = runtime.SessionOptions()
+    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    return options
+
+
+# --------------------------------------------------------------------------------------
+# GPUs
+# --------------------------------------------------------------------------------------
+
+
+def onnxruntime_cuda(case: Case) -> Model:
+    """ONNX Runtime on its CUDA provider."""
+    only(case, "cuda", "ONNX Runtime's CUDA provider is measured on NVIDIA GPUs")
+    runtime = imported("onnxruntime")
+    if _CUDA not in runtime.get_available_providers():
+        raise Missing("this onnxruntime has no CUDA provider: onnxruntime-gpu has")
+    settings = {"cudnn_conv_algo_search": "EXHAUSTIVE", "prefer_nhwc": "1"}
+    with onnx_file(case, torch.float16) as path:
+        session = runtime.InferenceSession(
+            path, _all_optimisations(runtime), providers=[(_CUDA, settings)]
+        )
+    if _CUDA not in session.get_providers():  # It would fall back to the CPU, quietly.
+        raise Missing("onnxruntime's CUDA provider does not load here")
+    binding, outputs = session.io_binding(), _outputs(case)
+    half: Any = importlib.import_module("numpy").float16
+
+    def run(images: Tensor) -> Sequence[Tensor]:
+        torch.cuda.current_stream().synchronize()  # It runs on a stream of its own, and waits.
+        place = ("cuda", images.device.index or 0, half)
+        binding.bind_input(IMAGES, *place, tuple(images.shape), images.data_ptr())
+        for name, out in zip(_FEATURES, outputs, strict=True):
+            binding.bind_output(name, *place, tuple(out.shape), out.data_ptr())
+        session.run_with_iobinding(binding)
+        return outputs
+
+    return run
+
+
+def tensorrt(case: Case) -> Model:
+    """TensorRT, whose engine is built here, in minutes."""
+    only(case, "cuda", "TensorRT is measured on NVIDIA GPUs")
+    trt = imported("tensorrt")
+    logger = trt.Logger(trt.Logger.ERROR)
+    builder = trt.Builder(logger)
+    typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
+    network = builder.create_network(typed)
+    parser = trt.OnnxParser(network, logger)
+    with onnx_file(case, torch.float16) as path:
+        if not parser.parse(path.read_bytes()):
+            raise Missing(f"TensorRT cannot take the network: {parser.get_error(0)}")
+    config = builder.create_builder_config()
+    config.builder_optimization_level = _LEVEL
+    built = builder.build_serialized_network(network, config)
+    if built is None:
+        raise Missing("TensorRT builds no engine of the network here")
+    engine = trt.Runtime(logger).deserialize_cuda_engine(built)
+    context, outputs = engine.create_execution_context(), _outputs(case)
+
+    def run(images: Tensor) -> Sequence[Tensor]:
+        context.set_tensor_address(IMAGES, images.data_ptr())
+        for name, out in zip(_FEATURES, outputs, strict=True):
+            context.set_tensor_address(name, out.data_ptr())
+        context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
+        return outputs
+
+    return run
+
+
+def _outputs(case: Case) -> list[Tensor]:
+    """Contiguous tensors in fp16, of the features' sizes."""
+    with use_backend("reference"):
+        features = build(case.spec, torch.float16, case.device)(case.images().half())
+    return [torch.empty_like(f, memory_format=torch.contiguous_format) for f in features]
