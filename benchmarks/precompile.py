@@ -19,7 +19,6 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from . import sanitize
 from .networks import SHAPES, SPECS, TRAINING_SHAPES, Shape, launches
@@ -34,23 +33,14 @@ def different(networks: Iterable[tuple[str, Shape]], *, training: bool = False) 
     """What these networks launch, each different kernel once, and without ``training`` what
     :mod:`benchmarks.sanitize` does.
     """
+    from vovnet_fast.kernels._variants import variant
+
     seen = set()
     everything = [launches(*network, training=training) for network in networks]
     if not training:
         everything.append(iter(sanitize.launches()))
     for launch in itertools.chain(*everything):
-        # Sizes and strides count as far as Triton specialises kernels for them.
-        integers = [
-            (name, value == 1, value % 16 == 0)
-            for name, value in launch.args.items()
-            if isinstance(value, int)
-        ]
-        absent = [name for name, value in launch.args.items() if value is None]
-        dtypes = {value.dtype for value in launch.args.values() if isinstance(value, Tensor)}
-        name, warps, stages = launch.kernel.fn.__name__, launch.num_warps, launch.num_stages
-        key = str(
-            (name, launch.constants, integers, absent, sorted(map(str, dtypes)), warps, stages)
-        )
+        key = variant(launch).key
         if key not in seen:
             seen.add(key)
             yield launch

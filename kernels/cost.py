@@ -461,7 +461,7 @@ def configurations(layer: Layer, capability: tuple[int, int]) -> tuple[Any, ...]
     if layer.kind == WEIGHT_GRAD:
         options["width"] = layer.width
         return tuple(weight_grad_candidates(capability, layer.c_in, layer.c_out, **options))
-    options.update(size=(layer.height, layer.width), kind=layer.kind)
+    options["kind"] = layer.kind
     return tuple(candidates(capability, layer.c_in, layer.c_out, **options))
 
 
