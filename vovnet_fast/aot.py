@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -80,6 +81,7 @@ class Row:
         ctas: programs that fit on a processor at a time.
         instructions: counts of those of :data:`INSTRUCTIONS` that occur.
         essential: as in :class:`Job`.
+        key: as :func:`key` makes it.
     """
 
     kernel: str
@@ -93,6 +95,7 @@ class Row:
     ctas: int
     instructions: dict[str, int]
     essential: bool
+    key: str
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -446,6 +449,17 @@ def compile_launch(launch: Launch, arch: str) -> Any:
     return variant(launch).compile(arch)
 
 
+def key(job: Job, arch: str) -> str:
+    """The same for jobs that compile to the same: source, specialisation, compiler."""
+    import triton
+
+    from .kernels._variants import variant
+
+    needed = variant(job.launch)
+    parts = (triton.__version__, arch, needed.kernel.cache_key, needed.key)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
 def _tool(name: str, *arguments: str) -> str:
     """Run one of the CUDA tools that come with Triton."""
     import triton
@@ -504,23 +518,51 @@ def examine(job: Job, arch: str) -> tuple[Row, str]:
     row = Row(
         job.kernel, job.layer, job.config,
         arch, warps, registers, spilled, shared, resident, _count(sass), job.essential,
+        key(job, arch),
     )  # fmt: skip
     return row, sass
 
 
-def rows(arch: str, *, all_layers: bool = False) -> Iterator[Row]:
+def rows(
+    arch: str, *, all_layers: bool = False, known: Mapping[str, Row] | None = None
+) -> Iterator[Row]:
     """Compile what is shipped for ``arch``, one by one.
 
     Args:
         arch: one of :data:`ARCHITECTURES`.
         all_layers: every layer and dtype in every configuration. Otherwise every
             kernel in every configuration, with one layer each.
+        known: rows by key, of what need not be compiled.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
     for job in jobs(arch):
         if job.essential or all_layers:
-            yield compile_job(job, arch)
+            found = known.get(key(job, arch)) if known else None
+            yield compile_job(job, arch) if found is None else _named(found, job)
+
+
+def _named(row: Row, job: Job) -> Row:
+    return dataclasses.replace(
+        row, kernel=job.kernel, layer=job.layer, config=job.config, essential=job.essential
+    )
+
+
+def read(file: Path) -> dict[str, Row]:
+    """The rows that ``--json`` printed, by key.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: a line is no row.
+    """
+    found = {}
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        try:
+            row = Row(**json.loads(line))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}, line {number}, is no row of --json: {error}") from error
+        found[row.key] = row
+    return found
 
 
 def _print_table(table: Iterable[Row], arch: str) -> None:
@@ -550,6 +592,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="every layer and dtype, not one each")
     parser.add_argument("--json", action="store_true", help="print JSON, one row a line")
     parser.add_argument(
+        "--known", metavar="FILE", type=Path,
+        help="rows of an earlier --json: what they are of is not compiled again",
+    )  # fmt: skip
+    parser.add_argument(
         "--resources", action="store_true", help="write the tables that choices are made from"
     )
     options = parser.parse_args(arguments)
@@ -560,7 +606,13 @@ def main(arguments: list[str] | None = None) -> int:
         for file in aot_resources.write(FOLDER):
             print(file)
         return 0
-    table = rows(options.arch, all_layers=options.all)
+    known = None
+    if options.known is not None:
+        try:
+            known = read(options.known)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+    table = rows(options.arch, all_layers=options.all, known=known)
     if options.json:
         for row in table:
             print(json.dumps(dataclasses.asdict(row)), flush=True)
