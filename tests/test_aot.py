@@ -148,7 +148,7 @@ for job in essential[every // 2 :: every]:
 
 
 def test_rows_that_are_read_are_the_compilers(tables):
-    """A few of every kind. benchmarks/guard.py compiles those in which networks spend their time."""
+    """A few of every kind. The guard compiles those in which networks spend their time."""
     running = {arch: start("-c", SOME, arch, "20") for arch in tables}
     for arch, process in running.items():
         found = finish(process)
