@@ -52,6 +52,7 @@ def script(*words):
 
 def test_a_dry_run_walks_through_every_step(tmp_path, without_gpu):
     pytest.importorskip("triton", minversion="3.6")
+    pytest.importorskip("pytest_benchmark")
     done = script("--out", f"{tmp_path}/{{gpu}}-{{commit}}", "--dry-run", "--commit", "abc")
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "cpu-abc"

@@ -326,6 +326,13 @@ def test_other_devices_have_the_reference(checks, monkeypatch):
 # --------------------------------------------------------------------------------------
 
 
+needs_traces = pytest.mark.skipif(
+    not backends.COMPILES, reason=f"torch {torch.__version__} compiles plain modules under auto"
+)
+
+
+@pytest.mark.versions
+@needs_traces
 @pytest.mark.parametrize("right", [True, False])
 def test_the_decision_is_made_before_a_graph_is_traced(fake, checks, right, caplog):
     """With real tensors, whether the first to ask is an eager call or torch.compile."""
@@ -344,6 +351,7 @@ def test_the_decision_is_made_before_a_graph_is_traced(fake, checks, right, capl
     assert checks == [("fake", "cpu")]
 
 
+@needs_traces
 def test_a_network_compiles_without_a_graph_break(fake, checks, monkeypatch):
     model, x = VoVNet(TINY["detectron2"]).eval(), torch.randn(1, 3, 40, 40)
     with torch.no_grad():
@@ -355,6 +363,7 @@ def test_a_network_compiles_without_a_graph_break(fake, checks, monkeypatch):
     assert checks == [("fake", "cpu")]
 
 
+@pytest.mark.versions
 @torch.no_grad()
 def test_exported_graphs_are_those_of_plain_modules(fake, checks):
     model, x = VoVNet(TINY["detectron2"]).eval(), torch.randn(1, 3, 64, 64)
