@@ -206,6 +206,7 @@ def test_without_relu(form, case, output, assert_accurate, device):
     assert layer.reference(torch.float64).min() < 0
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("kernel", [3, 1])
 @pytest.mark.parametrize("form", FORMS)
 def test_nan_and_inf(form, kernel, case, output, assert_same_nonfinite, device):
@@ -271,6 +272,7 @@ def test_wrong_number_of_pool_tiles(case, output):
         layer.run(out.view, config=FORMS["pointer"], pool_partials=torch.empty(1, 1, 40))
 
 
+@pytest.mark.versions
 def test_misaligned_views_take_the_pointer_form(case, output, assert_accurate, device):
     layer = case(1, 5, 7, 32, 48, torch.float16)
     layer.x = layer.x[..., 1:25]

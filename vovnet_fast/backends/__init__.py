@@ -304,6 +304,10 @@ def _exporting() -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
-# As above, and asked while torch.compile traces: up to torch 2.11 it would itself take
-# is_exporting() for true, and compiled networks would be plain modules.
-_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+COMPILES = torch.__version__ >= "2.10"  # As versions: it is no plain string.
+"""Whether torch.compile traces the ops under ``auto``. Older versions, which come without a Triton
+for the kernels, cannot look at properties of named tuples, and compile plain modules."""
+
+if COMPILES:
+    # As above. Up to torch 2.11 torch.compile itself takes is_exporting() for true.
+    _exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
