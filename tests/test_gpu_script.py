@@ -81,6 +81,10 @@ def test_a_rehearsal_walks_through_every_step(tmp_path, without_gpu):
         names = archive.getnames()
         assert {"report/report.md", "junit_numerics.xml", "logs/first_look.txt"} <= set(names)
         assert not any(member.uname or member.uid for member in archive.getmembers())
+        for member in archive.getmembers():
+            content = archive.extractfile(member).read()
+            assert str(gpu.ROOT).encode() not in content, member.name
+            assert b"hostname" not in content, member.name
     _check_end(done.stdout, folder)
 
 

@@ -97,7 +97,7 @@ def _engines(make: Maker) -> list[Step]:
             "layers", "every layer on an engine of each form, side by side", 70, 120, *layers,
             "--engines=forms", "-k", f"ceiling or (triton and not gradient and ({MAPS}))",
             rehearsed=[
-                "benchmarks/test_conv.py", "-k",
+                "benchmarks/test_conv.py", "--engines=forms", "-k",
                 "not gradient and ((40x40 and eager) or (8x8 and triton))",
             ],
             variables={"VOVNET_FAST_CONV_SM90": "1"},
