@@ -21,6 +21,12 @@ _ROUNDS = 20
 _SECONDS = 3.0
 
 
+def multiplies_bf16() -> bool:
+    """Whether this processor has instructions for it; without, it takes tens of times as long."""
+    cpu: Any = torch.cpu
+    return bool(cpu._is_avx512_bf16_supported() or cpu._is_amx_tile_supported())
+
+
 class Ceiling(NamedTuple):
     """A ceiling.
 
@@ -69,7 +75,9 @@ class Ceilings:
     @staticmethod
     def names(device: torch.device) -> list[str]:
         """What there is on a device: :data:`COPY`, and dtypes of matrix multiplications."""
-        return [COPY, *(["bfloat16"] if device.type == "cuda" else ["bfloat16", "float32"])]
+        if device.type == "cuda":
+            return [COPY, "bfloat16"]
+        return [COPY, *(["bfloat16"] if multiplies_bf16() else []), "float32"]
 
     def __getitem__(self, name: str) -> Ceiling:
         if not self._found:

@@ -6,6 +6,7 @@ import torch
 from vovnet_fast.bench import provenance
 
 from .ceilings import Ceilings
+from .op_rows import ALL, ENGINES
 from .timing import Stopwatch
 
 
@@ -22,6 +23,13 @@ def watch(device):
 @pytest.fixture(scope="session")
 def ceilings(watch):
     return Ceilings(watch)
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--engines", choices=ENGINES, default=ALL,
+        help="which engines of an op are measured: all, or the first of each form",
+    )  # fmt: skip
 
 
 _SEEN, _LEFT_OUT = pytest.StashKey(), pytest.StashKey()

@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from vovnet_fast import VoVNet, aot, freeze
+from vovnet_fast import VoVNet, aot, backends, freeze
 from vovnet_fast.plan import AtenRecorder, Work, launch_work, plan_forward
 from vovnet_fast.training_memory import training_memory
 
 from . import sass
-from .networks import Shape, on_meta, operations
+from .networks import Shape, operations
 
 Numbers = dict[str, float]
 """One row: numbers by what they count."""
@@ -165,7 +165,7 @@ def training_step(spec: str, shape: Shape, **options: Any) -> Step:
         model.to(memory_format=torch.channels_last).train()
         images = torch.empty(shape[0], 3, *shape[1:], dtype=torch.bfloat16)
         images = images.to(memory_format=torch.channels_last)
-        with recording() as launches, AtenRecorder() as recorder, on_meta():
+        with recording() as launches, AtenRecorder() as recorder, backends.shapes_only("triton"):
             for parameter in model.parameters():
                 parameter.register_post_accumulate_grad_hook(
                     lambda parameter: ready.append((parameter, len(launches)))

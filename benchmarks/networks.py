@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib
 import importlib.util
 import types
 from collections.abc import Callable, Iterator
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
-from vovnet_fast import VoVNet, backends, tuning, use_backend
+from vovnet_fast import VoVNet, backends, use_backend
 from vovnet_fast.backends import _passes, conv_sm90, cpu_conv
 from vovnet_fast.bench.training import Shape, image
 from vovnet_fast.fusing import Fusable
@@ -33,6 +32,13 @@ SHAPES: tuple[Shape, ...] = ((1, 800, 1344), (6, 320, 800), (6, 640, 1600), (8, 
 MORE_SPECS = ("V-57-eSE", "V-19-eSE", "V-19-slim-eSE", "V-19-dw-eSE")
 MORE_SHAPES: tuple[Shape, ...] = ((8, 800, 1344), (1, 224, 224))
 """What the benchmarks have besides, and nothing is compiled for beforehand."""
+
+HEADLINE: tuple[tuple[str, Shape], ...] = (
+    ("V-99-eSE", (6, 640, 1600)),
+    ("V-99-eSE", (8, 800, 1344)),
+    ("V-39-eSE", (1, 800, 1344)),
+)
+"""What counts most: PETR's six cameras, a node's batch of a detector, one image of it."""
 
 TIMM = {
     "V-39-eSE": "ese_vovnet39b",
@@ -285,72 +291,16 @@ def layers(spec: str, shape: Shape) -> dict[str, Layer]:
 # --------------------------------------------------------------------------------------
 
 
-def launches(spec: str, shape: Shape, *, training: bool = False) -> Iterator[Launch]:
+def launches(spec: str, shape: Shape, *, training: bool = False) -> list[Launch]:
     """Everything that a fused network and its tuning can launch, on meta tensors.
 
-    The static choices come first. Activations are in bf16; weights too, and in training,
-    which is then forward and backward pass, in fp32.
+    Activations are in bf16; weights too, and in training, which is then forward and backward
+    pass, in fp32.
     """
-    from vovnet_fast.kernels._common import recording
+    from vovnet_fast.compiling import needed
 
-    for every in (False, True):
-        with recording() as found, _choosing(every), torch.device("meta"):
-            if training:
-                _plan_training(spec, shape)
-            else:
-                _plan_inference(spec, shape)
-        yield from found
-
-
-@contextlib.contextmanager
-def _choosing(every: bool) -> Iterator[None]:
-    """Let all choices be the static ones, and with ``every`` let each candidate run before."""
-
-    def choose(device, problem, candidates, static, run, timer=None, prepare=None):
-        for candidate in candidates if every else ():
-            run(candidate)
-        return static
-
-    with mock.patch.object(tuning, "choose", choose):
-        yield
-
-
-def _plan_inference(spec: str, shape: Shape) -> None:
-    from vovnet_fast.backends import triton as backend
-
-    model = VoVNet(spec).to(torch.bfloat16).eval()
-    view = torch.empty(shape[0], *shape[1:], 3, dtype=torch.bfloat16)
-    with torch.no_grad():
-        run(backend, view, model.fold(torch.bfloat16), model.out_features)
-
-
-# Not by attribute: the package's functions of the same names hide some of the modules.
-_BACKWARD_OPS = [
-    getattr(importlib.import_module(f"vovnet_fast.ops.{module}"), f"_{op}_backward")
-    for module, op in (("osa", "osa_block"), ("chain", "conv_chain"), ("max_pool", "max_pool"))
-]
-
-
-@contextlib.contextmanager
-def on_meta() -> Iterator[None]:
-    """Let the ops of the Triton backend, backward ones too, run on meta tensors.
-
-    torch.library would run no op on them, but its fake.
-    """
-    with backends.shapes_only("triton"), contextlib.ExitStack() as stack:
-        for op in _BACKWARD_OPS:
-            name = op._name.removeprefix("vovnet_fast::")
-            stack.enter_context(mock.patch.object(torch.ops.vovnet_fast, name, op._init_fn))
-        yield
-
-
-def _plan_training(spec: str, shape: Shape) -> None:
-    model = build_training(spec, torch.device("meta"))
-    images = torch.empty(shape[0], 3, *shape[1:], dtype=torch.bfloat16)
-    with on_meta():
-        # Not the model itself, which wants images in the weights' dtype where autocast is off.
-        features = model._run_modules(images.to(memory_format=torch.channels_last))
-        torch.autograd.backward(features, [torch.empty_like(f) for f in features])
+    run = needed.Run(spec, shape, mode="training" if training else "inference")
+    return needed.plan(run, needed.Setting()).launches
 
 
 # --------------------------------------------------------------------------------------

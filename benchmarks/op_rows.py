@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest import mock
@@ -17,10 +17,14 @@ from vovnet_fast.backends import cpu_conv
 from vovnet_fast.bench.stopwatch import Stopwatch, interleaved
 
 from .ceilings import Ceilings
+from .evidence.summary import form_of
 from .ops import Case
 from .timing import measure, warm_ms
 
 EAGER, COMPILED = "eager", "compiled"
+ENGINES = ALL, FORMS = "all", "forms"
+"""Which engines of an op are measured: all of them, or one of each form."""
+
 SECONDS = 0.4
 """For the rounds of a row."""
 
@@ -61,6 +65,7 @@ def measure_op(
     ceilings: Ceilings,
     *,
     quick: bool = False,
+    which: str = ALL,
 ) -> None:
     """Measure a case by one provider, and fill its row.
 
@@ -72,6 +77,7 @@ def measure_op(
         watch: of the device.
         ceilings: of the device.
         quick: next to no rounds, for Triton's interpreter.
+        which: engines are measured, one of :data:`ENGINES`.
     """
     if provider == COMPILED and watch.device.type == "cpu":
         pytest.skip("max-autotune is for GPUs")
@@ -101,7 +107,10 @@ def measure_op(
         call = functools.partial(work.ours, backend)
     found = None
     if ours:
-        found = cpu_engines(call, watch) if provider == "cpu" else engines(call, watch, quick=quick)
+        if provider == "cpu":
+            found = cpu_engines(call, watch)
+        else:
+            found = engines(call, watch, quick=quick, which=which)
     with _choosing(found[1] if found else None):
         benchmark.extra_info["distance"] = check(call(), work.eager(), dtype)
         if found:
@@ -139,9 +148,9 @@ def check(found: Tensor, expected: Tensor, dtype: torch.dtype, *, times: float =
 
 
 def engines(
-    call: Callable[[], Any], watch: Stopwatch, *, quick: bool = False
+    call: Callable[[], Any], watch: Stopwatch, *, quick: bool = False, which: str = ALL
 ) -> tuple[dict[str, dict[str, Any]], str] | None:
-    """Every engine that a backend can choose for a call.
+    """Every engine that a backend can choose for a call, or one of each form.
 
     Each must first pass the trial that choosing by measurement asks for, and those that do are
     timed in turn.
@@ -153,7 +162,8 @@ def engines(
     asked: list[tuple[list[str], Callable[[str], None], Callable[[], tuning.Trial] | None]] = []
 
     def spy(device, problem, candidates, static, run, timer=None, prepare=None):
-        asked.append((list(candidates), run, prepare))
+        wanted = list(candidates) if which == ALL else one_of_each_form(candidates, static)
+        asked.append((wanted, run, prepare))
         return static
 
     with mock.patch.object(tuning, "choose", spy):
@@ -162,6 +172,18 @@ def engines(
         return None
     [candidates, run, prepare], *_ = asked
     return _timed(candidates, run, prepare() if prepare is not None else None, watch, quick=quick)
+
+
+def one_of_each_form(candidates: Sequence[str], static: str) -> list[str]:
+    """The static choice, and of each other form of engine that with the same tile, or the first."""
+    found: dict[str, str] = {form_of(static): static} if static in candidates else {}
+    tile = static.split("-")[1:2]
+    for name in candidates:
+        form = form_of(name)
+        same = name.split("-")[1:2] == tile
+        if form not in found or (same and found[form].split("-")[1:2] != tile):
+            found[form] = name
+    return list(found.values())
 
 
 def cpu_engines(

@@ -266,7 +266,7 @@ def _ours() -> Iterator[Peer]:
 
 
 # --------------------------------------------------------------------------------------
-# Other runtimes, on CPUs
+# Other runtimes; those on GPUs are in gpu_runtimes.py
 # --------------------------------------------------------------------------------------
 
 
@@ -332,6 +332,18 @@ def _openvino(case: Case) -> Model:
     return run
 
 
+def _onnxruntime_cuda(case: Case) -> Model:
+    from . import gpu_runtimes
+
+    return gpu_runtimes.onnxruntime(case)
+
+
+def _tensorrt(case: Case) -> Model:
+    from . import gpu_runtimes
+
+    return gpu_runtimes.tensorrt(case)
+
+
 @contextlib.contextmanager
 def _exported(case: Case) -> Iterator[Path]:
     if importlib.util.find_spec("onnx") is None:
@@ -343,6 +355,10 @@ def _exported(case: Case) -> Iterator[Path]:
 _CL = "channels_last"
 _BY_COMPILER = "torch.compile makes kernels of its own, and does not say how many"
 _BY_RUNTIME = "a runtime of its own, which does not say what it launches"
+
+
+def _half(x: Tensor) -> Tensor:
+    return x.half().contiguous(memory_format=torch.contiguous_format)
 
 
 def _contiguous(x: Tensor) -> Tensor:
@@ -369,6 +385,15 @@ _LISTED = [
     Peer(
         "onnxruntime", _onnxruntime, "fp32, all graph optimisations, as many threads as torch",
         _numpy, opaque=_BY_RUNTIME,
+    ),
+    Peer(
+        "onnxruntime CUDA", _onnxruntime_cuda,
+        "fp16, CUDA provider, all algorithms of cuDNN tried, NHWC preferred", _half,
+        opaque=_BY_RUNTIME,
+    ),
+    Peer(
+        "tensorrt", _tensorrt, "fp16, strongly typed, optimisation level 5", _half, slow=True,
+        opaque=_BY_RUNTIME,
     ),
     Peer(
         "openvino", _openvino, "latency hint, precision hint of the dtype, threads of torch",

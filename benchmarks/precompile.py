@@ -1,110 +1,87 @@
-"""Compile on all cores what the benchmarks and the tuning will launch.
+"""Compile on all cores, with or without a GPU, what ``benchmarks/gpu.py`` will launch.
 
-``python -m benchmarks.precompile --spec V-99-eSE``: Triton compiles one kernel at a time, in
-the process that launches it. Here several processes fill its cache beforehand. Launches
-are planned on meta tensors as for compute capability 9.0 (:mod:`vovnet_fast.kernels`), so on
-other GPUs there is nothing to gain.
+``python benchmarks/precompile.py --arch sm_90 --out kernels.tar.xz``, by the same Triton and
+Python as there: one file of kernels, which a machine with that GPU unpacks instead of compiling
+(:mod:`vovnet_fast.compiling.cache`). Without ``--out`` they stay in Triton's own cache.
 """
 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
 import itertools
-import multiprocessing
-import os
 import sys
-import time
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # As a script, it finds what is here.
 
-from . import sanitize
-from .networks import SHAPES, SPECS, TRAINING_SHAPES, Shape, launches
+from benchmarks import sanitize
+from benchmarks.networks import HEADLINE, Shape, launches
 
 if TYPE_CHECKING:
+    from vovnet_fast.compiling.needed import Run
     from vovnet_fast.kernels._common import Launch
 
-PLANNED_FOR = (9, 0)
+
+def runs() -> list[Run]:
+    """Networks of the headline: inference in both half precisions, and training steps."""
+    from vovnet_fast.compiling.needed import Run
+
+    modes = (("bf16", "inference"), ("bf16", "training"), ("fp16", "inference"))
+    return [Run(*network, *mode) for mode in modes for network in HEADLINE]
 
 
 def different(networks: Iterable[tuple[str, Shape]], *, training: bool = False) -> Iterator[Launch]:
     """What these networks launch, each different kernel once, and without ``training`` what
     :mod:`benchmarks.sanitize` does.
     """
+    from vovnet_fast.kernels._variants import variant
+
     seen = set()
     everything = [launches(*network, training=training) for network in networks]
     if not training:
-        everything.append(iter(sanitize.launches()))
+        everything.append(sanitize.launches())
     for launch in itertools.chain(*everything):
-        # Sizes and strides count as far as Triton specialises kernels for them.
-        integers = [
-            (name, value == 1, value % 16 == 0)
-            for name, value in launch.args.items()
-            if isinstance(value, int)
-        ]
-        absent = [name for name, value in launch.args.items() if value is None]
-        dtypes = {value.dtype for value in launch.args.values() if isinstance(value, Tensor)}
-        name, warps, stages = launch.kernel.fn.__name__, launch.num_warps, launch.num_stages
-        key = str(
-            (name, launch.constants, integers, absent, sorted(map(str, dtypes)), warps, stages)
-        )
+        key = variant(launch).key
         if key not in seen:
             seen.add(key)
             yield launch
 
 
-def compile_share(
-    networks: list[tuple[str, Shape]], training: bool, share: int, of: int
-) -> tuple[int, int]:
-    """Compile every ``of``-th different kernel, without running it.
-
-    Returns:
-        how many were compiled, and how many the compiler refused.
-    """
-    done = refused = 0
-    for launch in itertools.islice(different(networks, training=training), share, None, of):
-        options = dict(num_warps=launch.num_warps, num_stages=launch.num_stages)
-        try:
-            launch.kernel.warmup(**launch.args, **launch.constants, **options, grid=launch.grid)
-            done += 1
-        except Exception as error:  # The benchmarks will say it again, with the layer.
-            print(f"{launch.kernel.fn.__name__} {launch.constants}: {error}", file=sys.stderr)
-            refused += 1
-    return done, refused
-
-
 def main(arguments: list[str] | None = None) -> int:
-    """Entry of ``python -m benchmarks.precompile``."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.precompile")
-    parser.add_argument("--spec", nargs="+", default=list(SPECS), choices=SPECS)
-    parser.add_argument("--training", action="store_true", help="what training steps launch")
-    parser.add_argument("--workers", type=int, default=max(1, (os.cpu_count() or 2) - 2))
-    parser.add_argument("--list", action="store_true", help="count launches, compile nothing")
+    """Entry of ``python benchmarks/precompile.py``; 1 if a kernel could not be compiled."""
+    from vovnet_fast.compiling import cache, first_use, needed
+    from vovnet_fast.compiling.filling import fill
+    from vovnet_fast.compiling.jobs import cache_folder, compiled
+    from vovnet_fast.compiling.jobs import different as kernels
+    from vovnet_fast.compiling.rehearsal import Setting
+    from vovnet_fast.compiling.workers import count
+
+    parser = argparse.ArgumentParser(prog="python benchmarks/precompile.py", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--arch", choices=needed.TARGETS, default="sm_90")
+    parser.add_argument("--out", type=Path, metavar="FILE.tar.xz", help="file of the kernels")
+    parser.add_argument("--workers", type=int, default=count() or 1, help="processes")
+    parser.add_argument("--list", action="store_true", help="count, and compile nothing")
     options = parser.parse_args(arguments)
-    shapes = TRAINING_SHAPES if options.training else SHAPES
-    networks = [(spec, shape) for spec in options.spec for shape in shapes]
+    setting = Setting(needed.TARGETS[options.arch])
+    by_run = needed.by_run(runs(), setting)
+    watched = kernels(sanitize.launches(few=True), options.arch)
+    jobs = {job.key: job for found in (*by_run.values(), watched) for job in found}
     if options.list:
-        count = sum(1 for _ in different(networks[:1], training=options.training))
-        print(f"{count} different kernels, {options.spec[0]} at its first shape among them")
+        for run, found in by_run.items():
+            print(f"{len(found)} for {run}")
+        print(f"{len(watched)} for benchmarks.sanitize --few")
+        print(f"{len(jobs)} kernels")
         return 0
-    if torch.cuda.get_device_capability() != PLANNED_FOR:
-        print("this GPU is not of compute capability 9.0: kernels are compiled as they are met")
-        return 0
-    begin, count = time.perf_counter(), options.workers
-    # A forked process could not use the GPU.
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(count, mp_context=context) as pool:
-        shares = [
-            pool.submit(compile_share, networks, options.training, share, count)
-            for share in range(count)
-        ]
-        results = [share.result() for share in shares]
-    done, refused = map(sum, zip(*results, strict=True))
-    print(f"{done} kernels compiled, {refused} refused, {time.perf_counter() - begin:.0f} s")
-    return 0
+    outcome = fill(list(jobs.values()), options.workers, progress=True)
+    print(outcome)
+    for run, found in by_run.items():
+        first_use.note(run, found, setting)
+    if options.out is not None:
+        print(cache.pack(cache_folder(), options.out, compiled(jobs.values())))
+    return 1 if outcome.failed else 0
 
 
 if __name__ == "__main__":

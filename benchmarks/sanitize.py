@@ -1,18 +1,20 @@
 """Launch every kernel, and whole networks, once: what compute-sanitizer watches.
 
-``compute-sanitizer python -m benchmarks.sanitize``. Sizes are small and odd, so that every tile
-hangs over an edge. Nothing is measured and no result is compared: the tests do that. Without
-a GPU it runs in Triton's interpreter (``TRITON_INTERPRET=1``).
+``compute-sanitizer python -m benchmarks.sanitize``, with ``--few`` in a minute. Sizes are small
+and odd, so that every tile hangs over an edge. Nothing is measured and no result is compared: the
+tests do that. Without a GPU it runs in Triton's interpreter (``TRITON_INTERPRET=1``).
 """
 
 from __future__ import annotations
 
+import argparse
 import os
 import sys
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 
-from benchmarks.networks import on_meta
 from vovnet_fast import VoVNet, backends
 from vovnet_fast.backends import triton as backend
 from vovnet_fast.kernels import accumulate, conv, conv_weight_grad, max_pool
@@ -23,7 +25,13 @@ LAYERS = ((3, 64, 3, 2), (64, 80, 3, 1), (64, 192, 3, 1), (80, 128, 1, 1), (64, 
 """C_in, C_out, kernel, stride: with every form of the convolution among their choices."""
 
 
-def _convolutions(device: torch.device, dtype: torch.dtype) -> None:
+def _some(found: Iterable[Any], few: bool) -> list[Any]:
+    """All of the configurations, or the smallest of each form."""
+    configs = list(found)
+    return list({config.form: config for config in configs}.values()) if few else configs
+
+
+def _convolutions(device: torch.device, dtype: torch.dtype, few: bool = False) -> None:
     """Every configuration that can take these layers, with a pool and without."""
     for c_in, c_out, kernel, stride in LAYERS:
         size = [conv.output_size(19, 37, kernel, stride)[axis] for axis in (0, 1)]
@@ -31,14 +39,14 @@ def _convolutions(device: torch.device, dtype: torch.dtype) -> None:
         weight = torch.zeros(c_out, kernel, kernel, c_in, dtype=dtype, device=device)
         scale, shift = torch.ones(2, c_out, device=device)
         out = torch.zeros(2, *size, c_out, dtype=dtype, device=device)
-        for config in conv.choices(x, weight, out, stride=stride)[0]:
+        for config in _some(conv.choices(x, weight, out, stride=stride)[0], few):
             for pool in (False, True) if kernel == 1 else (False,):
                 backend.run_engine(
                     config.name, x, weight, scale, shift, out, stride=stride, relu=True, pool=pool
                 )
 
 
-def _gradients(device: torch.device, dtype: torch.dtype) -> None:
+def _gradients(device: torch.device, dtype: torch.dtype, few: bool = False) -> None:
     """The same for the convolutions of a backward pass, and those that leave statistics."""
     for c_in, c_out, kernel, stride in LAYERS:
         options = dict(stride=stride)
@@ -48,12 +56,13 @@ def _gradients(device: torch.device, dtype: torch.dtype) -> None:
         weight = torch.zeros(c_out, kernel, kernel, c_in, dtype=dtype, device=device)
         packed = torch.zeros(c_in, kernel, kernel, c_out, dtype=dtype, device=device)
         scale = torch.ones(c_out, device=device)
-        for config in conv.choices(x, weight, g, statistics=True, **options)[0]:
+        for config in _some(conv.choices(x, weight, g, statistics=True, **options)[0], few):
             backend.run_statistics_engine(config.name, x, weight, g, **options)
-        for config in conv_weight_grad.choices(x, g, kernel, **options)[0]:
+        for config in _some(conv_weight_grad.choices(x, g, kernel, **options)[0], few):
             backend.run_weight_grad_engine(config.name, x, g, weight, scale, **options)
         for views in (dict(add=None, mask=None), dict(add=x, mask=torch.ones_like(x))):
-            for config in conv.input_grad_choices(g, packed, x, **views, **options)[0]:
+            found = conv.input_grad_choices(g, packed, x, **views, **options)[0]
+            for config in _some(found, few):
                 backend.run_input_grad_engine(config.name, g, packed, x, **views, **options)
 
 
@@ -94,22 +103,31 @@ def _training(device: torch.device, dtype: torch.dtype) -> None:
         with torch.device(device):
             model = VoVNet("V-19-slim-dw-eSE", norm_eval=norm_eval).to(dtype).train()
         image = torch.zeros(2, 3, 72, 104, dtype=dtype, device=device)
-        with backends.use_backend("triton") if on_gpu else on_meta(), torch.enable_grad():
+        path = backends.use_backend if on_gpu else backends.shapes_only
+        with path("triton"), torch.enable_grad():
             features = model(image)
             torch.autograd.backward(features, [torch.zeros_like(f) for f in features])
 
 
-def launches() -> list[Launch]:
+def launches(*, few: bool = False) -> list[Launch]:
     """What :func:`main` launches on a GPU, for compiling it beforehand."""
     meta = torch.device("meta")
     with recording() as found, torch.no_grad():
-        for part in (_others, _convolutions, _gradients, _network, _training):
+        _others(meta, torch.float16)
+        for part in (_convolutions, _gradients):
+            part(meta, torch.float16, few)
+        for part in () if few else (_network, _training):
             part(meta, torch.float16)
     return found
 
 
-def main() -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Entry of ``python -m benchmarks.sanitize``."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sanitize")
+    parser.add_argument(
+        "--few", action="store_true", help="one configuration of each form, and no networks"
+    )
+    few = parser.parse_args(arguments).few
     # A cache of memory would hide accesses beyond the end of a tensor from memcheck.
     os.environ["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
     # A network takes the static choices: cuDNN's kernels are not ours to check.
@@ -118,7 +136,9 @@ def main() -> int:
     with torch.no_grad():
         _others(device, torch.float16)
         if device.type == "cuda":  # Minutes in the interpreter.
-            for part in (_convolutions, _gradients, _network, _training):
+            for part in (_convolutions, _gradients):
+                part(device, torch.float16, few)
+            for part in () if few else (_network, _training):
                 part(device, torch.float16)
             torch.cuda.synchronize()
     print("every kernel was launched")

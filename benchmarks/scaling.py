@@ -27,7 +27,7 @@ from torch import nn
 
 from vovnet_fast import VoVNet, tuning
 from vovnet_fast.ops.features import run as run_features
-from vovnet_fast.plan import Rates, launch_work, plan_forward
+from vovnet_fast.plan import Rates, conv_weight, launch_work, plan_forward
 from vovnet_fast.training_memory import training_memory
 
 from . import communication as comm
@@ -189,22 +189,23 @@ def convolutions() -> Rows:
 
 
 def _convolution(launch: Launch) -> dict[str, Any]:
-    c = launch.constants
+    c, weight = launch.constants, conv_weight(launch.args)
+    c_out, c_in = weight.shape[0], weight[0].numel() // c["KERNEL"] ** 2
     pixels = c["TILE_H"] * c["TILE_W"] if "TILE_H" in c else c["BLOCK_P"]
     blocks = [c[f"BLOCK_{i}"] for i in range(3) if c.get(f"BLOCK_{i}")]
-    steps = c["KERNEL"] ** 2 * -(-c["C_IN"] // c["BLOCK_K"])
-    if c["C_IN"] < c["BLOCK_K"]:  # The taps of the first layer are one step.
-        steps = -(-(c["KERNEL"] ** 2) * c["C_IN"] // c["BLOCK_K"])
+    steps = c["KERNEL"] ** 2 * -(-c_in // c["BLOCK_K"])
+    if c_in < c["BLOCK_K"]:  # The taps of the first layer are one step.
+        steps = -(-(c["KERNEL"] ** 2) * c_in // c["BLOCK_K"])
     step_bytes = (pixels + sum(blocks)) * c["BLOCK_K"] * 2
     programs, work = _programs(launch), launch_work(launch)
     out = launch.args.get("out_ptr", launch.args.get("out_desc_0"))
     n, height, width, _ = getattr(out, "base", out).shape
     covered = programs * pixels * sum(blocks)
-    needed = n * height * width * c["C_OUT"]
+    needed = n * height * width * c_out
     floor = RATES.floor(work)
     stride = " stride 2" if c.get("STRIDE") == 2 else ""
     return {
-        "layer": f"{c['KERNEL']}x{c['KERNEL']} {c['C_IN']}>{c['C_OUT']}{stride}, {height}x{width}",
+        "layer": f"{c['KERNEL']}x{c['KERNEL']} {c_in}>{c_out}{stride}, {height}x{width}",
         "tile": f"{pixels}x{'+'.join(map(str, blocks))}",
         "programs": programs,
         "waves": round(programs / PROCESSORS, 2),

@@ -39,8 +39,9 @@ CASES = {case.name: case for case in conv_cases(_layers())}
 
 @pytest.mark.parametrize("provider", providers())
 @pytest.mark.parametrize("name", CASES)
-def test_conv(name, provider, benchmark, watch, device, ceilings):
+def test_conv(name, provider, benchmark, watch, device, ceilings, request):
     tiny = name.startswith(TINY)
     if provider != "triton" or not tiny:
         skip_unless_usable(provider, device)
-    measure_op(CASES[name], provider, DTYPE, benchmark, watch, ceilings, quick=tiny)
+    which = request.config.getoption("--engines")
+    measure_op(CASES[name], provider, DTYPE, benchmark, watch, ceilings, quick=tiny, which=which)

@@ -23,6 +23,7 @@ import torch
 
 from vovnet_fast import use_backend
 
+from .ceilings import multiplies_bf16
 from .networks import MORE_SHAPES, MORE_SPECS, SHAPES, SPECS, TIMM, counted, text
 from .peers import EAGER, PEERS, Case, Missing
 from .timing import burst, measure
@@ -37,8 +38,7 @@ def _cases():
     small, wide = ("V-19-slim-dw-eSE", (1, 128, 128)), ("V-39-eSE", (1, 224, 224))
     batch = ("V-19-slim-dw-eSE", (8, 128, 128))
     found = [Case(*network, torch.float32, DEVICE) for network in (small, batch, wide)]
-    half = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return [*found, Case(*wide, torch.bfloat16, DEVICE)] if half else found
+    return [*found, Case(*wide, torch.bfloat16, DEVICE)] if multiplies_bf16() else found
 
 
 MAX_DISTANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+import inspect
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -14,16 +15,21 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import _compile_log
+
 INT32_LIMIT = 2**31
+VECTOR_BYTES = 16
+"""Of the widest load and store of a thread."""
+
 PARTS = 3
 """A CTA computes its output channels in at most this many accumulators."""
 
 REDUCTION_PROGRAMS = 6
 """Programs of a reduction a processor: as many as its registers let be resident at once."""
 
-_ASSUMED_PROCESSORS = {"cpu": 3, "meta": 132}
-# Interpreted runs are tiny: three programs make persistent ones loop. Compile-only runs
-# on meta tensors take an H100.
+_INTERPRETED_PROCESSORS = 3  # Such runs are tiny: three programs make persistent ones loop.
+
+_compile_log.start()
 
 _SUM_ROWS = 64
 _SUM_COLUMNS = 32
@@ -95,18 +101,49 @@ def recording() -> Iterator[list[Launch]]:
         _recorded.reset(token)
 
 
+class Target(NamedTuple):
+    """A GPU for which launches on meta tensors are planned; an H100 by default.
+
+    Attributes:
+        capability: compute capability.
+        processors: streaming multiprocessors.
+    """
+
+    capability: tuple[int, int] = (9, 0)
+    processors: int = 132
+
+
+_HOPPER = Target()
+_target: ContextVar[Target] = ContextVar("target", default=_HOPPER)
+
+
+@contextlib.contextmanager
+def planning_for(target: Target) -> Iterator[None]:
+    """Inside, in this thread, launches on meta tensors are those of another GPU."""
+    token = _target.set(target)
+    try:
+        yield
+    finally:
+        _target.reset(token)
+
+
 @functools.cache
+def target_of(device: torch.device) -> Target:
+    """What the GPU ``device`` is."""
+    found = torch.cuda.get_device_properties(device)
+    return Target((found.major, found.minor), found.multi_processor_count)
+
+
 def capability(device: torch.device) -> tuple[int, int]:
-    """Compute capability of ``device``; that of Hopper where no GPU is involved."""
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (9, 0)
+    """Compute capability of ``device``; that of :func:`planning_for` where no GPU is involved."""
+    return (target_of(device) if device.type == "cuda" else _target.get()).capability
 
 
-@functools.cache
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of ``device``."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).multi_processor_count
-    return _ASSUMED_PROCESSORS[device.type]
+    """Streaming multiprocessors of ``device``; those of :func:`planning_for` on meta tensors."""
+    if device.type == "cpu":
+        return _INTERPRETED_PROCESSORS
+    return (target_of(device) if device.type == "cuda" else _target.get()).processors
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
@@ -156,6 +193,12 @@ def assert_same(name: str, tensor: Tensor, like: Tensor) -> None:
     )
 
 
+def same_place(a: Tensor, b: Tensor) -> bool:
+    """Whether two views begin at the same element; meta tensors have no address to tell it by."""
+    storages = (tensor.untyped_storage()._cdata for tensor in (a, b))
+    return next(storages) == next(storages) and a.storage_offset() == b.storage_offset()
+
+
 def in_raster_order(*tensors: Tensor) -> bool:
     """Whether the rows of every ``[N, H, W, C]`` view follow each other at the pixel stride."""
     return all(t.shape[1] == 1 or t.stride(1) == t.shape[2] * t.stride(2) for t in tensors)
@@ -193,9 +236,26 @@ def needs_int64(*tensors: Tensor) -> bool:
     return False
 
 
-def strides(name: str, tensor: Tensor) -> dict[str, int]:
-    """Batch, row and pixel stride in elements, as kernel arguments ``<name>_stride_[nhw]``."""
-    return {f"{name}_stride_{axis}": tensor.stride(i) for i, axis in enumerate("nhw")}
+def vector(*views: Tensor) -> int:
+    """Elements of 16 bytes where all views consist of such vectors, else 1.
+
+    Their addresses, their strides and their numbers of channels are multiples of it then.
+    Kernels are told strides and channels in vectors, and multiply them: so they know without
+    a proof what they may load and store at once, whatever the sizes are.
+    """
+    size = VECTOR_BYTES // views[0].itemsize
+    for view in views:
+        if view.shape[-1] % size or view.data_ptr() % VECTOR_BYTES:
+            return 1
+        # Nothing is ever multiplied by the stride of a single image, row or column but 0.
+        if any(s % size and n > 1 for s, n in zip(view.stride()[:-1], view.shape, strict=False)):
+            return 1
+    return size
+
+
+def strides(name: str, tensor: Tensor, size: int) -> dict[str, int]:
+    """Batch, row and pixel stride in vectors, as kernel arguments ``<name>_stride_[nhw]``."""
+    return {f"{name}_stride_{axis}": tensor.stride(i) // size for i, axis in enumerate("nhw")}
 
 
 def channel_block(channels: int) -> int:
@@ -254,6 +314,7 @@ def pixelwise(
     *,
     elements: int,
     tile: int | None = None,
+    widths: dict[str, int] | None = None,
     args: dict[str, Any] | None = None,
     constants: dict[str, Any] | None = None,
     num_warps: int = 4,
@@ -262,11 +323,12 @@ def pixelwise(
 
     Args:
         kernel: takes ``<name>_ptr`` and strides of each view, ``height``, ``width``, ``tiles``,
-            ``C``, ``BLOCK_C``, ``BLOCK_P``, ``ACC``, ``SOFT_BF16`` and ``WIDE``.
+            ``vectors``, ``VECTOR``, ``BLOCK_C``, ``BLOCK_P``, ``ACC``, ``SOFT_BF16`` and ``WIDE``.
         views: ``[N, H, W, C]`` by name. The first one has the channels of the launch; None
             stands for one that is absent, which the kernel must not read.
         elements: of a view that a program holds at a time.
         tile: pixels of a program, if not those that it holds at a time.
+        widths: numbers of channels that the kernel takes besides, in vectors.
         args, constants: what else the kernel takes.
         num_warps: warps a program.
     """
@@ -278,7 +340,8 @@ def pixelwise(
     block_p = min(elements // block_c, tile or elements)
     tiles = cdiv(height * width, tile or block_p)
     pointers = {f"{name}_ptr": given.get(name) for name in views}
-    all_strides = [strides(name, given.get(name, first)) for name in views]
+    size = vector(*given.values())
+    all_strides = [strides(name, given.get(name, first), size) for name in views]
     return Launch(
         kernel,
         grid=(n * tiles * cdiv(c, block_c),),
@@ -286,12 +349,14 @@ def pixelwise(
             height=height,
             width=width,
             tiles=tiles,
+            vectors=c // size,
+            **{name: width // size for name, width in (widths or {}).items()},
             **pointers,
             **{key: value for found in all_strides for key, value in found.items()},
             **(args or {}),
         ),
         constants=dict(
-            C=c,
+            VECTOR=size,
             BLOCK_C=block_c,
             BLOCK_P=block_p,
             ACC=triton_accumulator(first.dtype),
@@ -303,17 +368,51 @@ def pixelwise(
     )
 
 
+def launched(function: Callable[..., None]) -> Any:
+    """``triton.jit`` for a kernel that is compiled once for all sizes.
+
+    By itself Triton compiles another for each integer that is 1 or becomes a multiple of 16.
+    """
+    numbers = [
+        name
+        for name, parameter in inspect.signature(function).parameters.items()
+        if not name.endswith("_ptr") and "constexpr" not in str(parameter.annotation)
+    ]
+    return triton.jit(function, do_not_specialize=numbers)
+
+
 @triton.jit
-def program_tile(tiles, C: tl.constexpr, BLOCK_C: tl.constexpr):
+def program_tile(tiles, channels, BLOCK_C: tl.constexpr):
     """(image, tile, first channel) of this program, of ``tiles`` an image.
 
     Programs that differ in channels only are neighbours: what they share of the
     input is then found in L2.
     """
-    groups: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
+    groups = tl.cdiv(channels, BLOCK_C)
     image_tile = tl.program_id(0) // groups
     first = (tl.program_id(0) % groups) * BLOCK_C
     return image_tile // tiles, image_tile % tiles, first
+
+
+@triton.jit
+def within(c, channels, TAIL: tl.constexpr):
+    """Whether channels exist. Without a TAIL, blocks end where the channels do, and all do."""
+    return c < channels if TAIL else c >= 0
+
+
+@triton.jit
+def next_chunk(tap, c, c_in, KERNEL: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(tap, first channel) of the step after this one: over all channels of a tap, then the next.
+
+    Carried from step to step, because a division by a number that is not known when a kernel
+    is compiled takes longer than all else that a step computes besides its products.
+    """
+    c += BLOCK_K
+    if KERNEL > 1:
+        past = c >= c_in
+        tap = tl.where(past, tap + 1, tap)
+        c = tl.where(past, 0, c)
+    return tap, c
 
 
 @triton.jit
@@ -344,18 +443,18 @@ def relu_gradient(g, y):
 
 
 @triton.jit
-def pixel_offsets(h, w, stride_h, stride_w, WIDE: tl.constexpr):
+def pixel_offsets(h, w, stride_h, stride_w, VECTOR: tl.constexpr, WIDE: tl.constexpr):
     """Offsets of pixels inside their image, in elements; in 64 bits if WIDE."""
     if WIDE:
         h = h.to(tl.int64)
         w = w.to(tl.int64)
-    return h * stride_h + w * stride_w
+    return (h * stride_h + w * stride_w) * VECTOR
 
 
 @triton.jit
-def batch_offset(n, stride_n):
+def batch_offset(n, stride_n, VECTOR: tl.constexpr = 1):
     """Offset of image n in elements, always in 64 bits."""
-    return n.to(tl.int64) * stride_n
+    return n.to(tl.int64) * stride_n * VECTOR
 
 
 @triton.jit
@@ -369,33 +468,37 @@ def narrow(y, dtype: tl.constexpr, SOFT_BF16: tl.constexpr):
 
 
 @triton.jit
-def sum_rows(ptr, rows, c, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Sums over the rows of channels c of a packed [rows, C], always in one order."""
+def sum_rows(ptr, rows, c, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Sums over the rows of channels c of a packed [rows, channels], always in one order."""
     sums = tl.zeros((BLOCK_R, BLOCK_C), dtype=ptr.dtype.element_ty)
     for first in tl.range(0, rows, BLOCK_R):
         r = first + tl.arange(0, BLOCK_R)
-        mask = (r < rows)[:, None] & (c < C)[None, :]
-        sums += tl.load(ptr + r[:, None] * C + c[None, :], mask=mask, other=0.0)
+        mask = (r < rows)[:, None] & (c < channels)[None, :]
+        sums += tl.load(ptr + r[:, None] * channels + c[None, :], mask=mask, other=0.0)
     return tl.sum(sums, axis=0)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@launched
 def sum_rows_kernel(
-    rows_ptr, out_ptr, rows, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr
-):
+    rows_ptr, out_ptr, rows, vectors,
+    VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
     """One program: sums over the rows of BLOCK_C columns."""
+    channels = vectors * VECTOR
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    tl.store(out_ptr + c, sum_rows(rows_ptr, rows, c, C, BLOCK_R, BLOCK_C), mask=c < C)
+    sums = sum_rows(rows_ptr, rows, c, channels, BLOCK_R, BLOCK_C)
+    tl.store(out_ptr + c, sums, mask=c < channels)
 
 
 def plan_sum_rows(rows: Tensor, out: Tensor) -> Launch:
     """Decide a launch that sums packed ``[R, ...]`` over R into ``out``, ``[...]``."""
     assert_packed("rows", rows, (rows.shape[0], *out.shape), out.dtype)
+    size = vector(out.view(-1))
     return Launch(
         sum_rows_kernel,
         grid=(cdiv(out.numel(), _SUM_COLUMNS),),
-        args=dict(rows_ptr=rows, out_ptr=out, rows=rows.shape[0]),
-        constants=dict(C=out.numel(), BLOCK_R=_SUM_ROWS, BLOCK_C=_SUM_COLUMNS),
+        args=dict(rows_ptr=rows, out_ptr=out, rows=rows.shape[0], vectors=out.numel() // size),
+        constants=dict(VECTOR=size, BLOCK_R=_SUM_ROWS, BLOCK_C=_SUM_COLUMNS),
     )
 
 
@@ -414,8 +517,8 @@ def tile_statistics(y, inside, count, AXIS: tl.constexpr):
 
 
 @triton.jit
-def store_statistics(ptr, count, sums, squares, c, C: tl.constexpr):
-    """Store channels c of the rows (count, sum, squared deviations) of a part, [3, C]."""
-    tl.store(ptr + c, tl.zeros_like(sums) + count, mask=c < C)
-    tl.store(ptr + C + c, sums, mask=c < C)
-    tl.store(ptr + 2 * C + c, squares, mask=c < C)
+def store_statistics(ptr, count, sums, squares, c, channels):
+    """Store channels c of the rows (count, sum, squared deviations) of a part, [3, channels]."""
+    tl.store(ptr + c, tl.zeros_like(sums) + count, mask=c < channels)
+    tl.store(ptr + channels + c, sums, mask=c < channels)
+    tl.store(ptr + 2 * channels + c, squares, mask=c < channels)

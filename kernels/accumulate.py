@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -11,6 +10,7 @@ from ._common import (
     assert_nhwc,
     assert_same,
     batch_offset,
+    launched,
     narrow,
     pixel_offsets,
     pixelwise,
@@ -21,40 +21,42 @@ from ._common import (
 _STEP_ELEMENTS = 4096  # What a program holds in registers.
 
 
-@triton.jit(do_not_specialize=["height", "width", "tiles"])
+@launched
 def accumulate_kernel(
-    z_ptr, add_ptr, mask_ptr, out_ptr, height, width, tiles,
+    z_ptr, add_ptr, mask_ptr, out_ptr, height, width, tiles, vectors,
     z_stride_n, z_stride_h, z_stride_w, add_stride_n, add_stride_h, add_stride_w,
     mask_stride_n, mask_stride_h, mask_stride_w, out_stride_n, out_stride_h, out_stride_w,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ADD: tl.constexpr,
+    added, masked,
+    VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ADD: tl.constexpr,
     MASK: tl.constexpr, ACC: tl.constexpr, SOFT_BF16: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_P pixels of an image by BLOCK_C channels."""
-    n, tile, first = program_tile(tiles, C, BLOCK_C)
+    channels = vectors * VECTOR
+    n, tile, first = program_tile(tiles, channels, BLOCK_C)
     c = first + tl.arange(0, BLOCK_C)
     pixel = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     h = pixel // width
     w = pixel % width
     inside = (pixel < height * width)[:, None]
-    within = inside & (c < C)[None, :]
+    within = inside & (c < channels)[None, :]
 
-    z_ptr += batch_offset(n, z_stride_n)
-    offsets = pixel_offsets(h, w, z_stride_h, z_stride_w, WIDE)
+    z_ptr += batch_offset(n, z_stride_n, VECTOR)
+    offsets = pixel_offsets(h, w, z_stride_h, z_stride_w, VECTOR, WIDE)
     y = tl.load(z_ptr + offsets[:, None] + c[None, :], mask=within, other=0.0).to(ACC)
-    if ADD > 0:
-        add_ptr += batch_offset(n, add_stride_n)
-        offsets = pixel_offsets(h, w, add_stride_h, add_stride_w, WIDE)
+    if ADD:
+        add_ptr += batch_offset(n, add_stride_n, VECTOR)
+        offsets = pixel_offsets(h, w, add_stride_h, add_stride_w, VECTOR, WIDE)
         pointers = add_ptr + offsets[:, None] + c[None, :]
-        y += tl.load(pointers, mask=inside & (c < ADD)[None, :], other=0.0).to(ACC)
-    if MASK > 0:
-        channel = c - (C - MASK)
-        mask_ptr += batch_offset(n, mask_stride_n)
-        offsets = pixel_offsets(h, w, mask_stride_h, mask_stride_w, WIDE)
+        y += tl.load(pointers, mask=inside & (c < added * VECTOR)[None, :], other=0.0).to(ACC)
+    if MASK:
+        channel = c - (channels - masked * VECTOR)
+        mask_ptr += batch_offset(n, mask_stride_n, VECTOR)
+        offsets = pixel_offsets(h, w, mask_stride_h, mask_stride_w, VECTOR, WIDE)
         pointers = mask_ptr + offsets[:, None] + channel[None, :]
         activation = tl.load(pointers, mask=within & (channel >= 0)[None, :], other=1.0)
         y = relu_gradient(y, activation.to(ACC))
-    out_ptr += batch_offset(n, out_stride_n)
-    offsets = pixel_offsets(h, w, out_stride_h, out_stride_w, WIDE)
+    out_ptr += batch_offset(n, out_stride_n, VECTOR)
+    offsets = pixel_offsets(h, w, out_stride_h, out_stride_w, VECTOR, WIDE)
     y = narrow(y, out_ptr.dtype.element_ty, SOFT_BF16)
     tl.store(out_ptr + offsets[:, None] + c[None, :], y, mask=within)
 
@@ -74,10 +76,10 @@ def plan(z: Tensor, out: Tensor, add: Tensor | None = None, mask: Tensor | None 
         accumulate_kernel,
         dict(z=z, out=out, add=add, mask=mask),
         elements=_STEP_ELEMENTS,
-        constants=dict(
-            ADD=0 if add is None else add.shape[3],
-            MASK=0 if mask is None else mask.shape[3],
+        widths=dict(
+            added=0 if add is None else add.shape[3], masked=0 if mask is None else mask.shape[3]
         ),
+        constants=dict(ADD=add is not None, MASK=mask is not None),
     )
 
 

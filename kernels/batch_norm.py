@@ -36,6 +36,7 @@ from ._common import (
     batch_offset,
     cdiv,
     collapse_rows,
+    launched,
     narrow,
     needs_int64,
     pixel_offsets,
@@ -46,6 +47,7 @@ from ._common import (
     strides,
     sweep,
     triton_accumulator,
+    vector,
 )
 
 STATISTICS = 3
@@ -73,18 +75,18 @@ def merge_two(count_a, sum_a, m2_a, count_b, sum_b, m2_b):
 
 
 @triton.jit
-def merge_parts(ptr, first, last, c, C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
+def merge_parts(ptr, first, last, c, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
     """(count, sum, squared deviations) of parts [first, last) together, in fp64."""
     count = tl.zeros((BLOCK_C,), dtype=tl.float64)
     total = tl.zeros((BLOCK_C,), dtype=tl.float64)
     m2 = tl.zeros((BLOCK_C,), dtype=tl.float64)
     for start in tl.range(first, last, BLOCK_R):
         r = start + tl.arange(0, BLOCK_R)
-        mask = (r < last)[:, None] & (c < C)[None, :]
-        part = ptr + r.to(tl.int64)[:, None] * (3 * C) + c[None, :]
+        mask = (r < last)[:, None] & (c < channels)[None, :]
+        part = ptr + r.to(tl.int64)[:, None] * (3 * channels) + c[None, :]
         counts = tl.load(part, mask=mask, other=0.0).to(tl.float64)
-        sums = tl.load(part + C, mask=mask, other=0.0).to(tl.float64)
-        m2s = tl.load(part + 2 * C, mask=mask, other=0.0).to(tl.float64)
+        sums = tl.load(part + channels, mask=mask, other=0.0).to(tl.float64)
+        m2s = tl.load(part + 2 * channels, mask=mask, other=0.0).to(tl.float64)
         filled = counts > 0.0
         sums = tl.where(filled, sums, 0.0)
         counts_here = tl.sum(counts, axis=0)
@@ -97,33 +99,35 @@ def merge_parts(ptr, first, last, c, C: tl.constexpr, BLOCK_R: tl.constexpr, BLO
     return count, total, m2
 
 
-@triton.jit(do_not_specialize=["parts", "parts_per_program"])
+@launched
 def merge_statistics_kernel(
-    partials_ptr, out_ptr, parts, parts_per_program,
-    C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
+    partials_ptr, out_ptr, parts, parts_per_program, vectors,
+    VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_C channels of ``parts_per_program`` parts, merged into one."""
+    channels = vectors * VECTOR
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     first = tl.program_id(0) * parts_per_program
     last = tl.minimum(first + parts_per_program, parts)
-    count, total, m2 = merge_parts(partials_ptr, first, last, c, C, BLOCK_R, BLOCK_C)
-    out_ptr += batch_offset(tl.program_id(0), 3 * C) + c
+    count, total, m2 = merge_parts(partials_ptr, first, last, c, channels, BLOCK_R, BLOCK_C)
+    out_ptr += batch_offset(tl.program_id(0), 3 * channels) + c
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    tl.store(out_ptr, count.to(dtype), mask=c < C)
-    tl.store(out_ptr + C, total.to(dtype), mask=c < C)
-    tl.store(out_ptr + 2 * C, m2.to(dtype), mask=c < C)
+    tl.store(out_ptr, count.to(dtype), mask=c < channels)
+    tl.store(out_ptr + channels, total.to(dtype), mask=c < channels)
+    tl.store(out_ptr + 2 * channels, m2.to(dtype), mask=c < channels)
 
 
-@triton.jit(do_not_specialize=["parts"])
+@launched
 def finish_norm_kernel(
-    partials_ptr, gamma_ptr, beta_ptr, out_ptr, parts,
-    C: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, EPS: tl.constexpr,
+    partials_ptr, gamma_ptr, beta_ptr, out_ptr, parts, vectors,
+    VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, EPS: tl.constexpr,
     GAMMA: tl.constexpr, BETA: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_C channels of all parts, and what the norm is made of."""
+    channels = vectors * VECTOR
     c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask = c < C
-    count, total, m2 = merge_parts(partials_ptr, 0, parts, c, C, BLOCK_R, BLOCK_C)
+    mask = c < channels
+    count, total, m2 = merge_parts(partials_ptr, 0, parts, c, channels, BLOCK_R, BLOCK_C)
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     mean = total / count
     rstd = 1.0 / tl.sqrt(m2 / count + EPS)
@@ -136,75 +140,79 @@ def finish_norm_kernel(
     if BETA:
         shift += tl.load(beta_ptr + c, mask=mask, other=0.0).to(tl.float64)
     tl.store(out_ptr + c, mean.to(dtype), mask=mask)
-    tl.store(out_ptr + C + c, rstd.to(dtype), mask=mask)
-    tl.store(out_ptr + 2 * C + c, scale, mask=mask)
-    tl.store(out_ptr + 3 * C + c, shift.to(dtype), mask=mask)
-    tl.store(out_ptr + 4 * C + c, (m2 / (count - 1.0)).to(dtype), mask=mask)
-    tl.store(out_ptr + 5 * C + c, count.to(dtype), mask=mask)
+    tl.store(out_ptr + channels + c, rstd.to(dtype), mask=mask)
+    tl.store(out_ptr + 2 * channels + c, scale, mask=mask)
+    tl.store(out_ptr + 3 * channels + c, shift.to(dtype), mask=mask)
+    tl.store(out_ptr + 4 * channels + c, (m2 / (count - 1.0)).to(dtype), mask=mask)
+    tl.store(out_ptr + 5 * channels + c, count.to(dtype), mask=mask)
 
 
-@triton.jit(do_not_specialize=["height", "width", "tiles", "steps"])
+@launched
 def norm_sums_kernel(
-    g_ptr, z_ptr, norm_ptr, partials_ptr, height, width, tiles, steps,
+    g_ptr, z_ptr, norm_ptr, partials_ptr, height, width, tiles, vectors, steps,
     g_stride_n, g_stride_h, g_stride_w, z_stride_n, z_stride_h, z_stride_w,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: both sums of BLOCK_C channels over ``steps`` times BLOCK_P pixels."""
-    n, tile, first = program_tile(tiles, C, BLOCK_C)
+    channels = vectors * VECTOR
+    n, tile, first = program_tile(tiles, channels, BLOCK_C)
     c = first + tl.arange(0, BLOCK_C)
-    g_ptr += batch_offset(n, g_stride_n)
-    z_ptr += batch_offset(n, z_stride_n)
-    mean = tl.load(norm_ptr + c, mask=c < C, other=0.0)
-    rstd = tl.load(norm_ptr + C + c, mask=c < C, other=0.0)
+    g_ptr += batch_offset(n, g_stride_n, VECTOR)
+    z_ptr += batch_offset(n, z_stride_n, VECTOR)
+    mean = tl.load(norm_ptr + c, mask=c < channels, other=0.0)
+    rstd = tl.load(norm_ptr + channels + c, mask=c < channels, other=0.0)
     sums = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACC)
     products = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACC)
     for step in tl.range(0, steps):
         pixel = (tile * steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
         h = pixel // width
         w = pixel % width
-        mask = (pixel < height * width)[:, None] & (c < C)[None, :]
-        g_offsets = pixel_offsets(h, w, g_stride_h, g_stride_w, WIDE)[:, None] + c[None, :]
-        z_offsets = pixel_offsets(h, w, z_stride_h, z_stride_w, WIDE)[:, None] + c[None, :]
+        mask = (pixel < height * width)[:, None] & (c < channels)[None, :]
+        g_offsets = pixel_offsets(h, w, g_stride_h, g_stride_w, VECTOR, WIDE)[:, None] + c[None, :]
+        z_offsets = pixel_offsets(h, w, z_stride_h, z_stride_w, VECTOR, WIDE)[:, None] + c[None, :]
         g = tl.load(g_ptr + g_offsets, mask=mask, other=0.0).to(ACC)
         z = tl.load(z_ptr + z_offsets, mask=mask, other=0.0).to(ACC)
         sums += g
         products += g * ((z - mean[None, :]) * rstd[None, :])
-    partials_ptr += batch_offset(n * tiles + tile, 2 * C) + c
-    tl.store(partials_ptr, tl.sum(sums, axis=0), mask=c < C)
-    tl.store(partials_ptr + C, tl.sum(products, axis=0), mask=c < C)
+    partials_ptr += batch_offset(n * tiles + tile, 2 * channels) + c
+    tl.store(partials_ptr, tl.sum(sums, axis=0), mask=c < channels)
+    tl.store(partials_ptr + channels, tl.sum(products, axis=0), mask=c < channels)
 
 
-@triton.jit(do_not_specialize=["height", "width", "tiles", "steps"])
+@launched
 def norm_input_grad_kernel(
-    g_ptr, z_ptr, norm_ptr, sums_ptr, gamma_ptr, out_ptr, height, width, tiles, steps,
+    g_ptr, z_ptr, norm_ptr, sums_ptr, gamma_ptr, out_ptr, height, width, tiles, vectors, steps,
     g_stride_n, g_stride_h, g_stride_w, z_stride_n, z_stride_h, z_stride_w,
     out_stride_n, out_stride_h, out_stride_w,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, GAMMA: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, GAMMA: tl.constexpr,
     ACC: tl.constexpr, SOFT_BF16: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: ``steps`` times BLOCK_P pixels of an image by BLOCK_C channels."""
-    n, tile, first = program_tile(tiles, C, BLOCK_C)
+    channels = vectors * VECTOR
+    n, tile, first = program_tile(tiles, channels, BLOCK_C)
     c = first + tl.arange(0, BLOCK_C)
-    g_ptr += batch_offset(n, g_stride_n)
-    z_ptr += batch_offset(n, z_stride_n)
-    out_ptr += batch_offset(n, out_stride_n)
-    mean = tl.load(norm_ptr + c, mask=c < C, other=0.0)[None, :]
-    rstd = tl.load(norm_ptr + C + c, mask=c < C, other=0.0)[None, :]
-    count = tl.load(norm_ptr + 5 * C + c, mask=c < C, other=1.0)[None, :]
-    g_mean = tl.load(sums_ptr + c, mask=c < C, other=0.0)[None, :] / count
-    slope = tl.load(sums_ptr + C + c, mask=c < C, other=0.0)[None, :] / count
+    g_ptr += batch_offset(n, g_stride_n, VECTOR)
+    z_ptr += batch_offset(n, z_stride_n, VECTOR)
+    out_ptr += batch_offset(n, out_stride_n, VECTOR)
+    mean = tl.load(norm_ptr + c, mask=c < channels, other=0.0)[None, :]
+    rstd = tl.load(norm_ptr + channels + c, mask=c < channels, other=0.0)[None, :]
+    count = tl.load(norm_ptr + 5 * channels + c, mask=c < channels, other=1.0)[None, :]
+    g_mean = tl.load(sums_ptr + c, mask=c < channels, other=0.0)[None, :] / count
+    slope = tl.load(sums_ptr + channels + c, mask=c < channels, other=0.0)[None, :] / count
     scale = rstd
     if GAMMA:
-        scale *= tl.load(gamma_ptr + c, mask=c < C, other=0.0).to(ACC)[None, :]
+        scale *= tl.load(gamma_ptr + c, mask=c < channels, other=0.0).to(ACC)[None, :]
     for step in tl.range(0, steps):
         pixel = (tile * steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
         h = pixel // width
         w = pixel % width
-        mask = (pixel < height * width)[:, None] & (c < C)[None, :]
-        g_offsets = pixel_offsets(h, w, g_stride_h, g_stride_w, WIDE)[:, None] + c[None, :]
-        z_offsets = pixel_offsets(h, w, z_stride_h, z_stride_w, WIDE)[:, None] + c[None, :]
-        out_offsets = pixel_offsets(h, w, out_stride_h, out_stride_w, WIDE)[:, None] + c[None, :]
+        mask = (pixel < height * width)[:, None] & (c < channels)[None, :]
+        g_offsets = pixel_offsets(h, w, g_stride_h, g_stride_w, VECTOR, WIDE)[:, None] + c[None, :]
+        z_offsets = pixel_offsets(h, w, z_stride_h, z_stride_w, VECTOR, WIDE)[:, None] + c[None, :]
+        out_offsets = (
+            pixel_offsets(h, w, out_stride_h, out_stride_w, VECTOR, WIDE)[:, None] + c[None, :]
+        )
         g = tl.load(g_ptr + g_offsets, mask=mask, other=0.0).to(ACC)
         z = tl.load(z_ptr + z_offsets, mask=mask, other=0.0).to(ACC)
         dz = scale * (g - g_mean - (z - mean) * rstd * slope)
@@ -237,6 +245,7 @@ def plan_merge(partials: Tensor, out: Tensor) -> Launch:
     _assert_partials(partials)
     groups = out.shape[0]
     assert_packed("out", out, (groups, STATISTICS, c), accumulator(out.dtype))
+    size = vector(partials)
     return Launch(
         merge_statistics_kernel,
         grid=(groups, cdiv(c, _MERGE_CHANNELS)),
@@ -245,8 +254,9 @@ def plan_merge(partials: Tensor, out: Tensor) -> Launch:
             out_ptr=out,
             parts=parts,
             parts_per_program=cdiv(parts, groups),
+            vectors=c // size,
         ),
-        constants=dict(C=c, BLOCK_R=_MERGE_PARTS, BLOCK_C=_MERGE_CHANNELS),
+        constants=dict(VECTOR=size, BLOCK_R=_MERGE_PARTS, BLOCK_C=_MERGE_CHANNELS),
         num_warps=_MERGE_WARPS,
     )
 
@@ -285,12 +295,20 @@ def plan_finish(
     assert_packed("norm", norm, (NORM_ROWS, c), accumulator(norm.dtype))
     _assert_vector("gamma", gamma, c)
     _assert_vector("beta", beta, c)
+    size = vector(partials)
     return Launch(
         finish_norm_kernel,
         grid=(cdiv(c, _MERGE_CHANNELS),),
-        args=dict(partials_ptr=partials, gamma_ptr=gamma, beta_ptr=beta, out_ptr=norm, parts=parts),
+        args=dict(
+            partials_ptr=partials,
+            gamma_ptr=gamma,
+            beta_ptr=beta,
+            out_ptr=norm,
+            parts=parts,
+            vectors=c // size,
+        ),
         constants=dict(
-            C=c,
+            VECTOR=size,
             BLOCK_R=_MERGE_PARTS,
             BLOCK_C=_MERGE_CHANNELS,
             EPS=eps,
@@ -330,6 +348,7 @@ def plan_backward_sums(g: Tensor, z: Tensor, norm: Tensor, out: Tensor) -> tuple
     assert_packed("out", out, (2, c), high)
     g, z = collapse_rows(g, z)
     block_c, block_p, steps, tiles, programs = sweep(z, _REDUCE_ELEMENTS, REDUCTION_PROGRAMS)
+    size = vector(g, z)
     partials = out.new_empty(n * tiles, 2, c)
     sums = Launch(
         norm_sums_kernel,
@@ -342,12 +361,13 @@ def plan_backward_sums(g: Tensor, z: Tensor, norm: Tensor, out: Tensor) -> tuple
             height=z.shape[1],
             width=z.shape[2],
             tiles=tiles,
+            vectors=c // size,
             steps=steps,
-            **strides("g", g),
-            **strides("z", z),
+            **strides("g", g, size),
+            **strides("z", z, size),
         ),
         constants=dict(
-            C=c,
+            VECTOR=size,
             BLOCK_C=block_c,
             BLOCK_P=block_p,
             ACC=triton_accumulator(z.dtype),
@@ -387,6 +407,7 @@ def plan_input_grad(
     _assert_vector("gamma", gamma, c)
     g, z, out = collapse_rows(g, z, out)
     block_c, block_p, steps, tiles, programs = sweep(z, _GRAD_ELEMENTS, _GRAD_PROGRAMS)
+    size = vector(g, z, out)
     return Launch(
         norm_input_grad_kernel,
         grid=(programs,),
@@ -400,13 +421,14 @@ def plan_input_grad(
             height=z.shape[1],
             width=z.shape[2],
             tiles=tiles,
+            vectors=c // size,
             steps=steps,
-            **strides("g", g),
-            **strides("z", z),
-            **strides("out", out),
+            **strides("g", g, size),
+            **strides("z", z, size),
+            **strides("out", out, size),
         ),
         constants=dict(
-            C=c,
+            VECTOR=size,
             BLOCK_C=block_c,
             BLOCK_P=block_p,
             GAMMA=gamma is not None,

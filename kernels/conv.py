@@ -55,15 +55,14 @@ def _choices(
         tma=conv_tma.legal(x, weight, out, *others, stride=stride, tf32=tf32),
         kind=kind or epilogue.kind,
     )
-    size = (out.shape[1], out.shape[2])
-    found = candidates(capability(x.device), c_in, c_out, size=size, **layer)
+    found = candidates(capability(x.device), c_in, c_out, **layer)
     static = default_config(
         capability(x.device),
         c_in,
         c_out,
         processors=processors(x.device),
         batch=out.shape[0],
-        size=size,
+        size=(out.shape[1], out.shape[2]),
         **layer,
     )
     return found, static

@@ -26,8 +26,10 @@ from ._common import (
     batch_offset,
     cdiv,
     inside_image,
+    launched,
     narrow,
     needs_int64,
+    next_chunk,
     pixel_offsets,
     program_tile,
     relu_gradient,
@@ -37,6 +39,8 @@ from ._common import (
     strides,
     tile_statistics,
     triton_accumulator,
+    vector,
+    within,
 )
 from .conv_config import ConvConfig, Epilogue
 
@@ -46,48 +50,53 @@ FEW_CHANNELS = 16
 
 @triton.jit
 def _input_chunk(
-    x_ptr, chunk, h, w, inside, height, width, stride_h, stride_w,
-    C_IN: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
+    x_ptr, c, h, w, height, width, stride_h, stride_w, c_in,
+    VECTOR: tl.constexpr, BLOCK_K: tl.constexpr, TAIL: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One chunk of the channels of pixels (h, w): ``[BLOCK_P, BLOCK_K]``."""
-    c = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
-    offsets = pixel_offsets(h, w, stride_h, stride_w, WIDE)
-    mask = (inside & inside_image(h, w, height, width))[:, None]
-    if C_IN % BLOCK_K != 0:
-        mask = mask & (c < C_IN)[None, :]
+    """BLOCK_K channels of pixels (h, w) from c on: ``[BLOCK_P, BLOCK_K]``."""
+    c += tl.arange(0, BLOCK_K)
+    offsets = pixel_offsets(h, w, stride_h, stride_w, VECTOR, WIDE)
+    mask = inside_image(h, w, height, width)[:, None]
+    if TAIL:
+        mask = mask & (c < c_in)[None, :]
     return tl.load(x_ptr + offsets[:, None] + c[None, :], mask=mask, other=0.0)
 
 
 @triton.jit
 def _input_across_taps(
-    x_ptr, step, ih, iw, inside, height, width, stride_h, stride_w,
-    C_IN: tl.constexpr, KERNEL: tl.constexpr, BLOCK_K: tl.constexpr, WIDE: tl.constexpr,
+    x_ptr, k, ih, iw, height, width, stride_h, stride_w,
+    C_IN: tl.constexpr, VECTOR: tl.constexpr, KERNEL: tl.constexpr, BLOCK_K: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_K consecutive (tap, channel) pairs for every pixel: ``[BLOCK_P, BLOCK_K]``."""
-    k = step * BLOCK_K + tl.arange(0, BLOCK_K)
+    """BLOCK_K (tap, channel) pairs of every pixel, from k on: ``[BLOCK_P, BLOCK_K]``."""
+    k += tl.arange(0, BLOCK_K)
     tap = k // C_IN
     h = ih[:, None] + (tap // KERNEL)[None, :]
     w = iw[:, None] + (tap % KERNEL)[None, :]
-    offsets = pixel_offsets(h, w, stride_h, stride_w, WIDE) + (k % C_IN)[None, :]
-    mask = inside[:, None] & (k < KERNEL * KERNEL * C_IN)[None, :]
-    mask = mask & inside_image(h, w, height, width)
+    offsets = pixel_offsets(h, w, stride_h, stride_w, VECTOR, WIDE) + (k % C_IN)[None, :]
+    mask = (k < KERNEL * KERNEL * C_IN)[None, :] & inside_image(h, w, height, width)
     return tl.load(x_ptr + offsets, mask=mask, other=0.0)
 
 
 @triton.jit
 def _multiply_add(
-    acc, x, w_ptr, tap, chunk, first,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, KERNEL: tl.constexpr, BLOCK: tl.constexpr,
-    BLOCK_K: tl.constexpr, ACROSS: tl.constexpr, PRECISION: tl.constexpr, SOFT_BF16: tl.constexpr,
+    acc, x, w_ptr, begin, k, limit, first, k_total, c_out,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr, TAIL: tl.constexpr, OUT_TAIL: tl.constexpr,
+    PRECISION: tl.constexpr, SOFT_BF16: tl.constexpr,
 ):  # fmt: skip
-    """acc + x @ weights of BLOCK output channels from ``first``: ``[BLOCK_P, BLOCK]``."""
-    K_TOTAL: tl.constexpr = KERNEL * KERNEL * C_IN
-    # What chunks divide: all taps and channels at once, or the channels of one tap.
-    k_limit: tl.constexpr = K_TOTAL if ACROSS else C_IN
-    k = chunk * BLOCK_K + tl.arange(0, BLOCK_K)
+    """acc + x @ weights of BLOCK output channels from ``first``: ``[BLOCK_P, BLOCK]``.
+
+    A row of the weights has ``k_total``. Of the ``limit`` from ``begin`` on these are BLOCK_K
+    from k on.
+    """
+    k += tl.arange(0, BLOCK_K)
     oc = first + tl.arange(0, BLOCK)
-    pointers = w_ptr + (oc * K_TOTAL)[None, :] + (tap * C_IN + k)[:, None]  # [BLOCK_K, BLOCK]
-    w = tl.load(pointers, mask=(k < k_limit)[:, None] & (oc < C_OUT)[None, :], other=0.0)
+    pointers = w_ptr + (oc * k_total)[None, :] + (begin + k)[:, None]  # [BLOCK_K, BLOCK]
+    if TAIL or OUT_TAIL:
+        mask = within(k, limit, TAIL)[:, None] & within(oc, c_out, OUT_TAIL)[None, :]
+        w = tl.load(pointers, mask=mask, other=0.0)
+    else:
+        w = tl.load(pointers)
     if SOFT_BF16:
         x = x.to(tl.float32)
         w = w.to(tl.float32)
@@ -97,8 +106,8 @@ def _multiply_add(
 @triton.jit
 def _finish(
     acc, scale_ptr, shift_ptr, pool_ptr, add_ptr, add_offsets, mask_ptr, mask_offsets,
-    out_ptr, out_offsets, statistics_ptr, inside, count, first,
-    C_OUT: tl.constexpr, BLOCK: tl.constexpr, SCALE: tl.constexpr, RELU: tl.constexpr,
+    out_ptr, out_offsets, statistics_ptr, inside, count, first, c_out, added, masked,
+    BLOCK: tl.constexpr, OUT_TAIL: tl.constexpr, SCALE: tl.constexpr, RELU: tl.constexpr,
     POOL: tl.constexpr, ADD: tl.constexpr, MASK: tl.constexpr, STATISTICS: tl.constexpr,
     SOFT_BF16: tl.constexpr,
 ):  # fmt: skip
@@ -108,48 +117,60 @@ def _finish(
     statistics, ``count`` of them are.
     """
     oc = first + tl.arange(0, BLOCK)
+    exist = within(oc, c_out, OUT_TAIL)
     y = acc
     if SCALE:
-        scale = tl.load(scale_ptr + oc, mask=oc < C_OUT, other=0.0)
-        shift = tl.load(shift_ptr + oc, mask=oc < C_OUT, other=0.0)
+        scale = tl.load(scale_ptr + oc, mask=exist, other=0.0)
+        shift = tl.load(shift_ptr + oc, mask=exist, other=0.0)
         y = scale_shift_relu(y, scale[None, :], shift[None, :], RELU)
     if POOL:
         sums = tl.sum(tl.where(inside[:, None], y, 0.0), axis=0)
-        tl.store(pool_ptr + oc, sums, mask=oc < C_OUT)
-    if ADD > 0:
+        tl.store(pool_ptr + oc, sums, mask=exist)
+    if ADD:
         pointers = add_ptr + add_offsets[:, None] + oc[None, :]
-        mask = inside[:, None] & (oc < ADD)[None, :]
+        mask = inside[:, None] & (oc < added)[None, :]
         y += tl.load(pointers, mask=mask, other=0.0).to(y.dtype)
-    if MASK > 0:
-        channel = oc - (C_OUT - MASK)
+    if MASK:
+        channel = oc - (c_out - masked)
         pointers = mask_ptr + mask_offsets[:, None] + channel[None, :]
-        mask = inside[:, None] & ((channel >= 0) & (channel < MASK))[None, :]
+        mask = inside[:, None] & ((channel >= 0) & (channel < masked))[None, :]
         y = relu_gradient(y, tl.load(pointers, mask=mask, other=1.0).to(y.dtype))
     y = narrow(y, out_ptr.dtype.element_ty, SOFT_BF16)
-    mask = inside[:, None] & (oc < C_OUT)[None, :]
+    mask = inside[:, None] & exist[None, :]
     tl.store(out_ptr + out_offsets[:, None] + oc[None, :], y, mask=mask)
     if STATISTICS:
         count, sums, squares = tile_statistics(y.to(acc.dtype), inside, count, 0)
-        store_statistics(statistics_ptr, count, sums, squares, oc, C_OUT)
+        store_statistics(statistics_ptr, count, sums, squares, oc, c_out)
 
 
-@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "tiles"])
+@launched
 def conv_pointer_kernel(
     x_ptr, w_ptr, scale_ptr, shift_ptr, pool_ptr, add_ptr, mask_ptr, out_ptr, statistics_ptr,
-    height, width, out_height, out_width, tiles,
+    height, width, out_height, out_width, tiles, in_vectors, out_vectors, added, masked,
     x_stride_n, x_stride_h, x_stride_w, add_stride_n, add_stride_h, add_stride_w,
     mask_stride_n, mask_stride_h, mask_stride_w, out_stride_n, out_stride_h, out_stride_w,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
+    IN_VECTOR: tl.constexpr, OUT_VECTOR: tl.constexpr, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK_0: tl.constexpr, BLOCK_1: tl.constexpr, BLOCK_2: tl.constexpr,
-    BLOCK_K: tl.constexpr, ACROSS: tl.constexpr, SCALE: tl.constexpr, RELU: tl.constexpr,
-    POOL: tl.constexpr, ADD: tl.constexpr, MASK: tl.constexpr, STATISTICS: tl.constexpr,
-    PRECISION: tl.constexpr, ACC: tl.constexpr, SOFT_BF16: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK_K: tl.constexpr, ACROSS: tl.constexpr, TAIL: tl.constexpr, OUT_TAIL: tl.constexpr,
+    SCALE: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr, ADD: tl.constexpr,
+    MASK: tl.constexpr, STATISTICS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+    SOFT_BF16: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_P pixels of an image by BLOCK_0 + BLOCK_1 + BLOCK_2 channels."""
+    """One program: BLOCK_P pixels of an image by BLOCK_0 + BLOCK_1 + BLOCK_2 channels.
+
+    ACROSS is the number of input channels where steps run across taps, else 0.
+    """
     BLOCK: tl.constexpr = BLOCK_0 + BLOCK_1 + BLOCK_2
-    n, tile, first = program_tile(tiles, C_OUT, BLOCK)
-    CHUNKS: tl.constexpr = ((KERNEL * KERNEL if ACROSS else 1) * C_IN + BLOCK_K - 1) // BLOCK_K
+    c_out = out_vectors * OUT_VECTOR
+    n, tile, first = program_tile(tiles, c_out, BLOCK)
+    # Steps across taps are those of a single one.
+    STEP_KERNEL: tl.constexpr = 1 if ACROSS > 0 else KERNEL
+    c_in = in_vectors * IN_VECTOR
+    if ACROSS > 0:
+        c_in = KERNEL * KERNEL * ACROSS
+    k_total = STEP_KERNEL * STEP_KERNEL * c_in
+    chunks = tl.cdiv(c_in, BLOCK_K)
     if TRANSPOSED:
         # The four parities of one tile are neighbours: they read the same pixels. Output
         # pixel (2i + odd_h, 2j + odd_w) met input pixels (i + row, j + column).
@@ -163,9 +184,9 @@ def conv_pointer_kernel(
         ow = 2 * iw + odd_w
         inside = inside_image(oh, ow, out_height, out_width)
         if KERNEL == 1:
-            steps = (1 - odd_h) * (1 - odd_w) * CHUNKS
+            steps = (1 - odd_h) * (1 - odd_w) * chunks
         else:
-            steps = (1 + odd_h) * (1 + odd_w) * CHUNKS
+            steps = (1 + odd_h) * (1 + odd_w) * chunks
     else:
         pixel = tile * BLOCK_P + tl.arange(0, BLOCK_P)
         inside = pixel < out_height * out_width
@@ -173,8 +194,10 @@ def conv_pointer_kernel(
         ow = pixel % out_width
         ih = oh * STRIDE - KERNEL // 2
         iw = ow * STRIDE - KERNEL // 2
-        steps = CHUNKS if ACROSS else KERNEL * KERNEL * CHUNKS
-    x_ptr += batch_offset(n, x_stride_n)
+        steps = STEP_KERNEL * STEP_KERNEL * chunks
+    # Of pixels past the last one all taps are outside the image.
+    ih = tl.where(inside, ih, -KERNEL)
+    x_ptr += batch_offset(n, x_stride_n, IN_VECTOR)
 
     acc_0 = tl.zeros((BLOCK_P, BLOCK_0), dtype=ACC)
     if BLOCK_1 > 0:
@@ -182,13 +205,14 @@ def conv_pointer_kernel(
     if BLOCK_2 > 0:
         acc_2 = tl.zeros((BLOCK_P, BLOCK_2), dtype=ACC)
     # One flat loop over taps and chunks: nested loops would drain the pipeline at every tap.
-    for step in tl.range(0, steps):
-        tap = step // CHUNKS
-        chunk = step % CHUNKS
-        if ACROSS:
+    tap = 0
+    c = 0
+    for _ in tl.range(0, steps):
+        weights = tap
+        if ACROSS > 0:
             x = _input_across_taps(
-                x_ptr, chunk, ih, iw, inside, height, width, x_stride_h, x_stride_w,
-                C_IN, KERNEL, BLOCK_K, WIDE,
+                x_ptr, c, ih, iw, height, width, x_stride_h, x_stride_w,
+                ACROSS, IN_VECTOR, KERNEL, BLOCK_K, WIDE,
             )  # fmt: skip
         else:
             if TRANSPOSED:
@@ -196,58 +220,68 @@ def conv_pointer_kernel(
                 row = tap >> odd_w
                 column = tap & odd_w
                 if KERNEL == 3:
-                    tap = (1 - odd_h + 2 * row) * 3 + 1 - odd_w + 2 * column
+                    weights = (1 - odd_h + 2 * row) * 3 + 1 - odd_w + 2 * column
             else:
                 row = tap // KERNEL
                 column = tap % KERNEL
             x = _input_chunk(
-                x_ptr, chunk, ih + row, iw + column, inside, height, width,
-                x_stride_h, x_stride_w, C_IN, BLOCK_K, WIDE,
+                x_ptr, c, ih + row, iw + column, height, width,
+                x_stride_h, x_stride_w, c_in, IN_VECTOR, BLOCK_K, TAIL, WIDE,
             )  # fmt: skip
+        begin = weights * c_in
         acc_0 = _multiply_add(
-            acc_0, x, w_ptr, tap, chunk, first,
-            C_IN, C_OUT, KERNEL, BLOCK_0, BLOCK_K, ACROSS, PRECISION, SOFT_BF16,
+            acc_0, x, w_ptr, begin, c, c_in, first,
+            k_total, c_out, BLOCK_0, BLOCK_K, TAIL, OUT_TAIL, PRECISION, SOFT_BF16,
         )  # fmt: skip
         if BLOCK_1 > 0:
             acc_1 = _multiply_add(
-                acc_1, x, w_ptr, tap, chunk, first + BLOCK_0,
-                C_IN, C_OUT, KERNEL, BLOCK_1, BLOCK_K, ACROSS, PRECISION, SOFT_BF16,
+                acc_1, x, w_ptr, begin, c, c_in, first + BLOCK_0,
+                k_total, c_out, BLOCK_1, BLOCK_K, TAIL, OUT_TAIL, PRECISION, SOFT_BF16,
             )  # fmt: skip
         if BLOCK_2 > 0:
             acc_2 = _multiply_add(
-                acc_2, x, w_ptr, tap, chunk, first + BLOCK_0 + BLOCK_1,
-                C_IN, C_OUT, KERNEL, BLOCK_2, BLOCK_K, ACROSS, PRECISION, SOFT_BF16,
+                acc_2, x, w_ptr, begin, c, c_in, first + BLOCK_0 + BLOCK_1,
+                k_total, c_out, BLOCK_2, BLOCK_K, TAIL, OUT_TAIL, PRECISION, SOFT_BF16,
             )  # fmt: skip
+        tap, c = next_chunk(tap, c, c_in, STEP_KERNEL, BLOCK_K)
 
+    # Found out anew: kept over the loop, it would cost registers there.
+    inside = oh < out_height
+    if TRANSPOSED:
+        inside = inside_image(oh, ow, out_height, out_width)
     count = tl.minimum(out_height * out_width - tile * BLOCK_P, BLOCK_P)
-    out_ptr += batch_offset(n, out_stride_n)
-    out_offsets = pixel_offsets(oh, ow, out_stride_h, out_stride_w, WIDE)
-    add_offsets = pixel_offsets(oh, ow, add_stride_h, add_stride_w, WIDE)
-    mask_offsets = pixel_offsets(oh, ow, mask_stride_h, mask_stride_w, WIDE)
+    added *= OUT_VECTOR
+    masked *= OUT_VECTOR
+    out_ptr += batch_offset(n, out_stride_n, OUT_VECTOR)
+    out_offsets = pixel_offsets(oh, ow, out_stride_h, out_stride_w, OUT_VECTOR, WIDE)
+    add_offsets = pixel_offsets(oh, ow, add_stride_h, add_stride_w, OUT_VECTOR, WIDE)
+    mask_offsets = pixel_offsets(oh, ow, mask_stride_h, mask_stride_w, OUT_VECTOR, WIDE)
     if POOL:
-        pool_ptr += batch_offset(n * tiles + tile, C_OUT)
-    if ADD > 0:
-        add_ptr += batch_offset(n, add_stride_n)
-    if MASK > 0:
-        mask_ptr += batch_offset(n, mask_stride_n)
+        pool_ptr += batch_offset(n * tiles + tile, c_out)
+    if ADD:
+        add_ptr += batch_offset(n, add_stride_n, OUT_VECTOR)
+    if MASK:
+        mask_ptr += batch_offset(n, mask_stride_n, OUT_VECTOR)
     if STATISTICS:
-        statistics_ptr += batch_offset(n * tiles + tile, 3 * C_OUT)
+        statistics_ptr += batch_offset(n * tiles + tile, 3 * c_out)
     _finish(
         acc_0, scale_ptr, shift_ptr, pool_ptr, add_ptr, add_offsets, mask_ptr, mask_offsets,
-        out_ptr, out_offsets, statistics_ptr, inside, count, first,
-        C_OUT, BLOCK_0, SCALE, RELU, POOL, ADD, MASK, STATISTICS, SOFT_BF16,
+        out_ptr, out_offsets, statistics_ptr, inside, count, first, c_out, added, masked,
+        BLOCK_0, OUT_TAIL, SCALE, RELU, POOL, ADD, MASK, STATISTICS, SOFT_BF16,
     )  # fmt: skip
     if BLOCK_1 > 0:
         _finish(
             acc_1, scale_ptr, shift_ptr, pool_ptr, add_ptr, add_offsets, mask_ptr, mask_offsets,
             out_ptr, out_offsets, statistics_ptr, inside, count, first + BLOCK_0,
-            C_OUT, BLOCK_1, SCALE, RELU, POOL, ADD, MASK, STATISTICS, SOFT_BF16,
+            c_out, added, masked, BLOCK_1, OUT_TAIL, SCALE, RELU, POOL, ADD, MASK, STATISTICS,
+            SOFT_BF16,
         )  # fmt: skip
     if BLOCK_2 > 0:
         _finish(
             acc_2, scale_ptr, shift_ptr, pool_ptr, add_ptr, add_offsets, mask_ptr, mask_offsets,
             out_ptr, out_offsets, statistics_ptr, inside, count, first + BLOCK_0 + BLOCK_1,
-            C_OUT, BLOCK_2, SCALE, RELU, POOL, ADD, MASK, STATISTICS, SOFT_BF16,
+            c_out, added, masked, BLOCK_2, OUT_TAIL, SCALE, RELU, POOL, ADD, MASK, STATISTICS,
+            SOFT_BF16,
         )  # fmt: skip
 
 
@@ -277,6 +311,8 @@ def plan(
     if transposed:
         num_tiles = 4 * tiles(config, out[:, ::2, ::2])
     blocks = config.block_out + (0,) * (PARTS - len(config.block_out))
+    in_vector, out_vector = vector(x, weight), vector(out, *epilogue.views())
+    across = c_in if c_in < FEW_CHANNELS and not transposed else 0
     return Launch(
         conv_pointer_kernel,
         grid=(out.shape[0] * num_tiles * cdiv(c_out, sum(blocks)),),
@@ -292,14 +328,18 @@ def plan(
             out_height=out.shape[1],
             out_width=out.shape[2],
             tiles=num_tiles,
-            **strides("x", x),
-            **strides("add", out if epilogue.add is None else epilogue.add),
-            **strides("mask", out if epilogue.mask is None else epilogue.mask),
-            **strides("out", out),
+            in_vectors=c_in // in_vector,
+            out_vectors=c_out // out_vector,
+            added=0 if epilogue.add is None else epilogue.add.shape[3] // out_vector,
+            masked=0 if epilogue.mask is None else epilogue.mask.shape[3] // out_vector,
+            **strides("x", x, in_vector),
+            **strides("add", out if epilogue.add is None else epilogue.add, out_vector),
+            **strides("mask", out if epilogue.mask is None else epilogue.mask, out_vector),
+            **strides("out", out, out_vector),
         ),
         constants=dict(
-            C_IN=c_in,
-            C_OUT=c_out,
+            IN_VECTOR=in_vector,
+            OUT_VECTOR=out_vector,
             KERNEL=kernel,
             STRIDE=stride,
             TRANSPOSED=transposed,
@@ -308,7 +348,9 @@ def plan(
             BLOCK_1=blocks[1],
             BLOCK_2=blocks[2],
             BLOCK_K=config.block_k,
-            ACROSS=c_in < FEW_CHANNELS and not transposed,
+            ACROSS=across,
+            TAIL=(across * kernel * kernel or c_in) % config.block_k != 0,
+            OUT_TAIL=c_out % sum(blocks) != 0,
             **epilogue.constants(),
             PRECISION="tf32" if tf32 else "ieee",
             ACC=triton_accumulator(x.dtype),

@@ -27,7 +27,9 @@ from ._common import (
     batch_offset,
     cdiv,
     interpreted,
+    launched,
     narrow,
+    next_chunk,
     processors,
     relu_gradient,
     scale_shift_relu,
@@ -59,10 +61,10 @@ def _multiply_add(acc, x, w_desc, first, k, PRECISION: tl.constexpr, SOFT_BF16: 
 @triton.jit
 def _finish(
     acc, scale_ptr, shift_ptr, pool_ptr, add_desc, mask_desc, out_desc, statistics_ptr,
-    n, h, w, height, width, first,
-    C_OUT: tl.constexpr, BLOCK: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
-    SCALE: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr, ADD: tl.constexpr,
-    MASK: tl.constexpr, STATISTICS: tl.constexpr, SOFT_BF16: tl.constexpr,
+    n, h, w, height, width, first, c_out, unmasked,
+    BLOCK: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, SCALE: tl.constexpr,
+    RELU: tl.constexpr, POOL: tl.constexpr, ADD: tl.constexpr, MASK: tl.constexpr,
+    UNMASKED: tl.constexpr, STATISTICS: tl.constexpr, SOFT_BF16: tl.constexpr,
 ):  # fmt: skip
     """Store the tile after its epilogue; :class:`.conv_config.Epilogue` says what that may be."""
     oc = first + tl.arange(0, BLOCK)
@@ -71,22 +73,21 @@ def _finish(
     inside = (h + pixel // TILE_W < height) & (w + pixel % TILE_W < width)
     y = acc
     if SCALE:
-        scale = tl.load(scale_ptr + oc, mask=oc < C_OUT, other=0.0)
-        shift = tl.load(shift_ptr + oc, mask=oc < C_OUT, other=0.0)
+        scale = tl.load(scale_ptr + oc, mask=oc < c_out, other=0.0)
+        shift = tl.load(shift_ptr + oc, mask=oc < c_out, other=0.0)
         y = scale_shift_relu(y, scale[:, None], shift[:, None], RELU)
     if POOL:
         sums = tl.sum(tl.where(inside[None, :], y, 0.0), axis=1)
-        tl.store(pool_ptr + oc, sums, mask=oc < C_OUT)
+        tl.store(pool_ptr + oc, sums, mask=oc < c_out)
     # Bulk copies bring these tiles: the accumulator's layout would make scattered loads.
     # Channels that the tensors do not have arrive as zeros, and cause no traffic.
-    if ADD > 0:
+    if ADD:
         other = add_desc.load([n, h, w, first])
         y += other.reshape(TILE_H * TILE_W, BLOCK).trans().to(y.dtype)
-    if MASK > 0:
-        unmasked: tl.constexpr = C_OUT - MASK
+    if MASK:
         activation = mask_desc.load([n, h, w, first - unmasked])
         activation = activation.reshape(TILE_H * TILE_W, BLOCK).trans().to(y.dtype)
-        if unmasked > 0:
+        if UNMASKED:
             activation = tl.where((oc < unmasked)[:, None], 1.0, activation)
         y = relu_gradient(y, activation)
     y = narrow(y, out_desc.dtype, SOFT_BF16)
@@ -94,24 +95,23 @@ def _finish(
     if STATISTICS:
         count = tl.minimum(height - h, TILE_H) * tl.minimum(width - w, TILE_W)
         count, sums, squares = tile_statistics(y.to(acc.dtype), inside, count, 1)
-        store_statistics(statistics_ptr, count, sums, squares, oc, C_OUT)
+        store_statistics(statistics_ptr, count, sums, squares, oc, c_out)
 
 
 @triton.jit
 def _tile(
     index, x_desc, w_desc_0, w_desc_1, out_desc_0, out_desc_1,
     scale_ptr, shift_ptr, pool_ptr, add_desc_0, add_desc_1, mask_desc_0, mask_desc_1,
-    statistics_ptr, height, width,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, KERNEL: tl.constexpr,
+    statistics_ptr, height, width, c_in, c_out, unmasked, KERNEL: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_0: tl.constexpr, BLOCK_1: tl.constexpr,
     BLOCK_K: tl.constexpr, SCALE: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr,
-    ADD: tl.constexpr, MASK: tl.constexpr, STATISTICS: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr, SOFT_BF16: tl.constexpr,
+    ADD: tl.constexpr, MASK: tl.constexpr, UNMASKED: tl.constexpr, STATISTICS: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, SOFT_BF16: tl.constexpr,
 ):  # fmt: skip
     """Compute tile ``index``: a rectangle of pixels by BLOCK_0 + BLOCK_1 output channels."""
     BLOCK: tl.constexpr = BLOCK_0 + BLOCK_1
     # Tiles that share pixels are neighbours: the second one finds them in L2.
-    groups: tl.constexpr = (C_OUT + BLOCK - 1) // BLOCK
+    groups = tl.cdiv(c_out, BLOCK)
     first = (index % groups) * BLOCK
     rectangle = index // groups
     across = tl.cdiv(width, TILE_W)
@@ -120,51 +120,49 @@ def _tile(
     h = (rectangle // across) % down * TILE_H
     w = rectangle % across * TILE_W
 
-    CHUNKS: tl.constexpr = (C_IN + BLOCK_K - 1) // BLOCK_K
     acc_0 = tl.zeros((BLOCK_0, TILE_H * TILE_W), dtype=ACC)
     if BLOCK_1 > 0:
         acc_1 = tl.zeros((BLOCK_1, TILE_H * TILE_W), dtype=ACC)
     # One flat loop over taps and chunks: nested loops would drain the pipeline at every tap.
-    for step in tl.range(0, KERNEL * KERNEL * CHUNKS):
-        tap = step // CHUNKS
-        c = (step % CHUNKS) * BLOCK_K
+    tap = 0
+    c = 0
+    for _ in tl.range(0, KERNEL * KERNEL * tl.cdiv(c_in, BLOCK_K)):
         corner_h = h + tap // KERNEL - KERNEL // 2
         corner_w = w + tap % KERNEL - KERNEL // 2
         x = x_desc.load([n, corner_h, corner_w, c]).reshape(TILE_H * TILE_W, BLOCK_K).trans()
-        acc_0 = _multiply_add(acc_0, x, w_desc_0, first, tap * C_IN + c, PRECISION, SOFT_BF16)
+        k = tap * c_in + c
+        acc_0 = _multiply_add(acc_0, x, w_desc_0, first, k, PRECISION, SOFT_BF16)
         if BLOCK_1 > 0:
-            acc_1 = _multiply_add(
-                acc_1, x, w_desc_1, first + BLOCK_0, tap * C_IN + c, PRECISION, SOFT_BF16
-            )
+            acc_1 = _multiply_add(acc_1, x, w_desc_1, first + BLOCK_0, k, PRECISION, SOFT_BF16)
+        tap, c = next_chunk(tap, c, c_in, KERNEL, BLOCK_K)
 
     if POOL:
-        pool_ptr += batch_offset(rectangle, C_OUT)
+        pool_ptr += batch_offset(rectangle, c_out)
     if STATISTICS:
-        statistics_ptr += batch_offset(rectangle, 3 * C_OUT)
+        statistics_ptr += batch_offset(rectangle, 3 * c_out)
     # The smaller accumulator first: while it is finished, the other one stays in registers.
     if BLOCK_1 > 0:
         _finish(
             acc_1, scale_ptr, shift_ptr, pool_ptr, add_desc_1, mask_desc_1, out_desc_1,
-            statistics_ptr, n, h, w, height, width, first + BLOCK_0, C_OUT, BLOCK_1,
-            TILE_H, TILE_W, SCALE, RELU, POOL, ADD, MASK, STATISTICS, SOFT_BF16,
+            statistics_ptr, n, h, w, height, width, first + BLOCK_0, c_out, unmasked, BLOCK_1,
+            TILE_H, TILE_W, SCALE, RELU, POOL, ADD, MASK, UNMASKED, STATISTICS, SOFT_BF16,
         )  # fmt: skip
     _finish(
         acc_0, scale_ptr, shift_ptr, pool_ptr, add_desc_0, mask_desc_0, out_desc_0,
-        statistics_ptr, n, h, w, height, width, first, C_OUT, BLOCK_0, TILE_H, TILE_W,
-        SCALE, RELU, POOL, ADD, MASK, STATISTICS, SOFT_BF16,
+        statistics_ptr, n, h, w, height, width, first, c_out, unmasked, BLOCK_0,
+        TILE_H, TILE_W, SCALE, RELU, POOL, ADD, MASK, UNMASKED, STATISTICS, SOFT_BF16,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["height", "width", "tiles"])
+@launched
 def conv_tma_kernel(
     x_desc, w_desc_0, w_desc_1, out_desc_0, out_desc_1,
     scale_ptr, shift_ptr, pool_ptr, add_desc_0, add_desc_1, mask_desc_0, mask_desc_1,
-    statistics_ptr, height, width, tiles,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, KERNEL: tl.constexpr,
+    statistics_ptr, height, width, tiles, c_in, c_out, unmasked, KERNEL: tl.constexpr,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_0: tl.constexpr, BLOCK_1: tl.constexpr,
     BLOCK_K: tl.constexpr, SCALE: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr,
-    ADD: tl.constexpr, MASK: tl.constexpr, STATISTICS: tl.constexpr, PRECISION: tl.constexpr,
-    ACC: tl.constexpr, SOFT_BF16: tl.constexpr, PERSISTENT: tl.constexpr,
+    ADD: tl.constexpr, MASK: tl.constexpr, UNMASKED: tl.constexpr, STATISTICS: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, SOFT_BF16: tl.constexpr, PERSISTENT: tl.constexpr,
 ):  # fmt: skip
     """One program a tile, or fewer programs that each loop over tiles if PERSISTENT."""
     if PERSISTENT:
@@ -173,17 +171,17 @@ def conv_tma_kernel(
             _tile(
                 index, x_desc, w_desc_0, w_desc_1, out_desc_0, out_desc_1,
                 scale_ptr, shift_ptr, pool_ptr, add_desc_0, add_desc_1, mask_desc_0, mask_desc_1,
-                statistics_ptr, height, width,
-                C_IN, C_OUT, KERNEL, TILE_H, TILE_W, BLOCK_0, BLOCK_1, BLOCK_K,
-                SCALE, RELU, POOL, ADD, MASK, STATISTICS, PRECISION, ACC, SOFT_BF16,
+                statistics_ptr, height, width, c_in, c_out, unmasked,
+                KERNEL, TILE_H, TILE_W, BLOCK_0, BLOCK_1, BLOCK_K, SCALE, RELU, POOL,
+                ADD, MASK, UNMASKED, STATISTICS, PRECISION, ACC, SOFT_BF16,
             )  # fmt: skip
     else:
         _tile(
             tl.program_id(0), x_desc, w_desc_0, w_desc_1, out_desc_0, out_desc_1,
             scale_ptr, shift_ptr, pool_ptr, add_desc_0, add_desc_1, mask_desc_0, mask_desc_1,
-            statistics_ptr, height, width,
-            C_IN, C_OUT, KERNEL, TILE_H, TILE_W, BLOCK_0, BLOCK_1, BLOCK_K,
-            SCALE, RELU, POOL, ADD, MASK, STATISTICS, PRECISION, ACC, SOFT_BF16,
+            statistics_ptr, height, width, c_in, c_out, unmasked,
+            KERNEL, TILE_H, TILE_W, BLOCK_0, BLOCK_1, BLOCK_K, SCALE, RELU, POOL,
+            ADD, MASK, UNMASKED, STATISTICS, PRECISION, ACC, SOFT_BF16,
         )  # fmt: skip
 
 
@@ -259,6 +257,7 @@ def plan(
             for i, block in enumerate(blocks)
         }
 
+    unmasked = 0 if epilogue.mask is None else c_out - epilogue.mask.shape[3]
     num_tiles = out.shape[0] * tiles(config, out) * cdiv(c_out, sum(blocks))
     return Launch(
         conv_tma_kernel,
@@ -274,10 +273,11 @@ def plan(
             height=out.shape[1],
             width=out.shape[2],
             tiles=num_tiles,
+            c_in=c_in,
+            c_out=c_out,
+            unmasked=unmasked,
         ),
         constants=dict(
-            C_IN=c_in,
-            C_OUT=c_out,
             KERNEL=kernel,
             TILE_H=config.tile_h,
             TILE_W=config.tile_w,
@@ -285,6 +285,7 @@ def plan(
             BLOCK_1=blocks[1],
             BLOCK_K=config.block_k,
             **epilogue.constants(),
+            UNMASKED=unmasked > 0,
             PRECISION="tf32" if tf32 else "ieee",
             ACC=triton_accumulator(x.dtype),
             SOFT_BF16=soft_bf16(x.dtype),

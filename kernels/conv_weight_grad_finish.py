@@ -22,6 +22,7 @@ from ._common import (
     batch_offset,
     cdiv,
     channel_block,
+    launched,
     needs_int64,
     pixel_offsets,
     plan_sum_rows,
@@ -29,6 +30,8 @@ from ._common import (
     strides,
     sum_rows,
     triton_accumulator,
+    vector,
+    within,
 )
 
 _SUM_ELEMENTS = tl.constexpr(4096)  # Loaded at a time; as many are in flight as is pipelined.
@@ -43,65 +46,79 @@ _ROWS = 64
 @triton.jit
 def sum_channels(
     g_ptr, sums_ptr, split, splits, first, batch, height, width, stride_n, stride_h, stride_w,
-    C: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    channels, VECTOR: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, ACC: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """Sum BLOCK channels of g over one of ``splits`` shares of the pixels, into a row of sums."""
     BLOCK_P: tl.constexpr = _SUM_ELEMENTS // BLOCK
     c = first + tl.arange(0, BLOCK)
+    exist = within(c, channels, TAIL)
     tiles = tl.cdiv(height * width, BLOCK_P)
     each = tl.cdiv(batch * tiles, splits)
     sums = tl.zeros((BLOCK_P, BLOCK), dtype=ACC)
     last = tl.minimum((split + 1) * each, batch * tiles)
     for step in tl.range(split * each, last, num_stages=_SUM_STAGES):
         pixel = (step % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
-        offsets = pixel_offsets(pixel // width, pixel % width, stride_h, stride_w, WIDE)
-        mask = (pixel < height * width)[:, None] & (c < C)[None, :]
-        image = g_ptr + batch_offset(step // tiles, stride_n)
+        offsets = pixel_offsets(pixel // width, pixel % width, stride_h, stride_w, VECTOR, WIDE)
+        mask = (pixel < height * width)[:, None] & exist[None, :]
+        image = g_ptr + batch_offset(step // tiles, stride_n, VECTOR)
         sums += tl.load(image + offsets[:, None] + c[None, :], mask=mask, other=0.0).to(ACC)
-    tl.store(sums_ptr + batch_offset(split, C) + c, tl.sum(sums, axis=0), mask=c < C)
+    tl.store(sums_ptr + batch_offset(split, channels) + c, tl.sum(sums, axis=0), mask=exist)
 
 
-@triton.jit(do_not_specialize=["batch", "height", "width"])
+@launched
 def channel_sums_kernel(
-    g_ptr, sums_ptr, batch, height, width, g_stride_n, g_stride_h, g_stride_w,
-    C: tl.constexpr, BLOCK: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    g_ptr, sums_ptr, batch, height, width, vectors, g_stride_n, g_stride_h, g_stride_w,
+    VECTOR: tl.constexpr, BLOCK: tl.constexpr, TAIL: tl.constexpr, ACC: tl.constexpr,
+    WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK channels of a share of the pixels."""
+    channels = vectors * VECTOR
     sum_channels(
         g_ptr, sums_ptr, tl.program_id(1), tl.num_programs(1), tl.program_id(0) * BLOCK,
-        batch, height, width, g_stride_n, g_stride_h, g_stride_w, C, BLOCK, ACC, WIDE,
+        batch, height, width, g_stride_n, g_stride_h, g_stride_w, channels,
+        VECTOR, BLOCK, TAIL, ACC, WIDE,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["splits", "rows"])
+@launched
 def finish_weight_grad_kernel(
     products_ptr, sums_ptr, weight_ptr, scale_ptr, dweight_ptr, dscale_ptr, dshift_ptr,
-    splits, rows, stride_s, stride_k, stride_c,
-    K_TOTAL: tl.constexpr, C: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
+    splits, rows, columns, vectors,
+    VECTOR: tl.constexpr, CHANNELS_LAST: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, SCALE: tl.constexpr,
 ):  # fmt: skip
-    """One program: BLOCK_K columns by BLOCK_C output channels, always summed in one order."""
+    """One program: BLOCK_K columns by BLOCK_C output channels, always summed in one order.
+
+    There are ``columns`` and ``vectors`` vectors of them. The products are packed, either way.
+    """
+    channels = vectors * VECTOR
+    k_total = columns * VECTOR
     ACC: tl.constexpr = dweight_ptr.dtype.element_ty
     k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    inside = (k < K_TOTAL)[:, None] & (c < C)[None, :]
-    offsets = k[:, None] * stride_k + c[None, :] * stride_c
+    inside = (k < k_total)[:, None] & (c < channels)[None, :]
+    packed = c[None, :] * k_total + k[:, None]
+    offsets = packed
+    if CHANNELS_LAST:
+        offsets = k[:, None] * channels + c[None, :]
     sums = tl.zeros((BLOCK_S, BLOCK_K, BLOCK_C), dtype=ACC)
     for first in tl.range(0, splits, BLOCK_S):
         s = first + tl.arange(0, BLOCK_S)
-        pointers = products_ptr + s.to(tl.int64)[:, None, None] * stride_s + offsets[None, :, :]
+        pointers = products_ptr + batch_offset(s, k_total * channels)[:, None, None]
+        pointers += offsets[None, :, :]
         mask = (s < splits)[:, None, None] & inside[None, :, :]
         sums += tl.load(pointers, mask=mask, other=0.0).to(ACC)
     total = tl.sum(sums, axis=0)
-    packed = c[None, :] * K_TOTAL + k[:, None]
     if SCALE:
         weight = tl.load(weight_ptr + packed, mask=inside, other=0.0).to(ACC)
         dscale = tl.sum(weight * total, axis=0)
-        tl.store(dscale_ptr + tl.program_id(0) * C + c, dscale, mask=c < C)
-        total *= tl.load(scale_ptr + c, mask=c < C, other=0.0)[None, :]
+        tl.store(dscale_ptr + tl.program_id(0) * channels + c, dscale, mask=c < channels)
+        total *= tl.load(scale_ptr + c, mask=c < channels, other=0.0)[None, :]
     tl.store(dweight_ptr + packed, total, mask=inside)
     if tl.program_id(0) == 0:
-        tl.store(dshift_ptr + c, sum_rows(sums_ptr, rows, c, C, BLOCK_R, BLOCK_C), mask=c < C)
+        dshift = sum_rows(sums_ptr, rows, c, channels, BLOCK_R, BLOCK_C)
+        tl.store(dshift_ptr + c, dshift, mask=c < channels)
 
 
 def plan_channel_sums(g: Tensor) -> tuple[Launch, Tensor]:
@@ -113,17 +130,28 @@ def plan_channel_sums(g: Tensor) -> tuple[Launch, Tensor]:
     steps = n * cdiv(height * width, _SUM_ELEMENTS.value // block)
     shares = min(cdiv(_SUM_PROGRAMS_PER_PROCESSOR * processors(g.device), groups), steps)
     sums = g.new_empty(shares, c, dtype=accumulator(g.dtype))
+    size = vector(g)
     launch = Launch(
         channel_sums_kernel,
         grid=(groups, shares),
         args=dict(
-            g_ptr=g, sums_ptr=sums, batch=n, height=height, width=width, **strides("g", g)
+            g_ptr=g,
+            sums_ptr=sums,
+            batch=n,
+            height=height,
+            width=width,
+            vectors=c // size,
+            **strides("g", g, size),
         ),
         constants=dict(
-            C=c, BLOCK=block, ACC=triton_accumulator(g.dtype), WIDE=needs_int64(g)
+            VECTOR=size,
+            BLOCK=block,
+            TAIL=c % block != 0,
+            ACC=triton_accumulator(g.dtype),
+            WIDE=needs_int64(g),
         ),
         num_warps=8,
-    )  # fmt: skip
+    )
     return launch, sums
 
 
@@ -151,6 +179,11 @@ def plan_finish(
     high = accumulator(products.dtype)
     k_total = kernel * kernel * c_in
     columns = products.view(splits, c_out, k_total)  # Raises where they are not evenly spaced.
+    channels_last = not columns.is_contiguous()
+    assert not channels_last or columns.transpose(1, 2).is_contiguous(), (
+        f"products must be packed, output channels first or last, got strides {products.stride()}"
+    )
+    size = vector(dweight.view(c_out, k_total), dshift)
     assert_packed("sums", sums, (sums.shape[0], c_out), high)
     assert_packed("weight", weight, (c_out, kernel, kernel, c_in), weight.dtype)
     assert_packed("dweight", dweight, tuple(weight.shape), high)
@@ -173,13 +206,12 @@ def plan_finish(
             dshift_ptr=dshift,
             splits=splits,
             rows=sums.shape[0],
-            stride_s=columns.stride(0),
-            stride_k=columns.stride(2),
-            stride_c=columns.stride(1),
+            columns=k_total // size,
+            vectors=c_out // size,
         ),
         constants=dict(
-            K_TOTAL=k_total,
-            C=c_out,
+            VECTOR=size,
+            CHANNELS_LAST=channels_last,
             BLOCK_S=_SPLITS,
             BLOCK_R=_ROWS,
             BLOCK_K=_COLUMNS,

@@ -23,10 +23,12 @@ from ._common import (
     batch_offset,
     cdiv,
     interpreted,
+    launched,
     needs_int64,
     soft_bf16,
     strides,
     triton_accumulator,
+    vector,
 )
 from .conv_tma import ALIGNMENT
 from .conv_weight_grad_config import WeightGradConfig, column_groups
@@ -35,19 +37,18 @@ from .conv_weight_grad_finish import sum_channels
 
 @triton.jit
 def _input(
-    x_desc, chunk, n, h, w,
-    C_IN: tl.constexpr, KERNEL: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_P: tl.constexpr,
+    x_desc, chunk, n, h, w, chunks,
+    KERNEL: tl.constexpr, COLUMNS: tl.constexpr, BLOCK_P: tl.constexpr,
     SOFT_BF16: tl.constexpr,
 ):  # fmt: skip
     """The input tile of a chunk of columns: ``[COLUMNS, BLOCK_P]``.
 
     Past the last tap its row is outside the image, or its columns are never stored.
     """
-    CHUNKS: tl.constexpr = (C_IN + COLUMNS - 1) // COLUMNS
-    tap = chunk // CHUNKS
+    tap = chunk // chunks
     h += tap // KERNEL - KERNEL // 2
     w += tap % KERNEL - KERNEL // 2
-    x = x_desc.load([n, h, w, (chunk % CHUNKS) * COLUMNS]).reshape(BLOCK_P, COLUMNS)
+    x = x_desc.load([n, h, w, (chunk % chunks) * COLUMNS]).reshape(BLOCK_P, COLUMNS)
     if SOFT_BF16:
         x = x.to(tl.float32)
     return x.trans()
@@ -65,24 +66,23 @@ def _gradient(g_desc, n, h, w, first, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr
 
 @triton.jit
 def _store(
-    acc, products_ptr, chunk, first,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, KERNEL: tl.constexpr, COLUMNS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    acc, products_ptr, chunk, first, c_in, c_out,
+    KERNEL: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    CHUNKS: tl.constexpr = (C_IN + COLUMNS - 1) // COLUMNS
-    tap = chunk // CHUNKS
-    channel = (chunk % CHUNKS) * COLUMNS + tl.arange(0, COLUMNS)
+    chunks = tl.cdiv(c_in, COLUMNS)
+    tap = chunk // chunks
+    channel = (chunk % chunks) * COLUMNS + tl.arange(0, COLUMNS)
     oc = first + tl.arange(0, BLOCK)
-    rows = products_ptr + ((tap * C_IN + channel) * C_OUT)[:, None]
-    mask = (channel < C_IN)[:, None] & (oc < C_OUT)[None, :] & (tap < KERNEL * KERNEL)
+    rows = products_ptr + ((tap * c_in + channel) * c_out)[:, None]
+    mask = (channel < c_in)[:, None] & (oc < c_out)[None, :] & (tap < KERNEL * KERNEL)
     tl.store(rows + oc[None, :], acc, mask=mask)
 
 
-@triton.jit(do_not_specialize=["batch", "height", "width", "each"])
+@launched
 def conv_weight_grad_tma_kernel(
     x_desc, g_desc_0, g_desc_1, g_ptr, products_ptr, sums_ptr, batch, height, width, each,
-    g_stride_n, g_stride_h, g_stride_w,
-    C_IN: tl.constexpr, C_OUT: tl.constexpr, KERNEL: tl.constexpr, COLUMNS: tl.constexpr,
+    in_vectors, out_vectors, g_stride_n, g_stride_h, g_stride_w,
+    VECTOR: tl.constexpr, KERNEL: tl.constexpr, COLUMNS: tl.constexpr,
     GROUPS: tl.constexpr, BLOCK_0: tl.constexpr, BLOCK_1: tl.constexpr, BLOCK_P: tl.constexpr,
     ACC: tl.constexpr, SOFT_BF16: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -90,18 +90,20 @@ def conv_weight_grad_tma_kernel(
 
     The programs past the last column sum the gradient instead, for the shift.
     """
-    CHUNKS: tl.constexpr = KERNEL * KERNEL * ((C_IN + COLUMNS - 1) // COLUMNS)
+    c_in = in_vectors * VECTOR
+    c_out = out_vectors * VECTOR
+    chunks = tl.cdiv(c_in, COLUMNS)
     first = tl.program_id(1) * (BLOCK_0 + BLOCK_1)
     split = tl.program_id(2)
-    if tl.program_id(0) == (CHUNKS + GROUPS - 1) // GROUPS:
+    if tl.program_id(0) == tl.num_programs(0) - 1:
         sum_channels(
             g_ptr, sums_ptr, split, tl.num_programs(2), first, batch, height, width,
-            g_stride_n, g_stride_h, g_stride_w, C_OUT, BLOCK_0, ACC, WIDE,
+            g_stride_n, g_stride_h, g_stride_w, c_out, VECTOR, BLOCK_0, True, ACC, WIDE,
         )  # fmt: skip
         if BLOCK_1 > 0:
             sum_channels(
                 g_ptr, sums_ptr, split, tl.num_programs(2), first + BLOCK_0, batch, height, width,
-                g_stride_n, g_stride_h, g_stride_w, C_OUT, BLOCK_1, ACC, WIDE,
+                g_stride_n, g_stride_h, g_stride_w, c_out, VECTOR, BLOCK_1, True, ACC, WIDE,
             )  # fmt: skip
     else:
         chunk = tl.program_id(0) * GROUPS
@@ -125,38 +127,42 @@ def conv_weight_grad_tma_kernel(
             g_0 = _gradient(g_desc_0, n, h, w, first, BLOCK_P, BLOCK_0, SOFT_BF16)
             if BLOCK_1 > 0:
                 g_1 = _gradient(g_desc_1, n, h, w, first + BLOCK_0, BLOCK_P, BLOCK_1, SOFT_BF16)
-            x_0 = _input(x_desc, chunk, n, h, w, C_IN, KERNEL, COLUMNS, BLOCK_P, SOFT_BF16)
+            x_0 = _input(x_desc, chunk, n, h, w, chunks, KERNEL, COLUMNS, BLOCK_P, SOFT_BF16)
             acc_00 = tl.dot(x_0, g_0, acc_00, out_dtype=ACC)
             if BLOCK_1 > 0:
                 acc_01 = tl.dot(x_0, g_1, acc_01, out_dtype=ACC)
             if GROUPS > 1:
-                x_1 = _input(x_desc, chunk + 1, n, h, w, C_IN, KERNEL, COLUMNS, BLOCK_P, SOFT_BF16)
+                x_1 = _input(
+                    x_desc, chunk + 1, n, h, w, chunks, KERNEL, COLUMNS, BLOCK_P, SOFT_BF16
+                )
                 acc_10 = tl.dot(x_1, g_0, acc_10, out_dtype=ACC)
                 if BLOCK_1 > 0:
                     acc_11 = tl.dot(x_1, g_1, acc_11, out_dtype=ACC)
             if GROUPS > 2:
-                x_2 = _input(x_desc, chunk + 2, n, h, w, C_IN, KERNEL, COLUMNS, BLOCK_P, SOFT_BF16)
+                x_2 = _input(
+                    x_desc, chunk + 2, n, h, w, chunks, KERNEL, COLUMNS, BLOCK_P, SOFT_BF16
+                )
                 acc_20 = tl.dot(x_2, g_0, acc_20, out_dtype=ACC)
                 if BLOCK_1 > 0:
                     acc_21 = tl.dot(x_2, g_1, acc_21, out_dtype=ACC)
-        products_ptr += batch_offset(split, KERNEL * KERNEL * C_IN * C_OUT)
-        _store(acc_00, products_ptr, chunk, first, C_IN, C_OUT, KERNEL, COLUMNS, BLOCK_0)
+        products_ptr += batch_offset(split, KERNEL * KERNEL * c_in * c_out)
+        _store(acc_00, products_ptr, chunk, first, c_in, c_out, KERNEL, COLUMNS, BLOCK_0)
         if BLOCK_1 > 0:
             other = first + BLOCK_0
-            _store(acc_01, products_ptr, chunk, other, C_IN, C_OUT, KERNEL, COLUMNS, BLOCK_1)
+            _store(acc_01, products_ptr, chunk, other, c_in, c_out, KERNEL, COLUMNS, BLOCK_1)
         if GROUPS > 1:
-            _store(acc_10, products_ptr, chunk + 1, first, C_IN, C_OUT, KERNEL, COLUMNS, BLOCK_0)
+            _store(acc_10, products_ptr, chunk + 1, first, c_in, c_out, KERNEL, COLUMNS, BLOCK_0)
             if BLOCK_1 > 0:
                 other = first + BLOCK_0
                 _store(
-                    acc_11, products_ptr, chunk + 1, other, C_IN, C_OUT, KERNEL, COLUMNS, BLOCK_1
+                    acc_11, products_ptr, chunk + 1, other, c_in, c_out, KERNEL, COLUMNS, BLOCK_1
                 )
         if GROUPS > 2:
-            _store(acc_20, products_ptr, chunk + 2, first, C_IN, C_OUT, KERNEL, COLUMNS, BLOCK_0)
+            _store(acc_20, products_ptr, chunk + 2, first, c_in, c_out, KERNEL, COLUMNS, BLOCK_0)
             if BLOCK_1 > 0:
                 other = first + BLOCK_0
                 _store(
-                    acc_21, products_ptr, chunk + 2, other, C_IN, C_OUT, KERNEL, COLUMNS, BLOCK_1
+                    acc_21, products_ptr, chunk + 2, other, c_in, c_out, KERNEL, COLUMNS, BLOCK_1
                 )
 
 
@@ -202,6 +208,7 @@ def plan(
     )
     c_in, c_out = x.shape[3], g.shape[3]
     blocks = config.block_out + (0,) * (2 - len(config.block_out))
+    size = vector(x, g)
 
     def describe(tensor: Tensor, channels: int) -> TensorDescriptor | None:
         shape = [1, 1, config.pixels, channels]
@@ -225,11 +232,12 @@ def plan(
             height=g.shape[1],
             width=g.shape[2],
             each=each,
-            **strides("g", g),
+            in_vectors=c_in // size,
+            out_vectors=c_out // size,
+            **strides("g", g, size),
         ),
         constants=dict(
-            C_IN=c_in,
-            C_OUT=c_out,
+            VECTOR=size,
             KERNEL=kernel,
             COLUMNS=config.columns,
             GROUPS=config.groups,

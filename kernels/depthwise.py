@@ -20,6 +20,7 @@ from ._common import (
     cdiv,
     channel_block,
     inside_image,
+    launched,
     narrow,
     needs_int64,
     pixel_offsets,
@@ -30,6 +31,7 @@ from ._common import (
     soft_bf16,
     strides,
     triton_accumulator,
+    vector,
 )
 from .conv import output_size
 
@@ -39,43 +41,46 @@ _INPUT_GRAD_ELEMENTS = 1024  # One vector: it takes more registers for addresses
 _WEIGHT_GRAD_PROGRAMS_PER_PROCESSOR = 8
 
 
-@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "tiles"])
+@launched
 def depthwise_kernel(
-    x_ptr, w_ptr, out_ptr, height, width, out_height, out_width, tiles,
+    x_ptr, w_ptr, out_ptr, height, width, out_height, out_width, tiles, vectors,
     x_stride_n, x_stride_h, x_stride_w, out_stride_n, out_stride_h, out_stride_w,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STRIDE: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STRIDE: tl.constexpr,
     ACC: tl.constexpr, SOFT_BF16: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_P output pixels of an image by BLOCK_C channels."""
-    n, tile, first = program_tile(tiles, C, BLOCK_C)
+    channels = vectors * VECTOR
+    n, tile, first = program_tile(tiles, channels, BLOCK_C)
     c = first + tl.arange(0, BLOCK_C)
     pixel = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     oh = pixel // out_width
     ow = pixel % out_width
-    mask = (pixel < out_height * out_width)[:, None] & (c < C)[None, :]
-    x_ptr += batch_offset(n, x_stride_n)
+    mask = (pixel < out_height * out_width)[:, None] & (c < channels)[None, :]
+    x_ptr += batch_offset(n, x_stride_n, VECTOR)
 
     acc = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACC)
     for tap in tl.static_range(9):
         h = oh * STRIDE - 1 + tap // 3
         w = ow * STRIDE - 1 + tap % 3
         here = mask & inside_image(h, w, height, width)[:, None]
-        offsets = pixel_offsets(h, w, x_stride_h, x_stride_w, WIDE)
+        offsets = pixel_offsets(h, w, x_stride_h, x_stride_w, VECTOR, WIDE)
         x = tl.load(x_ptr + offsets[:, None] + c[None, :], mask=here, other=0.0).to(ACC)
-        weight = tl.load(w_ptr + tap * C + c, mask=c < C, other=0.0).to(ACC)
+        weight = tl.load(w_ptr + tap * channels + c, mask=c < channels, other=0.0).to(ACC)
         acc += x * weight[None, :]
 
-    out_ptr += batch_offset(n, out_stride_n)
-    out_offsets = pixel_offsets(oh, ow, out_stride_h, out_stride_w, WIDE)[:, None] + c[None, :]
+    out_ptr += batch_offset(n, out_stride_n, VECTOR)
+    out_offsets = (
+        pixel_offsets(oh, ow, out_stride_h, out_stride_w, VECTOR, WIDE)[:, None] + c[None, :]
+    )
     tl.store(out_ptr + out_offsets, narrow(acc, out_ptr.dtype.element_ty, SOFT_BF16), mask=mask)
 
 
-@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "tiles"])
+@launched
 def depthwise_input_grad_kernel(
-    g_ptr, w_ptr, add_ptr, mask_ptr, out_ptr, height, width, out_height, out_width, tiles,
+    g_ptr, w_ptr, add_ptr, mask_ptr, out_ptr, height, width, out_height, out_width, tiles, vectors,
     g_stride_n, g_stride_h, g_stride_w, add_stride_n, add_stride_h, add_stride_w,
     mask_stride_n, mask_stride_h, mask_stride_w, out_stride_n, out_stride_h, out_stride_w,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STRIDE: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STRIDE: tl.constexpr,
     ADD: tl.constexpr, MASK: tl.constexpr, ACC: tl.constexpr, SOFT_BF16: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
@@ -83,13 +88,14 @@ def depthwise_input_grad_kernel(
 
     ``height`` and ``width`` are those of the convolution's input, the ``out`` of this kernel.
     """
-    n, tile, first = program_tile(tiles, C, BLOCK_C)
+    channels = vectors * VECTOR
+    n, tile, first = program_tile(tiles, channels, BLOCK_C)
     c = first + tl.arange(0, BLOCK_C)
     pixel = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     h = pixel // width
     w = pixel % width
-    mask = (pixel < height * width)[:, None] & (c < C)[None, :]
-    g_ptr += batch_offset(n, g_stride_n)
+    mask = (pixel < height * width)[:, None] & (c < channels)[None, :]
+    g_ptr += batch_offset(n, g_stride_n, VECTOR)
 
     acc = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACC)
     for tap in tl.static_range(9):
@@ -98,44 +104,50 @@ def depthwise_input_grad_kernel(
         ow = w + 1 - tap % 3
         whole = (oh % STRIDE == 0) & (ow % STRIDE == 0)
         here = (oh >= 0) & (oh < out_height * STRIDE) & (ow >= 0) & (ow < out_width * STRIDE)
-        offsets = pixel_offsets(oh // STRIDE, ow // STRIDE, g_stride_h, g_stride_w, WIDE)
+        offsets = pixel_offsets(oh // STRIDE, ow // STRIDE, g_stride_h, g_stride_w, VECTOR, WIDE)
         g = tl.load(
             g_ptr + offsets[:, None] + c[None, :], mask=mask & (whole & here)[:, None], other=0.0
         )
-        weight = tl.load(w_ptr + tap * C + c, mask=c < C, other=0.0).to(ACC)
+        weight = tl.load(w_ptr + tap * channels + c, mask=c < channels, other=0.0).to(ACC)
         acc += g.to(ACC) * weight[None, :]
 
     if ADD:
-        add_ptr += batch_offset(n, add_stride_n)
-        offsets = pixel_offsets(h, w, add_stride_h, add_stride_w, WIDE)[:, None] + c[None, :]
+        add_ptr += batch_offset(n, add_stride_n, VECTOR)
+        offsets = (
+            pixel_offsets(h, w, add_stride_h, add_stride_w, VECTOR, WIDE)[:, None] + c[None, :]
+        )
         acc += tl.load(add_ptr + offsets, mask=mask, other=0.0).to(ACC)
     if MASK:
-        mask_ptr += batch_offset(n, mask_stride_n)
-        offsets = pixel_offsets(h, w, mask_stride_h, mask_stride_w, WIDE)[:, None] + c[None, :]
+        mask_ptr += batch_offset(n, mask_stride_n, VECTOR)
+        offsets = (
+            pixel_offsets(h, w, mask_stride_h, mask_stride_w, VECTOR, WIDE)[:, None] + c[None, :]
+        )
         acc = relu_gradient(acc, tl.load(mask_ptr + offsets, mask=mask, other=0.0).to(ACC))
-    out_ptr += batch_offset(n, out_stride_n)
-    offsets = pixel_offsets(h, w, out_stride_h, out_stride_w, WIDE)[:, None] + c[None, :]
+    out_ptr += batch_offset(n, out_stride_n, VECTOR)
+    offsets = pixel_offsets(h, w, out_stride_h, out_stride_w, VECTOR, WIDE)[:, None] + c[None, :]
     tl.store(out_ptr + offsets, narrow(acc, out_ptr.dtype.element_ty, SOFT_BF16), mask=mask)
 
 
 @triton.jit
 def _input_tap(
-    x_ptr, h, w, mask, height, width, stride_h, stride_w, c, ACC: tl.constexpr, WIDE: tl.constexpr
-):
+    x_ptr, h, w, mask, height, width, stride_h, stride_w, c,
+    VECTOR: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
     """Input pixels, zero outside the image: ``[BLOCK_P, BLOCK_C]``."""
     mask = mask & inside_image(h, w, height, width)[:, None]
-    offsets = pixel_offsets(h, w, stride_h, stride_w, WIDE)
+    offsets = pixel_offsets(h, w, stride_h, stride_w, VECTOR, WIDE)
     return tl.load(x_ptr + offsets[:, None] + c[None, :], mask=mask, other=0.0).to(ACC)
 
 
-@triton.jit(do_not_specialize=["batch", "height", "width", "out_height", "out_width"])
+@launched
 def depthwise_weight_grad_kernel(
-    x_ptr, g_ptr, products_ptr, batch, height, width, out_height, out_width,
+    x_ptr, g_ptr, products_ptr, batch, height, width, out_height, out_width, vectors,
     x_stride_n, x_stride_h, x_stride_w, g_stride_n, g_stride_h, g_stride_w,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STRIDE: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, STRIDE: tl.constexpr,
     ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: the three taps of a row, for BLOCK_C channels of a share of the pixels."""
+    channels = vectors * VECTOR
     # The rows of one share are neighbours: the second finds the gradient in L2.
     row = tl.program_id(0) % 3
     c = (tl.program_id(0) // 3) * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -151,23 +163,27 @@ def depthwise_weight_grad_kernel(
         pixel = (step % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
         oh = pixel // out_width
         ow = pixel % out_width
-        mask = (pixel < out_height * out_width)[:, None] & (c < C)[None, :]
-        offsets = pixel_offsets(oh, ow, g_stride_h, g_stride_w, WIDE)[:, None] + c[None, :]
-        g = tl.load(g_ptr + batch_offset(n, g_stride_n) + offsets, mask=mask, other=0.0).to(ACC)
-        x = x_ptr + batch_offset(n, x_stride_n)
+        mask = (pixel < out_height * out_width)[:, None] & (c < channels)[None, :]
+        offsets = pixel_offsets(oh, ow, g_stride_h, g_stride_w, VECTOR, WIDE)[:, None] + c[None, :]
+        g = tl.load(g_ptr + batch_offset(n, g_stride_n, VECTOR) + offsets, mask=mask, other=0.0).to(
+            ACC
+        )
+        x = x_ptr + batch_offset(n, x_stride_n, VECTOR)
         h = oh * STRIDE - 1 + row
         w = ow * STRIDE
         left += g * _input_tap(
-            x, h, w - 1, mask, height, width, x_stride_h, x_stride_w, c, ACC, WIDE
+            x, h, w - 1, mask, height, width, x_stride_h, x_stride_w, c, VECTOR, ACC, WIDE
         )
-        middle += g * _input_tap(x, h, w, mask, height, width, x_stride_h, x_stride_w, c, ACC, WIDE)
+        middle += g * _input_tap(
+            x, h, w, mask, height, width, x_stride_h, x_stride_w, c, VECTOR, ACC, WIDE
+        )
         right += g * _input_tap(
-            x, h, w + 1, mask, height, width, x_stride_h, x_stride_w, c, ACC, WIDE
+            x, h, w + 1, mask, height, width, x_stride_h, x_stride_w, c, VECTOR, ACC, WIDE
         )
-    products_ptr += batch_offset(share, 9 * C) + 3 * row * C + c
-    tl.store(products_ptr, tl.sum(left, axis=0), mask=c < C)
-    tl.store(products_ptr + C, tl.sum(middle, axis=0), mask=c < C)
-    tl.store(products_ptr + 2 * C, tl.sum(right, axis=0), mask=c < C)
+    products_ptr += batch_offset(share, 9 * channels) + 3 * row * channels + c
+    tl.store(products_ptr, tl.sum(left, axis=0), mask=c < channels)
+    tl.store(products_ptr + channels, tl.sum(middle, axis=0), mask=c < channels)
+    tl.store(products_ptr + 2 * channels, tl.sum(right, axis=0), mask=c < channels)
 
 
 def plan(x: Tensor, weight: Tensor, out: Tensor, *, stride: int = 1) -> Launch:
@@ -182,6 +198,7 @@ def plan(x: Tensor, weight: Tensor, out: Tensor, *, stride: int = 1) -> Launch:
     block_c = channel_block(c)
     block_p = _ELEMENTS // block_c
     tiles = cdiv(out_height * out_width, block_p)
+    size = vector(x, out)
     return Launch(
         depthwise_kernel,
         grid=(n * tiles * cdiv(c, block_c),),
@@ -194,11 +211,12 @@ def plan(x: Tensor, weight: Tensor, out: Tensor, *, stride: int = 1) -> Launch:
             out_height=out_height,
             out_width=out_width,
             tiles=tiles,
-            **strides("x", x),
-            **strides("out", out),
+            vectors=c // size,
+            **strides("x", x, size),
+            **strides("out", out, size),
         ),
         constants=dict(
-            C=c,
+            VECTOR=size,
             BLOCK_C=block_c,
             BLOCK_P=block_p,
             STRIDE=stride,
@@ -249,6 +267,7 @@ def plan_input_grad(
     block_c = channel_block(c)
     block_p = _INPUT_GRAD_ELEMENTS // block_c
     tiles = cdiv(height * width, block_p)
+    size = vector(out, *others.values())
     return Launch(
         depthwise_input_grad_kernel,
         grid=(n * tiles * cdiv(c, block_c),),
@@ -263,13 +282,14 @@ def plan_input_grad(
             out_height=g.shape[1],
             out_width=g.shape[2],
             tiles=tiles,
-            **strides("g", g),
-            **strides("add", out if add is None else add),
-            **strides("mask", out if mask is None else mask),
-            **strides("out", out),
+            vectors=c // size,
+            **strides("g", g, size),
+            **strides("add", out if add is None else add, size),
+            **strides("mask", out if mask is None else mask, size),
+            **strides("out", out, size),
         ),
         constants=dict(
-            C=c,
+            VECTOR=size,
             BLOCK_C=block_c,
             BLOCK_P=block_p,
             STRIDE=stride,
@@ -324,6 +344,7 @@ def plan_weight_grad(x: Tensor, g: Tensor, out: Tensor, *, stride: int = 1) -> t
     steps = n * cdiv(out_height * out_width, block_p)
     wanted = cdiv(_WEIGHT_GRAD_PROGRAMS_PER_PROCESSOR * processors(x.device), groups)
     products = out.new_empty(min(wanted, steps), 3, 3, c)
+    size = vector(x, g)
     main = Launch(
         depthwise_weight_grad_kernel,
         grid=(groups, products.shape[0]),
@@ -336,11 +357,12 @@ def plan_weight_grad(x: Tensor, g: Tensor, out: Tensor, *, stride: int = 1) -> t
             width=width,
             out_height=out_height,
             out_width=out_width,
-            **strides("x", x),
-            **strides("g", g),
+            vectors=c // size,
+            **strides("x", x, size),
+            **strides("g", g, size),
         ),
         constants=dict(
-            C=c,
+            VECTOR=size,
             BLOCK_C=block_c,
             BLOCK_P=block_p,
             STRIDE=stride,

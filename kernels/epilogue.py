@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
@@ -14,10 +13,12 @@ from ._common import (
     assert_same,
     batch_offset,
     cdiv,
+    launched,
     narrow,
     pixel_offsets,
     pixelwise,
     program_tile,
+    same_place,
     scale_shift_relu,
     store_statistics,
     tile_statistics,
@@ -30,22 +31,23 @@ TILE_PIXELS = 256
 _STEP_ELEMENTS = 4096  # What a program holds in registers at a time.
 
 
-@triton.jit(do_not_specialize=["height", "width", "tiles"])
+@launched
 def epilogue_kernel(
-    z_ptr, scale_ptr, shift_ptr, out_ptr, pool_ptr, statistics_ptr, height, width, tiles,
+    z_ptr, scale_ptr, shift_ptr, out_ptr, pool_ptr, statistics_ptr, height, width, tiles, vectors,
     z_stride_n, z_stride_h, z_stride_w, out_stride_n, out_stride_h, out_stride_w,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, TILE: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, TILE: tl.constexpr,
     SCALE: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr, STATISTICS: tl.constexpr,
     STORE: tl.constexpr, ACC: tl.constexpr, SOFT_BF16: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: TILE pixels of an image by BLOCK_C channels, BLOCK_P pixels at a time."""
-    n, tile, first = program_tile(tiles, C, BLOCK_C)
+    channels = vectors * VECTOR
+    n, tile, first = program_tile(tiles, channels, BLOCK_C)
     c = first + tl.arange(0, BLOCK_C)
-    z_ptr += batch_offset(n, z_stride_n)
-    out_ptr += batch_offset(n, out_stride_n)
+    z_ptr += batch_offset(n, z_stride_n, VECTOR)
+    out_ptr += batch_offset(n, out_stride_n, VECTOR)
     if SCALE:
-        scale = tl.load(scale_ptr + c, mask=c < C, other=0.0)[None, :]
-        shift = tl.load(shift_ptr + c, mask=c < C, other=0.0)[None, :]
+        scale = tl.load(scale_ptr + c, mask=c < channels, other=0.0)[None, :]
+        shift = tl.load(shift_ptr + c, mask=c < channels, other=0.0)[None, :]
     count = tl.zeros((BLOCK_C,), dtype=ACC)
     sums = tl.zeros((BLOCK_C,), dtype=ACC)
     squares = tl.zeros((BLOCK_C,), dtype=ACC)
@@ -55,8 +57,8 @@ def epilogue_kernel(
         h = pixel // width
         w = pixel % width
         inside = pixel < height * width
-        mask = inside[:, None] & (c < C)[None, :]
-        z_offsets = pixel_offsets(h, w, z_stride_h, z_stride_w, WIDE)[:, None] + c[None, :]
+        mask = inside[:, None] & (c < channels)[None, :]
+        z_offsets = pixel_offsets(h, w, z_stride_h, z_stride_w, VECTOR, WIDE)[:, None] + c[None, :]
         y = tl.load(z_ptr + z_offsets, mask=mask, other=0.0).to(ACC)
         if SCALE:
             y = scale_shift_relu(y, scale, shift, RELU)
@@ -67,14 +69,14 @@ def epilogue_kernel(
             more, more_sums, more_squares = tile_statistics(y, inside, more, 0)
             count, sums, squares = merge_two(count, sums, squares, more, more_sums, more_squares)
         if STORE:
-            offsets = pixel_offsets(h, w, out_stride_h, out_stride_w, WIDE)
+            offsets = pixel_offsets(h, w, out_stride_h, out_stride_w, VECTOR, WIDE)
             y = narrow(y, out_ptr.dtype.element_ty, SOFT_BF16)
             tl.store(out_ptr + offsets[:, None] + c[None, :], y, mask=mask)
     if POOL:
-        tl.store(pool_ptr + batch_offset(n * tiles + tile, C) + c, sums, mask=c < C)
+        tl.store(pool_ptr + batch_offset(n * tiles + tile, channels) + c, sums, mask=c < channels)
     if STATISTICS:
-        statistics_ptr += batch_offset(n * tiles + tile, 3 * C)
-        store_statistics(statistics_ptr, count, sums, squares, c, C)
+        statistics_ptr += batch_offset(n * tiles + tile, 3 * channels)
+        store_statistics(statistics_ptr, count, sums, squares, c, channels)
 
 
 def pool_tiles(out: Tensor) -> int:
@@ -125,7 +127,7 @@ def plan(
             RELU=relu,
             POOL=pool_partials is not None,
             STATISTICS=statistics is not None,
-            STORE=scale is not None or out.data_ptr() != z.data_ptr(),
+            STORE=scale is not None or not same_place(out, z),
         ),
     )
 

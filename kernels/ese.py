@@ -30,6 +30,7 @@ from ._common import (
     batch_offset,
     cdiv,
     collapse_rows,
+    launched,
     narrow,
     needs_int64,
     pixel_offsets,
@@ -41,6 +42,7 @@ from ._common import (
     sum_rows,
     sweep,
     triton_accumulator,
+    vector,
 )
 
 GateKind = Literal["hard_sigmoid", "sigmoid"]
@@ -56,17 +58,18 @@ _GRAD_OUTPUTS = 32
 _GRAD_INPUTS = 32
 
 
-@triton.jit(do_not_specialize=["tiles", "num_pixels"])
+@launched
 def finish_pool_kernel(
-    pool_ptr, mean_ptr, tiles, num_pixels,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
+    pool_ptr, mean_ptr, tiles, num_pixels, vectors,
+    VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
     """One program: the means of BLOCK_C channels of one image, always summed in one order."""
+    channels = vectors * VECTOR
     n = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    pool_ptr += batch_offset(n * tiles, C)
-    sums = sum_rows(pool_ptr, tiles, c, C, BLOCK_T, BLOCK_C)
-    tl.store(mean_ptr + batch_offset(n, C) + c, sums / num_pixels, mask=c < C)
+    pool_ptr += batch_offset(n * tiles, channels)
+    sums = sum_rows(pool_ptr, tiles, c, channels, BLOCK_T, BLOCK_C)
+    tl.store(mean_ptr + batch_offset(n, channels) + c, sums / num_pixels, mask=c < channels)
 
 
 @triton.jit
@@ -77,85 +80,93 @@ def gate(z, KIND: tl.constexpr):
     return 1.0 / (1.0 + tl.exp(-z))
 
 
-@triton.jit
+@launched
 def fc_gate_kernel(
-    mean_ptr, weight_ptr, bias_ptr, out_ptr,
-    C: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, KIND: tl.constexpr,
+    mean_ptr, weight_ptr, bias_ptr, out_ptr, vectors,
+    VECTOR: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_OUT gates of one image."""
+    channels = vectors * VECTOR
     ACC: tl.constexpr = out_ptr.dtype.element_ty
     n = tl.program_id(0)
     oc = tl.program_id(1) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
-    mean_ptr += batch_offset(n, C)
+    mean_ptr += batch_offset(n, channels)
     products = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=ACC)
-    for first in tl.range(0, C, BLOCK_IN):
+    for first in tl.range(0, channels, BLOCK_IN):
         c = first + tl.arange(0, BLOCK_IN)
-        mask = (oc < C)[:, None] & (c < C)[None, :]
-        weight = tl.load(weight_ptr + oc[:, None] * C + c[None, :], mask=mask, other=0.0)
-        products += weight.to(ACC) * tl.load(mean_ptr + c, mask=c < C, other=0.0)[None, :]
-    bias = tl.load(bias_ptr + oc, mask=oc < C, other=0.0).to(ACC)
+        mask = (oc < channels)[:, None] & (c < channels)[None, :]
+        weight = tl.load(weight_ptr + oc[:, None] * channels + c[None, :], mask=mask, other=0.0)
+        products += weight.to(ACC) * tl.load(mean_ptr + c, mask=c < channels, other=0.0)[None, :]
+    bias = tl.load(bias_ptr + oc, mask=oc < channels, other=0.0).to(ACC)
     tl.store(
-        out_ptr + batch_offset(n, C) + oc,
+        out_ptr + batch_offset(n, channels) + oc,
         gate(tl.sum(products, axis=1) + bias, KIND),
-        mask=oc < C,
+        mask=oc < channels,
     )
 
 
-@triton.jit(do_not_specialize=["height", "width", "tiles"])
+@launched
 def apply_kernel(
-    z_ptr, gates_ptr, identity_ptr, out_ptr, height, width, tiles,
+    z_ptr, gates_ptr, identity_ptr, out_ptr, height, width, tiles, vectors,
     z_stride_n, z_stride_h, z_stride_w,
     identity_stride_n, identity_stride_h, identity_stride_w,
     out_stride_n, out_stride_h, out_stride_w,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, GATED: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, GATED: tl.constexpr,
     IDENTITY: tl.constexpr, ACC: tl.constexpr, SOFT_BF16: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_P pixels of an image by BLOCK_C channels."""
-    n, tile, first = program_tile(tiles, C, BLOCK_C)
+    channels = vectors * VECTOR
+    n, tile, first = program_tile(tiles, channels, BLOCK_C)
     c = first + tl.arange(0, BLOCK_C)
     pixel = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     h = pixel // width
     w = pixel % width
-    mask = (pixel < height * width)[:, None] & (c < C)[None, :]
+    mask = (pixel < height * width)[:, None] & (c < channels)[None, :]
 
-    z_offsets = pixel_offsets(h, w, z_stride_h, z_stride_w, WIDE)[:, None] + c[None, :]
-    z_ptr += batch_offset(n, z_stride_n)
+    z_offsets = pixel_offsets(h, w, z_stride_h, z_stride_w, VECTOR, WIDE)[:, None] + c[None, :]
+    z_ptr += batch_offset(n, z_stride_n, VECTOR)
     y = tl.load(z_ptr + z_offsets, mask=mask, other=0.0).to(ACC)
     if GATED:
-        y *= tl.load(gates_ptr + batch_offset(n, C) + c, mask=c < C, other=0.0)[None, :]
+        gates_ptr += batch_offset(n, channels)
+        y *= tl.load(gates_ptr + c, mask=c < channels, other=0.0)[None, :]
     if IDENTITY:
-        identity_ptr += batch_offset(n, identity_stride_n)
-        offsets = pixel_offsets(h, w, identity_stride_h, identity_stride_w, WIDE)
+        identity_ptr += batch_offset(n, identity_stride_n, VECTOR)
+        offsets = pixel_offsets(h, w, identity_stride_h, identity_stride_w, VECTOR, WIDE)
         y += tl.load(identity_ptr + offsets[:, None] + c[None, :], mask=mask, other=0.0).to(ACC)
-    out_ptr += batch_offset(n, out_stride_n)
-    out_offsets = pixel_offsets(h, w, out_stride_h, out_stride_w, WIDE)[:, None] + c[None, :]
+    out_ptr += batch_offset(n, out_stride_n, VECTOR)
+    out_offsets = (
+        pixel_offsets(h, w, out_stride_h, out_stride_w, VECTOR, WIDE)[:, None] + c[None, :]
+    )
     tl.store(out_ptr + out_offsets, narrow(y, out_ptr.dtype.element_ty, SOFT_BF16), mask=mask)
 
 
-@triton.jit(do_not_specialize=["height", "width", "tiles", "steps"])
+@launched
 def gate_sums_kernel(
-    dout_ptr, y_ptr, partials_ptr, height, width, tiles, steps,
+    dout_ptr, y_ptr, partials_ptr, height, width, tiles, vectors, steps,
     dout_stride_n, dout_stride_h, dout_stride_w, y_stride_n, y_stride_h, y_stride_w,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, ACC: tl.constexpr,
     WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: the sums of BLOCK_C channels over ``steps`` times BLOCK_P pixels of an image."""
-    n, tile, first = program_tile(tiles, C, BLOCK_C)
+    channels = vectors * VECTOR
+    n, tile, first = program_tile(tiles, channels, BLOCK_C)
     c = first + tl.arange(0, BLOCK_C)
-    dout_ptr += batch_offset(n, dout_stride_n)
-    y_ptr += batch_offset(n, y_stride_n)
+    dout_ptr += batch_offset(n, dout_stride_n, VECTOR)
+    y_ptr += batch_offset(n, y_stride_n, VECTOR)
     products = tl.zeros((BLOCK_P, BLOCK_C), dtype=ACC)
     for step in tl.range(0, steps):
         pixel = (tile * steps + step) * BLOCK_P + tl.arange(0, BLOCK_P)
         h = pixel // width
         w = pixel % width
-        mask = (pixel < height * width)[:, None] & (c < C)[None, :]
-        dout_offsets = pixel_offsets(h, w, dout_stride_h, dout_stride_w, WIDE)[:, None] + c[None, :]
-        y_offsets = pixel_offsets(h, w, y_stride_h, y_stride_w, WIDE)[:, None] + c[None, :]
+        mask = (pixel < height * width)[:, None] & (c < channels)[None, :]
+        dout_offsets = (
+            pixel_offsets(h, w, dout_stride_h, dout_stride_w, VECTOR, WIDE)[:, None] + c[None, :]
+        )
+        y_offsets = pixel_offsets(h, w, y_stride_h, y_stride_w, VECTOR, WIDE)[:, None] + c[None, :]
         dout = tl.load(dout_ptr + dout_offsets, mask=mask, other=0.0).to(ACC)
         products += dout * tl.load(y_ptr + y_offsets, mask=mask, other=0.0).to(ACC)
-    offset = batch_offset(n * tiles + tile, C)
-    tl.store(partials_ptr + offset + c, tl.sum(products, axis=0), mask=c < C)
+    offset = batch_offset(n * tiles + tile, channels)
+    tl.store(partials_ptr + offset + c, tl.sum(products, axis=0), mask=c < channels)
 
 
 @triton.jit
@@ -166,35 +177,37 @@ def gate_backward(dgates, gates, KIND: tl.constexpr):
     return dgates * (gates * (1.0 - gates))
 
 
-@triton.jit(do_not_specialize=["num_pixels"])
+@launched
 def fc_input_grad_kernel(
-    dgates_ptr, gates_ptr, weight_ptr, out_ptr, num_pixels,
-    C: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, KIND: tl.constexpr,
+    dgates_ptr, gates_ptr, weight_ptr, out_ptr, num_pixels, vectors,
+    VECTOR: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """One program: the gradient of BLOCK_IN channels of one image's pixels."""
+    channels = vectors * VECTOR
     ACC: tl.constexpr = out_ptr.dtype.element_ty
     n = tl.program_id(0)
     c = tl.program_id(1) * BLOCK_IN + tl.arange(0, BLOCK_IN)
-    dgates_ptr += batch_offset(n, C)
-    gates_ptr += batch_offset(n, C)
+    dgates_ptr += batch_offset(n, channels)
+    gates_ptr += batch_offset(n, channels)
     products = tl.zeros((BLOCK_OUT, BLOCK_IN), dtype=ACC)
-    for first in tl.range(0, C, BLOCK_OUT):
+    for first in tl.range(0, channels, BLOCK_OUT):
         oc = first + tl.arange(0, BLOCK_OUT)
-        dgates = tl.load(dgates_ptr + oc, mask=oc < C, other=0.0)
-        d = gate_backward(dgates, tl.load(gates_ptr + oc, mask=oc < C, other=0.0), KIND)
-        mask = (oc < C)[:, None] & (c < C)[None, :]
-        weight = tl.load(weight_ptr + oc[:, None] * C + c[None, :], mask=mask, other=0.0)
+        dgates = tl.load(dgates_ptr + oc, mask=oc < channels, other=0.0)
+        d = gate_backward(dgates, tl.load(gates_ptr + oc, mask=oc < channels, other=0.0), KIND)
+        mask = (oc < channels)[:, None] & (c < channels)[None, :]
+        weight = tl.load(weight_ptr + oc[:, None] * channels + c[None, :], mask=mask, other=0.0)
         products += weight.to(ACC) * d[:, None]
     sums = tl.sum(products, axis=0) / num_pixels
-    tl.store(out_ptr + batch_offset(n, C) + c, sums, mask=c < C)
+    tl.store(out_ptr + batch_offset(n, channels) + c, sums, mask=c < channels)
 
 
-@triton.jit(do_not_specialize=["batch"])
+@launched
 def fc_weight_grad_kernel(
-    dgates_ptr, gates_ptr, mean_ptr, dweight_ptr, dbias_ptr, batch,
-    C: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, KIND: tl.constexpr,
+    dgates_ptr, gates_ptr, mean_ptr, dweight_ptr, dbias_ptr, batch, vectors,
+    VECTOR: tl.constexpr, BLOCK_OUT: tl.constexpr, BLOCK_IN: tl.constexpr, KIND: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_OUT by BLOCK_IN weights, summed over the images one by one."""
+    channels = vectors * VECTOR
     ACC: tl.constexpr = dweight_ptr.dtype.element_ty
     oc = tl.program_id(0) * BLOCK_OUT + tl.arange(0, BLOCK_OUT)
     c = tl.program_id(1) * BLOCK_IN + tl.arange(0, BLOCK_IN)
@@ -202,46 +215,49 @@ def fc_weight_grad_kernel(
     dbias = tl.zeros((BLOCK_OUT,), dtype=ACC)
     # Unrolled, so that the loads of several images are in flight at once.
     for n in tl.range(0, batch, loop_unroll_factor=4):
-        dgates = tl.load(dgates_ptr + n * C + oc, mask=oc < C, other=0.0)
-        gates = tl.load(gates_ptr + n * C + oc, mask=oc < C, other=0.0)
+        dgates = tl.load(dgates_ptr + n * channels + oc, mask=oc < channels, other=0.0)
+        gates = tl.load(gates_ptr + n * channels + oc, mask=oc < channels, other=0.0)
         d = gate_backward(dgates, gates, KIND)
-        mean = tl.load(mean_ptr + n * C + c, mask=c < C, other=0.0)
+        mean = tl.load(mean_ptr + n * channels + c, mask=c < channels, other=0.0)
         dweight += d[:, None] * mean[None, :]
         dbias += d
-    mask = (oc < C)[:, None] & (c < C)[None, :]
-    tl.store(dweight_ptr + oc[:, None] * C + c[None, :], dweight, mask=mask)
-    tl.store(dbias_ptr + oc, dbias, mask=(oc < C) & (tl.program_id(1) == 0))
+    mask = (oc < channels)[:, None] & (c < channels)[None, :]
+    tl.store(dweight_ptr + oc[:, None] * channels + c[None, :], dweight, mask=mask)
+    tl.store(dbias_ptr + oc, dbias, mask=(oc < channels) & (tl.program_id(1) == 0))
 
 
-@triton.jit(do_not_specialize=["height", "width", "tiles"])
+@launched
 def apply_backward_kernel(
-    dout_ptr, gates_ptr, dpixel_ptr, y_ptr, out_ptr, height, width, tiles,
+    dout_ptr, gates_ptr, dpixel_ptr, y_ptr, out_ptr, height, width, tiles, vectors,
     dout_stride_n, dout_stride_h, dout_stride_w, y_stride_n, y_stride_h, y_stride_w,
     out_stride_n, out_stride_h, out_stride_w,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, GATED: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, GATED: tl.constexpr,
     ACC: tl.constexpr, SOFT_BF16: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_P pixels of an image by BLOCK_C channels."""
-    n, tile, first = program_tile(tiles, C, BLOCK_C)
+    channels = vectors * VECTOR
+    n, tile, first = program_tile(tiles, channels, BLOCK_C)
     c = first + tl.arange(0, BLOCK_C)
     pixel = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     h = pixel // width
     w = pixel % width
-    mask = (pixel < height * width)[:, None] & (c < C)[None, :]
+    mask = (pixel < height * width)[:, None] & (c < channels)[None, :]
 
-    dout_ptr += batch_offset(n, dout_stride_n)
-    offsets = pixel_offsets(h, w, dout_stride_h, dout_stride_w, WIDE)[:, None] + c[None, :]
+    dout_ptr += batch_offset(n, dout_stride_n, VECTOR)
+    offsets = pixel_offsets(h, w, dout_stride_h, dout_stride_w, VECTOR, WIDE)[:, None] + c[None, :]
     dz = tl.load(dout_ptr + offsets, mask=mask, other=0.0).to(ACC)
-    y_ptr += batch_offset(n, y_stride_n)
-    y_offsets = pixel_offsets(h, w, y_stride_h, y_stride_w, WIDE)[:, None] + c[None, :]
+    y_ptr += batch_offset(n, y_stride_n, VECTOR)
+    y_offsets = pixel_offsets(h, w, y_stride_h, y_stride_w, VECTOR, WIDE)[:, None] + c[None, :]
     y = tl.load(y_ptr + y_offsets, mask=mask, other=0.0).to(ACC)
     if GATED:
-        gates = tl.load(gates_ptr + batch_offset(n, C) + c, mask=c < C, other=0.0)
-        dpixel = tl.load(dpixel_ptr + batch_offset(n, C) + c, mask=c < C, other=0.0)
+        gates = tl.load(gates_ptr + batch_offset(n, channels) + c, mask=c < channels, other=0.0)
+        dpixel = tl.load(dpixel_ptr + batch_offset(n, channels) + c, mask=c < channels, other=0.0)
         dz = dz * gates[None, :] + dpixel[None, :]
     dz = relu_gradient(dz, y)
-    out_ptr += batch_offset(n, out_stride_n)
-    out_offsets = pixel_offsets(h, w, out_stride_h, out_stride_w, WIDE)[:, None] + c[None, :]
+    out_ptr += batch_offset(n, out_stride_n, VECTOR)
+    out_offsets = (
+        pixel_offsets(h, w, out_stride_h, out_stride_w, VECTOR, WIDE)[:, None] + c[None, :]
+    )
     tl.store(out_ptr + out_offsets, narrow(dz, out_ptr.dtype.element_ty, SOFT_BF16), mask=mask)
 
 
@@ -255,11 +271,14 @@ def _plan_pool(partials: Tensor, divisor: int, out: Tensor) -> Launch:
     n, tiles, c = partials.shape
     assert_packed("partials", partials, (n, tiles, c), out.dtype)
     assert_packed("out", out, (n, c), accumulator(out.dtype))
+    size = vector(out)
     return Launch(
         finish_pool_kernel,
         grid=(n, cdiv(c, _POOL_CHANNELS)),
-        args=dict(pool_ptr=partials, mean_ptr=out, tiles=tiles, num_pixels=divisor),
-        constants=dict(C=c, BLOCK_C=_POOL_CHANNELS, BLOCK_T=_POOL_TILES),
+        args=dict(
+            pool_ptr=partials, mean_ptr=out, tiles=tiles, num_pixels=divisor, vectors=c // size
+        ),
+        constants=dict(VECTOR=size, BLOCK_C=_POOL_CHANNELS, BLOCK_T=_POOL_TILES),
     )
 
 
@@ -280,11 +299,18 @@ def plan_gates(
     assert_packed("fc_weight", fc_weight, (c, c), fc_weight.dtype)
     assert_packed("fc_bias", fc_bias, (c,), fc_bias.dtype)
     pool = _plan_pool(pool_partials, num_pixels, mean)
+    size = vector(fc_weight)
     fc = Launch(
         fc_gate_kernel,
         grid=(n, cdiv(c, _FC_OUTPUTS)),
-        args=dict(mean_ptr=mean, weight_ptr=fc_weight, bias_ptr=fc_bias, out_ptr=out),
-        constants=dict(C=c, BLOCK_OUT=_FC_OUTPUTS, BLOCK_IN=_FC_INPUTS, KIND=gate_kind),
+        args=dict(
+            mean_ptr=mean,
+            weight_ptr=fc_weight,
+            bias_ptr=fc_bias,
+            out_ptr=out,
+            vectors=c // size,
+        ),
+        constants=dict(VECTOR=size, BLOCK_OUT=_FC_OUTPUTS, BLOCK_IN=_FC_INPUTS, KIND=gate_kind),
     )
     return pool, fc
 
@@ -359,6 +385,7 @@ def plan_gate_sums(dout: Tensor, y: Tensor, out: Tensor) -> tuple[Launch, Launch
     assert_same("dout", dout, y)
     dout, y = collapse_rows(dout, y)
     block_c, block_p, steps, tiles, programs = sweep(y, _SUM_ELEMENTS, REDUCTION_PROGRAMS)
+    size = vector(dout, y)
     partials = out.new_empty(n, tiles, c)
     sums = Launch(
         gate_sums_kernel,
@@ -370,12 +397,13 @@ def plan_gate_sums(dout: Tensor, y: Tensor, out: Tensor) -> tuple[Launch, Launch
             height=y.shape[1],
             width=y.shape[2],
             tiles=tiles,
+            vectors=c // size,
             steps=steps,
-            **strides("dout", dout),
-            **strides("y", y),
+            **strides("dout", dout, size),
+            **strides("y", y, size),
         ),
         constants=dict(
-            C=c,
+            VECTOR=size,
             BLOCK_C=block_c,
             BLOCK_P=block_p,
             ACC=triton_accumulator(y.dtype),
@@ -421,18 +449,19 @@ def plan_gates_backward(
     assert_packed("fc_weight", fc_weight, (c, c), fc_weight.dtype)
     assert_packed("dfc_weight", dfc_weight, (c, c), high)
     assert_packed("dfc_bias", dfc_bias, (c,), high)
-    gate_grads = dict(dgates_ptr=dgates, gates_ptr=gates)
+    size = vector(fc_weight)
+    gate_grads = dict(dgates_ptr=dgates, gates_ptr=gates, vectors=c // size)
     inputs = Launch(
         fc_input_grad_kernel,
         grid=(n, cdiv(c, _FC_OUTPUTS)),
         args=dict(gate_grads, weight_ptr=fc_weight, out_ptr=dpixel, num_pixels=num_pixels),
-        constants=dict(C=c, BLOCK_OUT=_FC_INPUTS, BLOCK_IN=_FC_OUTPUTS, KIND=gate_kind),
+        constants=dict(VECTOR=size, BLOCK_OUT=_FC_INPUTS, BLOCK_IN=_FC_OUTPUTS, KIND=gate_kind),
     )
     weights = Launch(
         fc_weight_grad_kernel,
         grid=(cdiv(c, _GRAD_OUTPUTS), cdiv(c, _GRAD_INPUTS)),
         args=dict(gate_grads, mean_ptr=mean, dweight_ptr=dfc_weight, dbias_ptr=dfc_bias, batch=n),
-        constants=dict(C=c, BLOCK_OUT=_GRAD_OUTPUTS, BLOCK_IN=_GRAD_INPUTS, KIND=gate_kind),
+        constants=dict(VECTOR=size, BLOCK_OUT=_GRAD_OUTPUTS, BLOCK_IN=_GRAD_INPUTS, KIND=gate_kind),
     )
     return inputs, weights
 

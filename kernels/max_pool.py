@@ -23,6 +23,7 @@ from ._common import (
     cdiv,
     channel_block,
     inside_image,
+    launched,
     narrow,
     needs_int64,
     pixel_offsets,
@@ -30,6 +31,7 @@ from ._common import (
     soft_bf16,
     strides,
     triton_accumulator,
+    vector,
 )
 
 Mode = Literal["ceil", "padded"]
@@ -38,21 +40,22 @@ _ELEMENTS = 2048
 _WARPS = 8  # Two vectors a thread: the nine loads of each are all in flight at once.
 
 
-@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "tiles"])
+@launched
 def max_pool_kernel(
-    x_ptr, out_ptr, argmax_ptr, height, width, out_height, out_width, tiles,
+    x_ptr, out_ptr, argmax_ptr, height, width, out_height, out_width, tiles, vectors,
     x_stride_n, x_stride_h, x_stride_w, out_stride_n, out_stride_h, out_stride_w,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, PAD: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, PAD: tl.constexpr,
     ARGMAX: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_P output pixels of an image by BLOCK_C channels."""
-    n, tile, first = program_tile(tiles, C, BLOCK_C)
+    channels = vectors * VECTOR
+    n, tile, first = program_tile(tiles, channels, BLOCK_C)
     c = first + tl.arange(0, BLOCK_C)
     pixel = tile * BLOCK_P + tl.arange(0, BLOCK_P)
     oh = pixel // out_width
     ow = pixel % out_width
-    mask = (pixel < out_height * out_width)[:, None] & (c < C)[None, :]
-    x_ptr += batch_offset(n, x_stride_n)
+    mask = (pixel < out_height * out_width)[:, None] & (c < channels)[None, :]
+    x_ptr += batch_offset(n, x_stride_n, VECTOR)
 
     best = tl.full((BLOCK_P, BLOCK_C), float("-inf"), dtype=ACC)
     # Where nothing exceeds -inf, the first tap inside the image wins, as in torch.
@@ -62,32 +65,32 @@ def max_pool_kernel(
         h = oh * 2 - PAD + tap // 3
         w = ow * 2 - PAD + tap % 3
         here = mask & inside_image(h, w, height, width)[:, None]
-        offsets = pixel_offsets(h, w, x_stride_h, x_stride_w, WIDE)
+        offsets = pixel_offsets(h, w, x_stride_h, x_stride_w, VECTOR, WIDE)
         x = tl.load(x_ptr + offsets[:, None] + c[None, :], mask=here, other=0.0).to(ACC)
         better = here & ((x > best) | (x != x))  # A NaN wins, and nothing exceeds it.
         best = tl.where(better, x, best)
         winner = tl.where(better, tap, winner)
 
-    out_ptr += batch_offset(n, out_stride_n)
-    out_offsets = pixel_offsets(oh, ow, out_stride_h, out_stride_w, WIDE)
+    out_ptr += batch_offset(n, out_stride_n, VECTOR)
+    out_offsets = pixel_offsets(oh, ow, out_stride_h, out_stride_w, VECTOR, WIDE)
     tl.store(
         out_ptr + out_offsets[:, None] + c[None, :], best.to(out_ptr.dtype.element_ty), mask=mask
     )
     if ARGMAX:
-        argmax_ptr += batch_offset(n, out_height * out_width) * C
-        offsets = pixel.to(tl.int64)[:, None] * C + c[None, :]
+        argmax_ptr += batch_offset(n, out_height * out_width) * channels
+        offsets = pixel.to(tl.int64)[:, None] * channels + c[None, :]
         tl.store(argmax_ptr + offsets, winner.to(tl.uint8), mask=mask)
 
 
 @triton.jit
 def window_gradient(
-    dout_ptr, argmax_ptr, oh, ow, c, mask, out_height, out_width, stride_h, stride_w,
-    C: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
+    dout_ptr, argmax_ptr, oh, ow, c, mask, out_height, out_width, stride_h, stride_w, vectors,
+    VECTOR: tl.constexpr, ACC: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Gradient and winning tap of windows; 0 and any tap for windows outside the output."""
     here = mask & inside_image(oh, ow, out_height, out_width)[:, None]
-    offsets = pixel_offsets(oh, ow, stride_h, stride_w, WIDE)[:, None] + c[None, :]
-    taps = pixel_offsets(oh, ow, out_width * C, C, WIDE)[:, None] + c[None, :]
+    offsets = pixel_offsets(oh, ow, stride_h, stride_w, VECTOR, WIDE)[:, None] + c[None, :]
+    taps = pixel_offsets(oh, ow, out_width * vectors, vectors, VECTOR, WIDE)[:, None] + c[None, :]
     dout = tl.load(dout_ptr + offsets, mask=here, other=0.0).to(ACC)
     return dout, tl.load(argmax_ptr + taps, mask=here, other=0)
 
@@ -95,49 +98,50 @@ def window_gradient(
 @triton.jit
 def store_pixels(
     dx, out_ptr, h, w, c, mask, height, width, stride_h, stride_w,
-    SOFT_BF16: tl.constexpr, WIDE: tl.constexpr,
+    VECTOR: tl.constexpr, SOFT_BF16: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Store gradients of the pixels that lie inside the image."""
     here = mask & inside_image(h, w, height, width)[:, None]
-    offsets = pixel_offsets(h, w, stride_h, stride_w, WIDE)[:, None] + c[None, :]
+    offsets = pixel_offsets(h, w, stride_h, stride_w, VECTOR, WIDE)[:, None] + c[None, :]
     tl.store(out_ptr + offsets, narrow(dx, out_ptr.dtype.element_ty, SOFT_BF16), mask=here)
 
 
-@triton.jit(do_not_specialize=["height", "width", "out_height", "out_width", "tiles"])
+@launched
 def max_pool_backward_kernel(
-    dout_ptr, argmax_ptr, out_ptr, height, width, out_height, out_width, tiles,
+    dout_ptr, argmax_ptr, out_ptr, height, width, out_height, out_width, tiles, vectors,
     dout_stride_n, dout_stride_h, dout_stride_w, out_stride_n, out_stride_h, out_stride_w,
-    C: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, PAD: tl.constexpr,
+    VECTOR: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_S: tl.constexpr, PAD: tl.constexpr,
     ACC: tl.constexpr, SOFT_BF16: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_S squares of 2x2 input pixels of an image by BLOCK_C channels."""
-    n, tile, first = program_tile(tiles, C, BLOCK_C)
+    channels = vectors * VECTOR
+    n, tile, first = program_tile(tiles, channels, BLOCK_C)
     c = first + tl.arange(0, BLOCK_C)
     square = tile * BLOCK_S + tl.arange(0, BLOCK_S)
     across = (width + PAD + 1) // 2
     a = square // across
     b = square % across
-    mask = (a < (height + PAD + 1) // 2)[:, None] & (c < C)[None, :]
-    dout_ptr += batch_offset(n, dout_stride_n)
-    argmax_ptr += batch_offset(n, out_height * out_width) * C
-    out_ptr += batch_offset(n, out_stride_n)
+    mask = (a < (height + PAD + 1) // 2)[:, None] & (c < channels)[None, :]
+    dout_ptr += batch_offset(n, dout_stride_n, VECTOR)
+    argmax_ptr += batch_offset(n, out_height * out_width) * channels
+    out_ptr += batch_offset(n, out_stride_n, VECTOR)
 
     # The window above and to the left, above, to the left, and the square's own.
     g0, tap0 = window_gradient(
         dout_ptr, argmax_ptr, a - 1, b - 1, c, mask, out_height, out_width,
-        dout_stride_h, dout_stride_w, C, ACC, WIDE,
+        dout_stride_h, dout_stride_w, vectors, VECTOR, ACC, WIDE,
     )  # fmt: skip
     g1, tap1 = window_gradient(
         dout_ptr, argmax_ptr, a - 1, b, c, mask, out_height, out_width,
-        dout_stride_h, dout_stride_w, C, ACC, WIDE,
+        dout_stride_h, dout_stride_w, vectors, VECTOR, ACC, WIDE,
     )  # fmt: skip
     g2, tap2 = window_gradient(
         dout_ptr, argmax_ptr, a, b - 1, c, mask, out_height, out_width,
-        dout_stride_h, dout_stride_w, C, ACC, WIDE,
+        dout_stride_h, dout_stride_w, vectors, VECTOR, ACC, WIDE,
     )  # fmt: skip
     g3, tap3 = window_gradient(
         dout_ptr, argmax_ptr, a, b, c, mask, out_height, out_width,
-        dout_stride_h, dout_stride_w, C, ACC, WIDE,
+        dout_stride_h, dout_stride_w, vectors, VECTOR, ACC, WIDE,
     )  # fmt: skip
 
     h = a * 2 - PAD
@@ -145,20 +149,23 @@ def max_pool_backward_kernel(
     dx = tl.where(tap0 == 8, g0, 0.0) + tl.where(tap1 == 6, g1, 0.0)
     dx += tl.where(tap2 == 2, g2, 0.0) + tl.where(tap3 == 0, g3, 0.0)
     store_pixels(
-        dx, out_ptr, h, w, c, mask, height, width, out_stride_h, out_stride_w, SOFT_BF16, WIDE
-    )
+        dx, out_ptr, h, w, c, mask, height, width,
+        out_stride_h, out_stride_w, VECTOR, SOFT_BF16, WIDE,
+    )  # fmt: skip
     dx = tl.where(tap1 == 7, g1, 0.0) + tl.where(tap3 == 1, g3, 0.0)
     store_pixels(
-        dx, out_ptr, h, w + 1, c, mask, height, width, out_stride_h, out_stride_w, SOFT_BF16, WIDE
-    )
+        dx, out_ptr, h, w + 1, c, mask, height, width,
+        out_stride_h, out_stride_w, VECTOR, SOFT_BF16, WIDE,
+    )  # fmt: skip
     dx = tl.where(tap2 == 5, g2, 0.0) + tl.where(tap3 == 3, g3, 0.0)
     store_pixels(
-        dx, out_ptr, h + 1, w, c, mask, height, width, out_stride_h, out_stride_w, SOFT_BF16, WIDE
-    )
+        dx, out_ptr, h + 1, w, c, mask, height, width,
+        out_stride_h, out_stride_w, VECTOR, SOFT_BF16, WIDE,
+    )  # fmt: skip
     dx = tl.where(tap3 == 4, g3, 0.0)
     store_pixels(
         dx, out_ptr, h + 1, w + 1, c, mask, height, width,
-        out_stride_h, out_stride_w, SOFT_BF16, WIDE,
+        out_stride_h, out_stride_w, VECTOR, SOFT_BF16, WIDE,
     )  # fmt: skip
 
 
@@ -186,6 +193,7 @@ def plan(x: Tensor, out: Tensor, mode: Mode, argmax: Tensor | None = None) -> La
     block_c = channel_block(c)
     block_p = _ELEMENTS // block_c
     tiles = cdiv(out_height * out_width, block_p)
+    size = vector(x, out)
     return Launch(
         max_pool_kernel,
         grid=(n * tiles * cdiv(c, block_c),),
@@ -198,11 +206,12 @@ def plan(x: Tensor, out: Tensor, mode: Mode, argmax: Tensor | None = None) -> La
             out_height=out_height,
             out_width=out_width,
             tiles=tiles,
-            **strides("x", x),
-            **strides("out", out),
+            vectors=c // size,
+            **strides("x", x, size),
+            **strides("out", out, size),
         ),
         constants=dict(
-            C=c,
+            VECTOR=size,
             BLOCK_C=block_c,
             BLOCK_P=block_p,
             PAD=1 if mode == "padded" else 0,
@@ -244,6 +253,7 @@ def plan_backward(dout: Tensor, argmax: Tensor, out: Tensor, mode: Mode) -> Laun
     block_c = channel_block(c)
     block_s = _ELEMENTS // block_c
     tiles = cdiv(squares, block_s)
+    size = vector(dout, out)
     return Launch(
         max_pool_backward_kernel,
         grid=(n * tiles * cdiv(c, block_c),),
@@ -256,11 +266,12 @@ def plan_backward(dout: Tensor, argmax: Tensor, out: Tensor, mode: Mode) -> Laun
             out_height=out_height,
             out_width=out_width,
             tiles=tiles,
-            **strides("dout", dout),
-            **strides("out", out),
+            vectors=c // size,
+            **strides("dout", dout, size),
+            **strides("out", out, size),
         ),
         constants=dict(
-            C=c,
+            VECTOR=size,
             BLOCK_C=block_c,
             BLOCK_S=block_s,
             PAD=pad,

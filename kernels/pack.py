@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import INT32_LIMIT, Launch, cdiv, narrow, soft_bf16, triton_accumulator
+from ._common import (
+    INT32_LIMIT,
+    Launch,
+    cdiv,
+    launched,
+    narrow,
+    soft_bf16,
+    triton_accumulator,
+    vector,
+)
 
 _BLOCK = 32  # A tile of a tap: small ones, because a layer has few weights and many taps.
 
 
-@triton.jit
+@launched
 def transpose_kernel(
-    weight_ptr, scale_ptr, out_ptr,
-    C_OUT: tl.constexpr, C_IN: tl.constexpr, TAPS: tl.constexpr, BLOCK: tl.constexpr,
-    SCALE: tl.constexpr, ACC: tl.constexpr, SOFT_BF16: tl.constexpr,
+    weight_ptr, scale_ptr, out_ptr, out_vectors, in_vectors, taps,
+    VECTOR: tl.constexpr, BLOCK: tl.constexpr, SCALE: tl.constexpr, ACC: tl.constexpr,
+    SOFT_BF16: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK by BLOCK channels of one tap."""
+    c_out = out_vectors * VECTOR
+    c_in = in_vectors * VECTOR
     tap = tl.program_id(0)
     oc = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ic = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    offsets = (oc[:, None] * TAPS + tap) * C_IN + ic[None, :]
-    w = tl.load(weight_ptr + offsets, mask=(oc < C_OUT)[:, None] & (ic < C_IN)[None, :], other=0.0)
+    offsets = (oc[:, None] * taps + tap) * c_in + ic[None, :]
+    w = tl.load(weight_ptr + offsets, mask=(oc < c_out)[:, None] & (ic < c_in)[None, :], other=0.0)
     w = w.to(ACC)
     if SCALE:
-        w *= tl.load(scale_ptr + oc, mask=oc < C_OUT, other=0.0).to(ACC)[:, None]
+        w *= tl.load(scale_ptr + oc, mask=oc < c_out, other=0.0).to(ACC)[:, None]
     w = narrow(w, out_ptr.dtype.element_ty, SOFT_BF16).trans()
-    offsets = (ic[:, None] * TAPS + TAPS - 1 - tap) * C_OUT + oc[None, :]
-    tl.store(out_ptr + offsets, w, mask=(ic < C_IN)[:, None] & (oc < C_OUT)[None, :])
+    offsets = (ic[:, None] * taps + taps - 1 - tap) * c_out + oc[None, :]
+    tl.store(out_ptr + offsets, w, mask=(ic < c_in)[:, None] & (oc < c_out)[None, :])
 
 
 def plan_transposed(weight: Tensor, scale: Tensor | None, out: Tensor) -> Launch:
@@ -43,14 +53,20 @@ def plan_transposed(weight: Tensor, scale: Tensor | None, out: Tensor) -> Launch
     if scale is not None:
         assert tuple(scale.shape) == (c_out,), f"scale must be [{c_out}], got {list(scale.shape)}"
         assert scale.is_contiguous(), f"scale must be contiguous, got strides {scale.stride()}"
+    size = vector(weight, out)
     return Launch(
         transpose_kernel,
         grid=(kernel * kernel, cdiv(c_out, _BLOCK), cdiv(c_in, _BLOCK)),
-        args=dict(weight_ptr=weight, scale_ptr=scale, out_ptr=out),
+        args=dict(
+            weight_ptr=weight,
+            scale_ptr=scale,
+            out_ptr=out,
+            out_vectors=c_out // size,
+            in_vectors=c_in // size,
+            taps=kernel * kernel,
+        ),
         constants=dict(
-            C_OUT=c_out,
-            C_IN=c_in,
-            TAPS=kernel * kernel,
+            VECTOR=size,
             BLOCK=_BLOCK,
             SCALE=scale is not None,
             ACC=triton_accumulator(out.dtype),

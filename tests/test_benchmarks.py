@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from benchmarks import op_rows, ops, parts, peers, test_conv, test_ops
-from benchmarks.ceilings import COPY, Ceilings
+from benchmarks.ceilings import COPY, Ceilings, multiplies_bf16
 from benchmarks.networks import build, build_training, counted, fold_ahead, layers
 from benchmarks.timing import FEWEST, ROUNDS, burst, measure, warm_ms
 from vovnet_fast import backends, specs, tuning, use_backend
@@ -131,7 +131,8 @@ def test_warm_and_queued_calls(watch):
 
 def test_ceilings(watch):
     ceilings = Ceilings(watch, side=64, copied=2**16)
-    assert Ceilings.names(CPU) == [COPY, "bfloat16", "float32"]
+    half = ["bfloat16"] if multiplies_bf16() else []
+    assert Ceilings.names(CPU) == [COPY, *half, "float32"]
     copy, matmul = ceilings[COPY], ceilings["float32"]
     assert copy.rates() == {"gbs": 2 * 2**16 / min(copy.times) / 1e9}
     assert matmul.rates()["tflops"] == 2 * 64**3 / min(matmul.times) / 1e12
@@ -284,6 +285,8 @@ def test_peers_compute_what_eager_does(name):
         ("folded-graph", "CUDA graphs need an NVIDIA GPU"),
         ("compiled-max-autotune", "max-autotune is for GPUs"),
         ("eager-AMP", "nothing to cast to"),
+        ("onnxruntime-CUDA", "measured on NVIDIA GPUs"),
+        ("tensorrt", "measured on NVIDIA GPUs"),
     ],
 )
 def test_missing_peers_say_why(name, why):
@@ -367,7 +370,7 @@ def _extension_launches(spec, conv):
 
 def test_what_launches_cannot_be_counted():
     for name, peer in peers.PEERS.items():
-        assert bool(peer.opaque) == name.startswith(("compiled", "onnx", "openvino"))
+        assert bool(peer.opaque) == name.startswith(("compiled", "onnx", "openvino", "tensorrt"))
     with pytest.raises(peers.Missing, match="kernels of its own"):
         peers.PEERS["compiled"].launches(TINY, None)
 
@@ -473,7 +476,7 @@ def test_the_report_reads_all_rows(written):
     assert [row.provider for row in section.of("inference", "training")] == ["folded", "folding"]
     assert {row.direction for row in section.of("block")} == {"backward"}
     assert {row.direction for row in section.of("training")} == {"step"}
-    assert len(section.of("ceiling")) == 3
+    assert len(section.of("ceiling")) == len(Ceilings.names(CPU))
 
 
 def test_what_a_cpu_is_given_is_small():

@@ -1,41 +1,37 @@
-"""benchmarks/gpu.py on a CPU: every step in a dry run, and steps that go wrong."""
+"""benchmarks/gpu.py on a CPU: every step in a rehearsal, and the steps that need a GPU."""
 
 import json
 import os
 import subprocess
 import sys
-import time
+import tarfile
+import zipfile
+from importlib.machinery import EXTENSION_SUFFIXES
 from importlib.util import find_spec
 
 import pytest
 import torch
 
-from benchmarks import gpu, steps
+from benchmarks import gpu
+from benchmarks.evidence import carried, summary
+from benchmarks.evidence.folder import FILES, Folder
+from benchmarks.evidence.maker import Carried, Maker
+from benchmarks.evidence.plan import HEADLINE, plan
+from benchmarks.evidence.runner import Run
+from benchmarks.networks import HEADLINE as NETWORKS
+from benchmarks.networks import text
 
-UNRESERVED = ("gpu", "hopper", "gradients")
-"""Steps that may take what is left: what comes after them is worth less."""
+NAMES = [
+    "carried kernels", "first look", "numerics", "extension", "cuda", "headline inference",
+    "headline training", "headline compiled", "hopper", "layers", "memcheck", "racecheck",
+    "initcheck", "synccheck", "tuning", "headline tuned", "compiled V-99", "architectures",
+    "blocks", "other inference", "other training", "detectors", "trainings", "report",
+]  # fmt: skip
 
-QUICK = [sys.executable, "-S", "-c"]
-
-
-def step(name, code, limit=20.0, **options):
-    return gpu.Step(name, f"shows {name}", [*QUICK, code], limit, **options)
-
-
-def run(tmp_path, steps, seconds=60.0):
-    """Outcomes by name, after checking that the files say the same."""
-    runner = gpu.Run(tmp_path, steps, seconds, {"commit": "abc"}, grace=1.0)
-    good = runner.all()
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["provenance"] == {"commit": "abc"}
-    rows = {row["name"]: row for row in summary["steps"]}
-    assert list(rows) == [step.name for step in steps]
-    table = (tmp_path / "summary.md").read_text()
-    assert all(
-        f"| {name} | shows {name} | {row['status']} |" in table for name, row in rows.items()
-    )
-    assert good == (not {"failed", "timed out"} & {row["status"] for row in rows.values()})
-    return rows
+REHEARSED = {
+    "first look", "numerics", "headline inference", "headline training", "layers", "tuning",
+    "trainings", "report",
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -50,53 +46,84 @@ def script(*words):
     return subprocess.run(command, capture_output=True, text=True, env=environment)
 
 
-def test_a_dry_run_walks_through_every_step(tmp_path, without_gpu):
+# --------------------------------------------------------------------------------------
+# The rehearsal
+# --------------------------------------------------------------------------------------
+
+
+def test_a_rehearsal_walks_through_every_step(tmp_path, without_gpu):
     pytest.importorskip("triton")
-    done = script("--out", f"{tmp_path}/{{gpu}}-{{commit}}", "--dry-run", "--commit", "abc")
+    pytest.importorskip("pytest_benchmark")
+    done = script("--out", f"{tmp_path}/{{gpu}}-{{commit}}", "--rehearse", "--commit", "abc")
     assert done.returncode == 0, done.stdout + done.stderr
     folder = tmp_path / "cpu-abc"
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["provenance"]["torch"] == torch.__version__
-    assert "nothing was measured" in summary["provenance"]["dry_run"]
-    steps = {row["name"]: row for row in summary["steps"]}
-    assert list(steps) == [
-        "kernels", "compile", "inference", "gpu", "memcheck", "conv", "training", "tuning",
-        "trainings", "report",
-    ]  # fmt: skip
-    comparison = steps.pop("trainings")
-    assert comparison["status"] == ("passed" if find_spec("mmdet") else "missing")
-    assert {row["status"] for row in steps.values()} == {"passed"}
-    files = {path.name for path in folder.iterdir()}
-    pictures = {name for name in files if name.endswith(".png")}
-    assert bool(pictures) == bool(find_spec("matplotlib"))
-    assert files == {
-        "summary.json", "summary.md", "log.txt", "junit_kernels.xml", "junit_gpu.xml",
-        "benchmarks.json", "tuning.json", "report.md",
-    } | pictures  # fmt: skip
-    drawn = "with its pictures" if pictures else "without pictures, as matplotlib is not installed"
-    assert steps["report"]["detail"] == f"report.md, {drawn}"
-    assert "[report.md](report.md)" in (folder / "summary.md").read_text()
-    assert all(f"]({name})" in (folder / "report.md").read_text() for name in pictures)
+    found = json.loads((folder / "summary.json").read_text())
+    assert found["provenance"]["torch"] == torch.__version__
+    assert "nothing was measured" in found["provenance"]["rehearsal"]
+    steps = {row["name"]: row for row in found["steps"]}
+    assert list(steps) == NAMES
+    if not find_spec("mmdet"):
+        assert steps.pop("trainings")["status"] == "missing"
+    for name, row in steps.items():
+        assert row["status"] == ("passed" if name in REHEARSED else "missing"), row
+        assert row["detail"]
+    pictures = {"networks.png"} if find_spec("matplotlib") else set()
+    assert {path.name for path in folder.iterdir()} == set(FILES) - {"networks.png"} | pictures
     for path in folder.iterdir():
         content = path.read_bytes()
         assert str(gpu.ROOT).encode() not in content
         assert b"hostname" not in content
-    rows = json.loads((folder / "benchmarks.json").read_text())["benchmarks"]
-    assert {row["step"] for row in rows} == {"inference", "conv", "training"}
-    folded = next(row for row in rows if row.get("provider") == "folded")
-    assert folded["ratio_to_eager"] > 0
+    _check_rows(folder, steps)
+    _check_tests(folder)
+    with tarfile.open(folder / "rest.tar.xz") as archive:
+        names = archive.getnames()
+        assert {"report/report.md", "junit_numerics.xml", "logs/first_look.txt"} <= set(names)
+        assert not any(member.uname or member.uid for member in archive.getmembers())
+    _check_end(done.stdout, folder)
+
+
+def _check_rows(folder, steps):
+    rows = json.loads((folder / "rows.json").read_text())
+    assert set(rows["clocks"]) == {"headline inference", "headline training", "layers"}
+    kinds = {row["step"]: row["kind"] for row in rows["benchmarks"]}
+    assert kinds == {
+        "first look": "ceiling", "headline inference": "inference",
+        "headline training": "training", "layers": "conv",
+    }  # fmt: skip
+    assert {row["dtype"] for row in rows["benchmarks"]} <= {"float32", "bfloat16", None}
+    folded = next(row for row in rows["benchmarks"] if row["provider"] == "folded")
+    assert folded["ratio_low"] <= folded["ratio_to_eager"] <= folded["ratio_high"]
     assert folded["distance"] < 1e-3
-    trained = {row["provider"]: row for row in rows if row["step"] == "training"}
-    assert set(trained) == {"eager", "checkpoint", "folding"}
-    assert all(row["ratio_to_eager"] > 0 for row in trained.values())
-    assert trained["eager"]["distance"] == trained["checkpoint"]["distance"] == 0
+    trained = {r["provider"]: r for r in rows["benchmarks"] if r["step"] == "headline training"}
+    assert set(trained) == {"checkpoint", "folding"}
+    assert trained["checkpoint"]["distance"] == 0
     assert 0 < trained["folding"]["distance"] < 0.1
     table = (folder / "summary.md").read_text()
-    assert all(f"| training | {spec_and_shape(row)} |" in table for row in trained.values())
+    assert "## Layers" in table
+    for row in trained.values():
+        assert f"| {row['spec']} | {row['shape']} | {row['provider']} |" in table
 
 
-def spec_and_shape(row):
-    return f"{row['spec']} | {row['shape']} | {row['provider']}"
+def _check_tests(folder):
+    tests = json.loads((folder / "tests.json").read_text())["tests"]
+    assert {test["outcome"] for test in tests} == {"passed", "skipped"}
+    looked = {test["test"]: test for test in tests if test["step"] == "first look"}
+    assert {"a kernel of triton", "a small V-39-eSE 1x3x32x32 in float32 on triton"} <= set(looked)
+    assert "eager's" in looked["a small V-39-eSE 1x3x32x32 in float32 on triton"]["why"]
+
+
+def _check_end(output, folder):
+    """Who sees but the last 12,000 characters sees the tables."""
+    end = output[-12_000:]
+    assert "## Steps" in end
+    assert "## Networks" in end
+    assert end.rstrip().splitlines()[-2].startswith("Steps: ")
+    assert end.rstrip().endswith(str(folder))
+
+
+# --------------------------------------------------------------------------------------
+# On a GPU
+# --------------------------------------------------------------------------------------
 
 
 def test_without_a_gpu_it_says_so(tmp_path, without_gpu):
@@ -106,135 +133,163 @@ def test_without_a_gpu_it_says_so(tmp_path, without_gpu):
     assert not (tmp_path / "out").exists()
 
 
-def test_steps_that_go_wrong_cost_their_own_results_only(tmp_path):
-    def unreadable():
-        raise ValueError("no such row")
-
-    rows = run(
-        tmp_path,
-        [
-            step("fails", "raise SystemExit(3)"),
-            step("crashes", "import os; print('before', flush=True); os.abort()"),
-            gpu.Step("unknown", "shows unknown", ["/no/such/program"], 20.0),
-            step("unreadable", "print(1)", finish=unreadable),
-            step("absent", "print(1)", missing="there is no such tool"),
-            step("works", "print('well')"),
-        ],
-    )
-    status = {name: row["status"] for name, row in rows.items()}
-    assert status == {
-        "fails": "failed", "crashes": "failed", "unknown": "failed", "unreadable": "failed",
-        "absent": "missing", "works": "passed",
-    }  # fmt: skip
-    assert rows["fails"]["detail"].startswith("exit 3")
-    assert "before" in rows["crashes"]["detail"]
-    assert "no such row" in rows["unreadable"]["detail"]
-    assert rows["works"]["detail"] == "well"
-    log = (tmp_path / "log.txt").read_text()
-    assert all(f"===== {name}: " in log for name in rows if name != "absent")
-
-
-def test_the_time_limit_of_a_step(tmp_path):
-    """One that listens to the interrupt writes its results; one that does not is killed."""
-    polite = (
-        "import time\ntry:\n    print('up', flush=True); time.sleep(60)\n"
-        "except KeyboardInterrupt:\n    print('written', flush=True)"
-    )
-    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
-    begin = time.monotonic()
-    rows = run(tmp_path, [step("polite", polite, 2.0), step("deaf", deaf, 2.0), step("next", "")])
-    assert time.monotonic() - begin < 20
-    assert rows["polite"]["status"] == rows["deaf"]["status"] == "timed out"
-    assert rows["next"]["status"] == "passed"
-    assert "written" in (tmp_path / "log.txt").read_text()
-
-
-def test_what_does_not_fit_is_left_out(tmp_path):
-    rows = run(tmp_path, [step("long", "", 100.0, reserve=30.0), step("last", "", 5.0)], 40.0)
-    assert rows["long"]["status"] == "left out"
-    assert rows["last"]["status"] == "passed"
-
-
-def test_the_summary_is_there_from_the_beginning(tmp_path):
-    gpu.Run(tmp_path, [step("one", "")], 60.0, {})
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    assert [row["status"] for row in summary["steps"]] == ["pending"]
-
-
-@pytest.mark.parametrize(
-    ("code", "output", "status"),
-    [
-        (0, "========= ERROR SUMMARY: 0 errors", "passed"),
-        (9, "========= ERROR SUMMARY: 3 errors", "failed"),
-        (0, "===== RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)", "passed"),
-        (1, "========= Error: Device not supported", "missing"),
-        (0, "nothing that it should print", "failed"),
-    ],
-)
-def test_what_the_sanitizer_says(code, output, status):
-    assert gpu._by_sanitizer(code, output).status == status
+def maker(tmp_path, **options):
+    return Maker(Folder(tmp_path / "out", tmp_path / "scratch"), False, Carried(**options))
 
 
 def test_the_steps_on_a_gpu(tmp_path):
-    """They cannot run here; their names, limits and what they select can be looked at."""
-    steps = gpu.gpu_steps(gpu.Folder(tmp_path, tmp_path, dry=False))
-    names = [step.name for step in steps]
-    assert len(set(names)) == len(names)
-    assert names[0] == "kernels"
-    assert names[-3:] == ["tuning", "trainings", "report"]
-    assert all(step.reserve for step in steps[2:-1] if step.name not in UNRESERVED)
-    assert [step.name for step in steps if step.optional] == ["report"]
-    assert names.index("compile training") < min(
-        i for i, name in enumerate(names) if name.startswith("training ")
+    """They cannot run here; their names, times and order can be looked at."""
+    steps = plan(maker(tmp_path))
+    assert [step.name for step in steps] == NAMES
+    assert all(0 < step.estimate < step.limit for step in steps)
+    assert [step.name for step in steps if step.closing] == ["report"]
+    assert {step.name for step in steps if step.optional} == {"carried kernels", "report"}
+    variables = {step.name: step.environment for step in steps}
+    assert {name for name, found in variables.items() if found["VOVNET_FAST_TUNE"] == "1"} == {
+        "tuning", "headline tuned"
+    }  # fmt: skip
+    assert all(f"{spec}-{text(shape)}" in HEADLINE for spec, shape in NETWORKS)
+
+
+def test_the_first_call_holds_what_matters_most(tmp_path):
+    """In 540 s with everything carried: the proofs, and the headline against its peers."""
+    seconds = {step.name: step.estimate for step in plan(maker(tmp_path))}
+    seconds["extension"] = 8.0
+    before = NAMES.index("headline compiled")
+    assert sum(seconds[name] for name in NAMES[:before]) + seconds["report"] < 500
+
+
+def test_the_headline_is_among_the_benchmarks_cases():
+    """Which depend on the device, and are made when they are imported."""
+    code = (
+        "import torch; torch.cuda.is_available = lambda: True\n"
+        "from benchmarks import test_inference, test_training\n"
+        "from benchmarks.networks import HEADLINE\n"
+        "inference = {(case.spec, case.shape) for case in test_inference._cases()}\n"
+        "print(set(HEADLINE) <= inference, set(HEADLINE) <= set(test_training.CASES))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=gpu.ROOT
+    )
+    assert done.stdout == "True True\n", done.stderr
+
+
+def test_only_some_steps(tmp_path):
+    steps = plan(maker(tmp_path))
+    assert [s.name for s in gpu._chosen(steps, ["tuning"])] == ["tuning", "report"]
+    with pytest.raises(ValueError, match=r"no step is called tunning; there are carried kernels"):
+        gpu._chosen(steps, ["tunning"])
+
+
+# --------------------------------------------------------------------------------------
+# What was carried
+# --------------------------------------------------------------------------------------
+
+
+def a_wheel(folder, tag, suffix=EXTENSION_SUFFIXES[0], content=b"an extension"):
+    folder.mkdir(exist_ok=True)
+    path = folder / f"vovnet_fast-0.1.0-{tag}-cp3-cp3-linux_x86_64.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr(f"vovnet_fast/_C{suffix}", content)
+        archive.writestr("vovnet_fast/_CONSTANTS.py", "")
+    return path
+
+
+def test_a_wheel_that_fits_comes_first(tmp_path):
+    wheel = a_wheel(tmp_path, carried.build_tag())
+    assert carried.wheel_problem(wheel) is None
+    steps = plan(maker(tmp_path, wheel=wheel))
+    assert [step.name for step in steps[:3]] == ["carried kernels", "extension", "first look"]
+    assert steps[1].estimate < 10
+    (tmp_path / "package").mkdir()
+    placed = carried.place(wheel, tmp_path / "package")
+    assert placed.read_bytes() == b"an extension"
+    assert [path.name for path in (tmp_path / "package").iterdir()] == [placed.name]
+
+
+def test_a_wheel_that_does_not_fit_says_why(tmp_path):
+    tag = carried.build_tag()
+    damaged = a_wheel(tmp_path / "damaged", tag)
+    damaged.write_bytes(b"PK")
+    unnamed = tmp_path / "vovnet_fast-0.1.0-cp312-cp312-linux_x86_64.whl"
+    unnamed.write_bytes(b"")
+    for wheel, reason in (
+        (a_wheel(tmp_path / "other", "1_000000000000"), "the wheel is of other sources: 1_0000"),
+        (a_wheel(tmp_path / "python", tag, ".cpython-38-x.so"), "holds no extension for"),
+        (damaged, "is damaged"),
+        (unnamed, "does not say of which sources"),
+        (tmp_path / "none.whl", "there is no wheel"),
+    ):
+        assert reason in carried.wheel_problem(wheel)
+
+
+def test_the_digest_follows_the_sources(tmp_path, monkeypatch):
+    for name in ("csrc", "native_build", "vovnet_fast"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "_version.py").write_text(name)
+    monkeypatch.setattr(carried, "ROOT", tmp_path)
+    before = carried.digest()
+    assert carried.digest() == before
+    (tmp_path / "csrc" / "more.cu").write_text("")
+    assert carried.digest() != before
+
+
+def test_the_summary_says_how_many_kernels_were_compiled_after_all(tmp_path):
+    log = tmp_path / "kernels.jsonl"
+    assert carried.kernels(log) == ""
+    log.write_text('["conv", true, 0.1]\n["conv", false, 2.5]\n["pool", false, 1.0]\n')
+    assert carried.kernels(log) == (
+        "kernels: 1 times one was found compiled, 2 were compiled after all, in 4 s of a core"
     )
 
 
-def test_the_table_of_networks(tmp_path):
-    rows = tmp_path / "benchmarks.json"
-    assert steps.networks(rows) == ""
+# --------------------------------------------------------------------------------------
+# Tables
+# --------------------------------------------------------------------------------------
+
+
+def test_the_table_of_networks():
     measured = dict(step="training", spec="V-39-eSE", shape="2x3x8x8", provider="fused")
-    measured |= dict(device_ms=1.234, ratio_to_eager=2.0, peak_mib=100.4, peak_to_eager=0.5)
-    rows.write_text(json.dumps({"benchmarks": [{"step": "conv"}, measured]}))
-    assert steps.networks(rows).splitlines()[-1] == (
-        "| training | V-39-eSE | 2x3x8x8 | fused | 1.23 | 2.00 | 100 | 0.50 |  |  |"
+    measured |= dict(backend="triton", device_ms=1.234, peak_mib=100.4, distance=0.001)
+    measured |= dict(ratio_to_eager=2.0, ratio_low=1.9, ratio_high=2.1)
+    measured["pass"] = "step"
+    assert summary.networks([{"kind": "conv"}]) == ""
+    assert summary.networks([measured]).splitlines()[-1] == (
+        "| training | step | V-39-eSE | 2x3x8x8 | fused (triton) | 1.23 | 2.00 (1.90 to 2.10) | "
+        "100 | 1.0e-03 |"
     )
 
 
-def test_trainings_leave_their_results(tmp_path):
-    out, scratch = tmp_path / "out", tmp_path / "scratch"
-    for folder in (out, scratch / "comparison"):
-        folder.mkdir(parents=True)
-    step = gpu.Folder(out, scratch, dry=False).comparison(60)
-    step.finish()
-    assert not list(out.iterdir()), "a comparison that never ran has no results"
-    (scratch / "comparison" / "metrics.json").write_text("{}")
-    (scratch / "comparison" / "comparison.png").write_bytes(b"png")
-    step.finish()
-    assert {path.name for path in out.iterdir()} == {"comparison.json", "comparison.png"}
+def test_the_table_of_layers():
+    """The best of each form of engine, side by side."""
+    row = dict(kind="conv", name="3x3 64>64", engine="conv-sm90 256x64", of_matmul=0.5)
+    row["engines"] = {
+        "aten": {"ms": 3.0}, "tma-128x64-k64": {"ms": 2.0}, "tma-64x64-k64": {"ms": 1.5},
+        "pointer-64x64": {"error": "no"}, "conv-sm90 256x64": {"ms": 1.0},
+    }  # fmt: skip
+    lines = summary.layers([row, {"kind": "conv", "engines": None}]).splitlines()
+    assert lines[0].startswith("| layer | pass | aten | tma | conv-sm90 | best |")
+    assert lines[2:] == [
+        "| 3x3 64>64 |  | 3.0000 | 1.5000 | 1.0000 | conv-sm90 256x64 | 50% |  |"
+    ]  # fmt: skip
 
 
 def test_the_report_costs_no_run(tmp_path, monkeypatch):
-    """Not when there are no rows, not when it cannot be made of them, not when it hangs."""
-    folder = gpu.Folder(tmp_path, tmp_path, dry=True)
-    empty = gpu.Run(tmp_path, [folder.report(60)], 60.0, {})
+    """Not when there are no rows, and not when it cannot be made of them."""
+    folder = Folder(tmp_path / "out", tmp_path / "scratch")
+    folder.create({})
+    make = Maker(folder, True)
+    empty = Run(folder, [make.report()], 600.0, {})
     assert empty.all()
     assert empty.results[0].status == "missing"
-    assert "[report.md]" not in (tmp_path / "summary.md").read_text()
-    (tmp_path / "benchmarks.json").write_text('{"benchmarks": [{"kind": "conv"}]}')
-    [failed, hung] = [
-        gpu.Run(tmp_path, [step], 60.0, {}, grace=1.0)
-        for step in (
-            folder.report(60),
-            step("report", "import time; time.sleep(60)", 1.0, optional=True),
-        )
-    ]
+    folder.rows.append({"kind": "conv"})
+    failed = Run(folder, [make.report()], 600.0, {})
     assert failed.all()
     assert failed.results[0].status == "failed"
     assert "none of the 1 rows" in failed.results[0].detail
-    assert hung.all()
-    assert hung.results[0].status == "timed out"
-    (tmp_path / "report.md").write_text("# Benchmarks")
-    monkeypatch.setattr(gpu, "_installed", lambda name: False)
-    outcome = folder.report(60).read(0, "")
+    (folder.rest / "report").mkdir(exist_ok=True)
+    (folder.rest / "report" / "report.md").write_text("# Benchmarks")
+    monkeypatch.setattr("benchmarks.evidence.maker.installed", lambda name: False)
+    outcome = make.report().read(0, "", [])
     assert outcome.status == "passed"
     assert "matplotlib is not installed" in outcome.detail

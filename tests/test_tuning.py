@@ -6,7 +6,7 @@ import threading
 import pytest
 import torch
 
-from vovnet_fast import tuning
+from vovnet_fast import _files, tuning
 
 CPU = torch.device("cpu")
 SECONDS = {"a": 3e-6, "b": 1e-6, "c": 2e-6}
@@ -226,7 +226,7 @@ def _put_many(path, process, barrier):
         table.put(f"machine {process}", str(i), "a")
 
 
-@pytest.mark.skipif(tuning.fcntl is None, reason="no locks on this system")
+@pytest.mark.skipif(_files.fcntl is None, reason="no locks on this system")
 def test_processes_that_write_at_the_same_time_lose_nothing(cache):
     context = multiprocessing.get_context("fork")
     barrier = context.Barrier(2)

@@ -1,4 +1,4 @@
-"""Files that are never there by half."""
+"""Files that are never there by half, and folders that one process at a time writes in."""
 
 from __future__ import annotations
 
@@ -7,6 +7,31 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+fcntl: Any
+try:
+    import fcntl
+except ImportError:  # Windows has other locks.
+    fcntl = None
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other processes that ask for it out of ``folder``, which exists.
+
+    No lock where the system, or a network file system, has none.
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with contextlib.suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)  # Which unlocks.
 
 
 @contextlib.contextmanager

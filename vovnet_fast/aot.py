@@ -434,62 +434,15 @@ def jobs(arch: str) -> list[Job]:
     ]
 
 
-_TRITON_TYPES = {
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.float32: "fp32",
-    torch.float64: "fp64",
-    torch.uint8: "u8",
-}
-_DIVISIBLE_BY_16 = [["tt.divisibility", 16]]
-
-
-def _specialise(value: Any, by_value: bool) -> tuple[str, list]:
-    """Type of a run-time argument for the compiler, and what it may assume of it."""
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    if isinstance(value, TensorDescriptor):
-        return f"tensordesc<{_TRITON_TYPES[value.base.dtype]}{value.block_shape}>", []
-    if isinstance(value, torch.Tensor):
-        return f"*{_TRITON_TYPES[value.dtype]}", _DIVISIBLE_BY_16
-    if value is None or (by_value and value == 1):
-        return "constexpr", []
-    width = "i32" if -(2**31) <= value < 2**31 else "i64"
-    return width, _DIVISIBLE_BY_16 if by_value and value % 16 == 0 else []
-
-
 def compile_launch(launch: Launch, arch: str) -> Any:
     """Compile one launch plan for ``arch``; returns Triton's compiled kernel.
 
     Raises:
         RuntimeError: the process runs Triton's interpreter.
     """
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
+    from .kernels._variants import variant
 
-    if triton.knobs.runtime.interpret:
-        raise RuntimeError(
-            "nothing is compiled while Triton interprets: unset TRITON_INTERPRET and start anew"
-        )
-    signature, constants, attributes = {}, dict(launch.constants), {}
-    for i, parameter in enumerate(launch.kernel.params):
-        name = parameter.name
-        if parameter.is_constexpr:
-            signature[name] = "constexpr"
-            continue
-        value = launch.args[name]
-        signature[name], assumed = _specialise(value, not parameter.do_not_specialize)
-        if signature[name] == "constexpr":
-            constants[name] = value
-        if assumed:
-            attributes[(i,)] = assumed
-    source = ASTSource(launch.kernel, signature, constants, attributes)
-    return triton.compile(
-        source,
-        target=GPUTarget("cuda", int(arch.removeprefix("sm_")), 32),
-        options=dict(num_warps=launch.num_warps, num_stages=launch.num_stages),
-    )
+    return variant(launch).compile(arch)
 
 
 def _tool(name: str, *arguments: str) -> str:

@@ -18,6 +18,7 @@ from . import __version__, checkpoints, doctor, specs, tuning
 from .backends import BackendError
 from .bench import command as bench
 from .checkpoints import LAYOUTS, CheckpointError
+from .compiling import command as compiling
 from .model import VoVNet
 
 _REPORTED = (BackendError, CheckpointError, specs.UnknownSpecError, OSError, ValueError)
@@ -87,6 +88,7 @@ def _parser() -> argparse.ArgumentParser:
     listing.set_defaults(run=_specs)
 
     bench.add(commands)
+    compiling.add(commands)
     _add_tuning(commands)
     _add_doctor(commands)
     return parser

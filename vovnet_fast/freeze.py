@@ -24,6 +24,7 @@ from . import backends
 from ._dtypes import accumulator
 from .backends import cpu
 from .backends.cpu_replay import Replay
+from .compiling import first_use
 from .folded import folded_forward
 from .model import VoVNet
 from .ops import BlockParams, ConvParams, NetworkParams, _checks
@@ -325,6 +326,8 @@ class FrozenVoVNet(nn.Module):
                 return self.forward(x)
         if torch.compiler.is_compiling():
             return tuple(self._deliver(feature) for feature in self._trace(x))
+        if x.is_cuda:
+            first_use.of_frozen(self, x)
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
             # Someone else's graph: memory is that graph's, and no arena of later calls.
             found = self._compute(x, Memory())

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from . import backends, ops, specs
+from .compiling import first_use
 from .fusing import compute_dtype, faster_plain, fused, has_hooks, needs_gradient
 from .layers import OSABlock, OSAStage, Stem
 from .norms import NormCfg
@@ -162,6 +163,8 @@ class VoVNet(nn.Module):
         """
         self._check_input(x)
         check_size(self.spec, self.out_features, x.shape[2], x.shape[3])
+        if x.is_cuda and not torch.compiler.is_compiling():
+            first_use.of_model(self, x, compute_dtype(x))
         if fused(x, ()) and self._is_one_op(x) and fused(x, self._needs):
             dtype = compute_dtype(x)
             return tuple(ops.features(x.to(dtype), self.fold(dtype), self.out_features))

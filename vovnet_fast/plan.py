@@ -267,10 +267,19 @@ class _Kernel:
     multiply_adds: Callable[[dict[str, Any]], int | Fraction] = field(default=lambda arguments: 0)
 
 
+def conv_weight(arguments: dict[str, Any]) -> Tensor:
+    """The weights that a convolution kernel is given, ``[C_out, K, K, C_in]`` or flattened."""
+    return arguments["w_ptr"] if "w_ptr" in arguments else arguments["w_desc_0"].base
+
+
 def _conv_multiply_adds(arguments: dict[str, Any]) -> int:
-    every = arguments["C_IN"] * arguments["KERNEL"] ** 2
+    every = conv_weight(arguments)[0].numel()
     # An input pixel has met one tap in four of a transposed convolution, on average.
     return every // arguments["STRIDE"] ** 2 if arguments.get("TRANSPOSED") else every
+
+
+def _inputs_of_fc(arguments: dict[str, Any]) -> int:
+    return arguments["weight_ptr"].shape[1]
 
 
 def _pixels_of_a_split(arguments: dict[str, Any]) -> Fraction:
@@ -293,11 +302,11 @@ _KERNELS = {
     "accumulate_kernel": _Kernel("add + ReLU backward"),
     "transpose_kernel": _Kernel("transpose weights"),
     "finish_pool_kernel": _Kernel(_ESE, ("mean_ptr",)),
-    "fc_gate_kernel": _Kernel(_ESE, multiply_adds=lambda arguments: arguments["C"]),
+    "fc_gate_kernel": _Kernel(_ESE, multiply_adds=_inputs_of_fc),
     "apply_kernel": _Kernel(_POINTWISE),
     "max_pool_kernel": _Kernel(_POOL, ("out_ptr", "argmax_ptr")),
     "gate_sums_kernel": _Kernel(_ESE_BACKWARD, ("partials_ptr",)),
-    "fc_input_grad_kernel": _Kernel(_ESE_BACKWARD, multiply_adds=lambda arguments: arguments["C"]),
+    "fc_input_grad_kernel": _Kernel(_ESE_BACKWARD, multiply_adds=_inputs_of_fc),
     "fc_weight_grad_kernel": _Kernel(
         _ESE_BACKWARD,
         ("dweight_ptr", "dbias_ptr"),

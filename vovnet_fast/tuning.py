@@ -25,17 +25,11 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import torch
 
-from ._files import replacing
-
-fcntl: Any
-try:
-    import fcntl
-except ImportError:  # Windows has other locks.
-    fcntl = None
+from ._files import locked, replacing
 
 ENVIRONMENT = "VOVNET_FAST_TUNE"
 CACHE_ENVIRONMENT = "VOVNET_FAST_CACHE"
@@ -54,6 +48,35 @@ Choices = dict[str, dict[str, str]]
 """What was chosen, by machine and problem."""
 
 _static_only: ContextVar[bool] = ContextVar("static_only", default=False)
+
+
+class Planning(NamedTuple):
+    """For whom choices are made where work is planned, and not done.
+
+    Attributes:
+        machine: as :func:`machine` calls the one where it will be done; None if that is not known.
+        measured: unknown problems will be measured there.
+    """
+
+    machine: str | None = None
+    measured: bool = True
+
+
+_planning: ContextVar[tuple[Planning, set[str]] | None] = ContextVar("planning", default=None)
+"""What :func:`planning` was given, and the problems that have been met in it."""
+
+
+@contextlib.contextmanager
+def planning(plan: Planning) -> Iterator[None]:
+    """Inside, in this thread, :func:`choose` runs what it would measure elsewhere, and times none.
+
+    On meta tensors the launches can be recorded.
+    """
+    token = _planning.set((plan, set()))
+    try:
+        yield
+    finally:
+        _planning.reset(token)
 
 
 @contextlib.contextmanager
@@ -163,7 +186,9 @@ class Table:
             own = self._loaded()
             self._choices = merge(own, choices) if replace else merge(choices, own)
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with _locked(self.path.parent):
+            # Without a lock, what two processes write at the same moment may be lost: it is found
+            # out again.
+            with locked(self.path.parent):
                 self._choices = merge(read(self.path), self._choices)
                 export(self._choices, self.path)
 
@@ -184,25 +209,6 @@ def merge(first: Choices, second: Choices) -> Choices:
     for machine, found in second.items():
         merged.setdefault(machine, {}).update(found)
     return merged
-
-
-@contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing in ``folder``; no lock where the system has none.
-
-    Some network file systems cannot lock a folder. What two processes write at the same
-    moment may then be lost, and is found out again.
-    """
-    if fcntl is None:
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(handle)  # Which unlocks.
 
 
 def load(path: Path) -> Choices:
@@ -318,6 +324,9 @@ def choose(
     """
     if _static_only.get():
         return static
+    rehearsed = _planning.get()
+    if rehearsed is not None:
+        return _rehearse(*rehearsed, problem, candidates, static, run)
     known = table().get(machine(device), problem)
     if known is not None:  # It may be one that cannot take these very tensors.
         return known if known in candidates else static
@@ -338,6 +347,25 @@ def choose(
     _log.info("%s: %s, %.1f us", problem, best, times[best] * 1e6)
     table().put(machine(device), problem, best)
     return best
+
+
+def _rehearse(
+    plan: Planning,
+    met: set[str],
+    problem: str,
+    candidates: Sequence[str],
+    static: str,
+    run: Callable[[str], None],
+) -> str:
+    """:func:`choose` under :func:`planning`."""
+    known = None if plan.machine is None else table().get(plan.machine, problem)
+    if known is not None:
+        return known if known in candidates else static
+    if plan.measured and problem not in met:  # Whatever is measured is remembered.
+        met.add(problem)
+        for name in candidates:
+            run(name)
+    return static
 
 
 def _sound(problem: str, candidates: Sequence[str], trial: Trial) -> list[str]:

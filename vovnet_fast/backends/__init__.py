@@ -86,6 +86,7 @@ import os
 import threading
 from collections.abc import Iterator
 from types import ModuleType
+from typing import Any
 
 import torch
 
@@ -104,6 +105,7 @@ class _Choice(threading.local):
     def __init__(self) -> None:
         # Not as an attribute of the class, which torch.compile would not watch for changes.
         self.name: str | None = None
+        self.noted: set[str] | None = None
 
 
 _choice = _Choice()
@@ -164,17 +166,39 @@ _SHAPES = {f"shapes of {name}": name for name in NAMES}
 
 
 @contextlib.contextmanager
-def shapes_only(name: str = "reference") -> Iterator[None]:
+def shapes_only(name: str = "reference", called: set[str] | None = None) -> Iterator[None]:
     """Let modules run as ops of a backend on meta tensors, which have shapes and no memory.
 
     What a fused path allocates and keeps can be counted so, on any machine. What a backend
     would launch has to be recorded (``kernels._common.recording``): it could not run.
+
+    Args:
+        name: of the backend.
+        called: receives the names of its functions that are used.
     """
-    before, _choice.name = _choice.name, f"shapes of {name}"
+    before = _choice.name, _choice.noted
+    _choice.name, _choice.noted = f"shapes of {name}", called
     try:
         yield
     finally:
-        _choice.name = before
+        _choice.name, _choice.noted = before
+
+
+class _Noting(ModuleType):
+    """A backend that notes which of its functions are used."""
+
+    def __init__(self, backend: ModuleType, called: set[str]) -> None:
+        super().__init__(backend.__name__)
+        self._backend, self._called = backend, called
+
+    def __getattr__(self, name: str) -> Any:
+        self._called.add(name)
+        return getattr(self._backend, name)
+
+
+def sees_shapes_only(choice: str) -> bool:
+    """Whether :func:`shapes_only` made this choice."""
+    return choice in _SHAPES
 
 
 def chosen() -> str:
@@ -230,7 +254,7 @@ def select(
     name = choice or chosen()
     if name == "auto":
         return _automatic(device, dtype, needs)
-    if device.type == "meta" and name in _SHAPES:
+    if name in _SHAPES:
         return _SHAPES[name]
     reason = why_not(name, device)
     if reason is not None:
@@ -242,7 +266,8 @@ def get(
     device: torch.device, dtype: torch.dtype, needs: tuple[str, ...], choice: str | None = None
 ) -> ModuleType:
     """Module of the backend that works on tensors of ``device``; see :func:`select`."""
-    return _module(select(device, dtype, needs, choice))
+    module = _module(select(device, dtype, needs, choice))
+    return module if _choice.noted is None else _Noting(module, _choice.noted)
 
 
 def _automatic(device: torch.device, dtype: torch.dtype, needs: tuple[str, ...]) -> str:

@@ -22,8 +22,11 @@ def aten(*views: Tensor) -> list[str]:
 
 
 def tf32(x: Tensor) -> bool:
-    """Whether products of ``x`` may be rounded to TF32: where torch lets cuDNN do it."""
-    return x.dtype == torch.float32 and x.is_cuda and tuning.tf32_allowed()
+    """Whether products of ``x`` may be rounded to TF32: where torch lets cuDNN do it.
+
+    What is planned on meta tensors is to run on a GPU.
+    """
+    return x.dtype == torch.float32 and (x.is_cuda or x.is_meta) and tuning.tf32_allowed()
 
 
 def problem(op: str, x: Tensor, weight: Sequence[int], stride: int, *words: str) -> str:

@@ -193,7 +193,7 @@ def _bench_here(args: argparse.Namespace) -> None:
         torch.set_num_threads(args.threads)
     options = quick.Options.here(
         args.spec,
-        None if args.shape is None else _parse_shape(args.shape),
+        None if args.shape is None else parse_shape(args.shape),
         args.dtype,
         backend=args.backend or "auto",
         train=args.train is not False,
@@ -275,21 +275,21 @@ def _bench_plan(args: argparse.Namespace) -> Plan:
         H200_TFLOPS if args.peak_tflops is None else args.peak_tflops,
         H200_TBS if args.bandwidth_tbs is None else args.bandwidth_tbs,
     )
-    return plan_forward(spec, _parse_shape(shape), dtype=args.dtype or "bf16", rates=rates)
+    return plan_forward(spec, parse_shape(shape), dtype=args.dtype or "bf16", rates=rates)
 
 
 def _bench_memory(args: argparse.Namespace) -> TrainingMemory:
     spec, shape = args.memory
     return training_memory(
         spec,
-        _parse_shape(shape),
+        parse_shape(shape),
         dtype=args.dtype or "bf16",
         norm_eval=args.norm_eval is not False,
         measure=bool(args.measure),
     )
 
 
-def _parse_shape(text: str) -> tuple[int, int, int]:
+def parse_shape(text: str) -> tuple[int, int, int]:
     match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)x([1-9]\d*)", text, re.ASCII)
     if match is None:
         raise ValueError(

@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from .. import backends
+
 Result = TypeVar("Result")
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -71,6 +73,16 @@ def in_given_dtypes(run: Callable[..., Result]) -> Callable[..., Result]:
 def traced(x: Tensor) -> bool:
     """Whether a graph is being made of what happens to ``x``, and only ops must happen to it."""
     return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
+
+
+def call(op: torch.library.CustomOpDef, choice: str, *args: Any) -> Any:
+    """Run an op on the backend of ``choice``.
+
+    Where only shapes matter torch.library would run the op's fake, which launches nothing.
+    """
+    if backends.sees_shapes_only(choice):
+        return op._init_fn(*args)
+    return getattr(torch.ops.vovnet_fast, op._name.removeprefix("vovnet_fast::"))(*args)
 
 
 def batch_statistics(op: str, eps: float | None, group: str, values: int) -> None:

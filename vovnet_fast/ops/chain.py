@@ -271,7 +271,9 @@ def _gradients(
     fixed = sum(eps < 0 for eps in epsilons)
     batch = len(epsilons) - fixed
     found = iter(
-        torch.ops.vovnet_fast.conv_chain_backward(
+        _checks.call(
+            _conv_chain_backward,
+            ctx.choice,
             x,
             *conv.regroup(tensors, strides),
             *flat,

@@ -108,7 +108,8 @@ def _gradient(ctx, dout):
     if dout is None:
         return None
     [argmax] = ctx.saved_tensors
-    return torch.ops.vovnet_fast.max_pool_backward(dout, argmax, *ctx.size, ctx.mode, ctx.choice)
+    arguments = (dout, argmax, *ctx.size, ctx.mode, ctx.choice)
+    return _checks.call(_max_pool_backward, ctx.choice, *arguments)
 
 
 def _setup_context(ctx, inputs, output):

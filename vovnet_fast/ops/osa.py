@@ -634,7 +634,9 @@ def _gradients(ctx: Any, dout: Tensor | None, needs: list[bool]) -> Iterator[Ten
     x = saved.pop() if statics.needs_input else saved[len(fcs)][:, : weights[0].shape[3]]
     strides, epsilons, group, *options = statics
     found = iter(
-        torch.ops.vovnet_fast.osa_block_backward(
+        _checks.call(
+            _osa_block_backward,
+            statics.choice,
             x,
             weights,
             *vectors,

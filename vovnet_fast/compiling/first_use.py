@@ -1,0 +1,284 @@
+"""At the first use of a network, what it is about to launch is compiled on all cores.
+
+What was found out is noted in Triton's cache, so that a process that finds everything
+compiled need not find it out again. It is an optimisation: whatever goes wrong is said
+once, and Triton compiles each kernel when it meets it.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import hashlib
+import json
+import logging
+import os
+import threading
+from collections.abc import Callable, Collection, Hashable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import backends, selfcheck, tuning
+from .._files import replacing
+
+if TYPE_CHECKING:
+    from ..kernels._common import Launch
+    from .jobs import Job
+    from .needed import Run
+    from .rehearsal import Plan, Setting
+
+FEW = 4
+"""So many kernels are compiled as they are met: processes take seconds to start."""
+
+_log = logging.getLogger("vovnet_fast.compiling")
+_lock = threading.Lock()
+_met: set[Hashable] = set()
+
+
+def of_model(model: Any, x: Tensor, dtype: torch.dtype) -> None:
+    """Compile what ``model(x)`` of a :class:`vovnet_fast.VoVNet` will launch, if it is new.
+
+    Args:
+        model: the model.
+        x: images on a GPU.
+        dtype: of activations.
+    """
+    if type(x) is not Tensor:
+        return
+
+    def plan(setting: Setting) -> Plan:
+        from . import rehearsal
+
+        images = rehearsal.on_meta(x).to(dtype).requires_grad_(x.requires_grad)
+        return rehearsal.of_model(rehearsal.twin(model), images, setting)
+
+    _once(key_of_model(model, x, dtype), x.device, dtype, plan)
+
+
+def key_of_model(model: Any, x: Tensor, dtype: torch.dtype) -> tuple[Hashable, ...]:
+    """What decides which kernels a model launches; sizes of images count by octaves."""
+    modes = (model.training, model.norm_eval, model.frozen_stages, model.with_cp)
+    parameter = model.stem.first_weight
+    gradient = torch.is_grad_enabled() and (x.requires_grad or parameter.requires_grad)
+    layout = (model._encoded_spec, model.input_ch, model.out_features, parameter.dtype)
+    return ("model", *layout, *modes, gradient, dtype, _octave(x))
+
+
+def of_frozen(model: Any, x: Tensor) -> None:
+    """The same for a :class:`vovnet_fast.FrozenVoVNet`."""
+    if type(x) is not Tensor:
+        return
+
+    def plan(setting: Setting) -> Plan:
+        from . import rehearsal
+
+        params = rehearsal.twin(model)._unpack()
+        images = rehearsal.on_meta(x).to(model.dtype)
+        return rehearsal.of_params(params, images, model.out_features, setting)
+
+    _once(key_of_frozen(model, x, model.dtype), x.device, model.dtype, plan)
+
+
+def of_self_check(functions: Collection[str], dtype: torch.dtype, device: torch.device) -> None:
+    """Compile what the self-check of functions of Triton's backend will launch on a GPU.
+
+    Where a network is used for the first time that is done already; an op may stand alone.
+
+    Raises:
+        ValueError: ``VOVNET_FAST_COMPILE_WORKERS`` is no number.
+    """
+    from . import workers
+    from .rehearsal import Setting, self_check
+
+    if workers.count() == 0:
+        return
+    try:
+        setting = Setting.here(device)
+        compile_launches(self_check(functions, dtype, setting.target), setting)
+    except Exception as error:
+        _say(f"{type(error).__name__}: {error}")
+
+
+def key_of_frozen(model: Any, x: Tensor, dtype: torch.dtype) -> tuple[Hashable, ...]:
+    """The same of a frozen model, or of one that is going to be frozen in ``dtype``."""
+    return ("frozen", model._encoded_spec, model.out_features, dtype, _octave(x))
+
+
+def note(run: Run, jobs: Iterable[Job], setting: Setting) -> None:
+    """Note for its first use what a run needs, as far as it is compiled.
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
+    from .jobs import compiled
+
+    model, images = run.network()
+    with torch.set_grad_enabled(run.gradient):
+        keys = [key_of_model(model, images, images.dtype)]
+    if not run.gradient:
+        keys.append(key_of_frozen(model, images, images.dtype))
+    for key in keys:
+        Note(key, setting).write(compiled(jobs))
+
+
+def _octave(x: Tensor) -> int:
+    return (x.shape[0] * x.shape[2] * x.shape[3]).bit_length()
+
+
+def _once(
+    key: tuple[Hashable, ...],
+    device: torch.device,
+    dtype: torch.dtype,
+    plan: Callable[[Setting], Plan],
+) -> None:
+    """Compile for what is new in this process, if Triton's backend will run it.
+
+    Raises:
+        ValueError: ``VOVNET_FAST_COMPILE_WORKERS`` is no number.
+    """
+    seen = (device, backends.chosen(), *key)
+    if seen in _met or torch.cuda.is_current_stream_capturing():
+        return
+    with _lock:
+        if seen in _met:
+            return
+        _met.add(seen)
+        if not _will_run_triton(device, dtype):
+            return
+        from . import workers
+        from .rehearsal import Setting
+
+        if workers.count() == 0:
+            return
+        try:
+            ahead(key, Setting.here(device), plan, checks=backends.chosen() == "auto")
+        except Exception as error:
+            _say(f"{type(error).__name__}: {error}")
+
+
+@functools.cache
+def _say(problem: str) -> None:
+    """Once in a process."""
+    _log.warning("kernels could not be compiled ahead, and will be one by one: %s", problem)
+
+
+def ahead(
+    key: tuple[Hashable, ...], setting: Setting, plan: Callable[[Setting], Plan], *, checks: bool
+) -> bool:
+    """Compile what a network needs, unless it is noted that all of it is there.
+
+    Args:
+        key: of the network, in its mode.
+        setting: where it will run.
+        plan: says what it needs, in a thread of its own.
+        checks: the self-check of the functions that it uses will run, too.
+
+    Returns:
+        whether it had to be found out.
+
+    Raises:
+        Exception: whatever went wrong.
+    """
+    from .rehearsal import self_check
+
+    noted = Note(key, setting)
+    if noted.holds():
+        return False
+    gradient = torch.is_grad_enabled()
+
+    def launches() -> list[Launch]:
+        with torch.set_grad_enabled(gradient):
+            found = plan(setting)
+        if not checks:
+            return found.launches
+        return found.launches + self_check(found.functions, found.dtype, setting.target)
+
+    # A thread of its own knows nothing of the caller's modes.
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        noted.write(compile_launches(thread.submit(launches).result(), setting))
+    return True
+
+
+def _will_run_triton(device: torch.device, dtype: torch.dtype) -> bool:
+    name = backends.chosen()
+    if name not in ("auto", "triton") or backends.why_not("triton", device) is not None:
+        return False
+    from ..kernels._common import interpreted
+
+    return not interpreted() and (name == "triton" or dtype in selfcheck.DTYPES)
+
+
+def compile_launches(launches: Iterable[Launch], setting: Setting) -> dict[str, str]:
+    """Compile the kernels of these launches side by side, unless they are few.
+
+    Returns:
+        those that are compiled now, names by key.
+
+    Raises:
+        WorkersError, OSError, ValueError: as :func:`.filling.fill`.
+    """
+    from .filling import fill
+    from .jobs import cache_folder, compiled, different, missing
+    from .rehearsal import arch_of
+    from .workers import count
+
+    jobs = different(launches, arch_of(setting.target))
+    wanted = missing(jobs, cache_folder())
+    processes = count()
+    if len(wanted) > FEW and processes > 0:
+        _log.info("compiling %d kernels in %d processes", len(wanted), processes)
+        first = os.environ.get("LOCAL_RANK", "0") == "0"  # One of torchrun's processes shows it.
+        outcome = fill(wanted, processes, progress=first)
+        if outcome.failed:
+            _log.warning("%s", outcome)
+    return compiled(jobs)
+
+
+class Note:
+    """A file in Triton's cache that says which kernels a network launches, and that they are there.
+
+    Args:
+        key: of the network.
+        setting: where it runs.
+    """
+
+    def __init__(self, key: tuple[Hashable, ...], setting: Setting) -> None:
+        from triton.runtime.cache import triton_key
+
+        from . import cache
+        from .jobs import cache_folder
+
+        parts = (
+            key,
+            setting.target.capability,
+            setting.planning.measured,
+            tuning.tf32_allowed(),
+            cache.sources(),
+            triton_key(),
+        )
+        digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+        self._folder = cache_folder()
+        self.path: Path = self._folder / f"{cache.MARKER}{digest}.json"
+
+    def holds(self) -> bool:
+        """Whether the note is there, and all that it names."""
+        from .jobs import is_compiled
+
+        try:
+            found = json.loads(self.path.read_text())
+        except (OSError, ValueError):
+            return False
+        return all(is_compiled(key, name, self._folder) for key, name in found.items())
+
+    def write(self, kernels: dict[str, str]) -> None:
+        """Note that these are all.
+
+        Raises:
+            OSError: the cache cannot be written.
+        """
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as temporary:
+            Path(temporary).write_text(json.dumps(kernels, sort_keys=True))

@@ -1,0 +1,111 @@
+"""What runs of published architectures need, from a name, a shape and a mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import specs
+from ..kernels._common import Target
+from ..model import STAGE_NAMES, VoVNet
+from ..ops.features import check_size
+from ..plan import DTYPES, IMAGE_CHANNELS, check_input
+from ..specs import VoVNetSpec
+from . import rehearsal
+from .jobs import Job, different
+from .rehearsal import Plan, Setting
+
+Shape = tuple[int, int, int]
+
+TARGETS = {
+    "sm_80": Target((8, 0), 108),
+    "sm_86": Target((8, 6), 82),
+    "sm_89": Target((8, 9), 128),
+    "sm_90": Target((9, 0), 132),
+    "sm_100": Target((10, 0), 148),
+    "sm_120": Target((12, 0), 170),
+}
+"""The largest usual card of an architecture. How many processors there are decides how some
+work is shared out, which leaves kernels as they are."""
+
+MODES = ("inference", "training", "training-batch")
+"""Forward passes without gradients; training steps with fixed statistics, and with the batch's."""
+
+
+class Run(NamedTuple):
+    """A network that runs.
+
+    Attributes:
+        spec: the architecture, or its name.
+        shape: N, H, W of the images, which have three channels and are ``channels_last``.
+        dtype: of activations, a key of :data:`~vovnet_fast.plan.DTYPES`. In inference of the
+            weights too; in training these are in fp32.
+        mode: one of :data:`MODES`. A training step ends with the backward pass from all stages.
+    """
+
+    spec: str | VoVNetSpec
+    shape: Shape
+    dtype: str = "bf16"
+    mode: str = "inference"
+
+    def network(self) -> tuple[VoVNet, Tensor]:
+        """The model and the images, on meta.
+
+        Raises:
+            UnknownSpecError: no architecture has that name.
+            ValueError: a size below 1, images too small for the network, unknown dtype or mode.
+        """
+        check_input(self.shape, self.dtype)
+        architecture = specs.get(self.spec)
+        check_size(architecture, STAGE_NAMES, *self.shape[1:])
+        if self.mode not in MODES:
+            raise ValueError(f"mode must be one of {', '.join(MODES)}, got {self.mode!r}")
+        n, h, w = self.shape
+        images = torch.empty(n, IMAGE_CHANNELS, h, w, dtype=DTYPES[self.dtype], device="meta")
+        trained = self.mode != "inference"
+        with torch.device("meta"):
+            model: Any = VoVNet(
+                architecture, IMAGE_CHANNELS, norm_eval=self.mode != "training-batch"
+            )
+        model.to(
+            dtype=torch.float32 if trained else images.dtype, memory_format=torch.channels_last
+        )
+        return model.train(trained), images.to(memory_format=torch.channels_last)
+
+    @property
+    def gradient(self) -> bool:
+        """Whether autograd takes part."""
+        return self.mode != "inference"
+
+
+def plan(run: Run, setting: Setting) -> Plan:
+    """What a run launches.
+
+    Raises:
+        UnknownSpecError, ValueError: as :meth:`Run.network`.
+    """
+    model, images = run.network()
+    with torch.set_grad_enabled(run.gradient):
+        return rehearsal.of_model(model, images, setting)
+
+
+def by_run(runs: Iterable[Run], setting: Setting) -> dict[Run, list[Job]]:
+    """The kernels that each run needs, each once, with those of the self-check.
+
+    Args:
+        runs: what will run.
+        setting: where.
+
+    Raises:
+        UnknownSpecError, ValueError: as :func:`plan`.
+    """
+    arch = rehearsal.arch_of(setting.target)
+    found = {}
+    for run in runs:
+        planned = plan(run, setting)
+        checked = rehearsal.self_check(planned.functions, planned.dtype, setting.target)
+        found[run] = different([*planned.launches, *checked], arch)
+    return found
