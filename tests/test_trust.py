@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -111,10 +112,7 @@ def test_only_what_computes_the_function_invalidates_its_verdict(
     fake, checks, monkeypatch, tmp_path
 ):
     """Sources in a copy of the package, one of which is edited."""
-    for name in ("ese", "max_pool", "_common"):
-        path = tmp_path / "kernels" / f"{name}.py"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes((sources._PACKAGE / "kernels" / f"{name}.py").read_bytes())
+    shutil.copytree(sources._PACKAGE / "kernels", tmp_path / "kernels")
     monkeypatch.setattr(sources, "_PACKAGE", tmp_path)
     of = {"gates": "kernels.ese", "max_pool": "kernels.max_pool"}
     fake.sources = lambda function: (of[function],)
