@@ -180,7 +180,7 @@ def test_a_function_that_fails_is_named_once_and_what_needs_it_runs_elsewhere(
     assert "the fake backend fails its self-check on cpu; torch" in caplog.text
     assert "in float32 and is not used for what needs apply_gates" in caplog.text
     assert "3 of 4 checks failed" in caplog.text
-    assert "apply_gates (1x3x5x512, gated, added, float32): error" in caplog.text
+    assert "apply_gates (2x5x7x128, gated, float32): error" in caplog.text
     assert "VOVNET_FAST_BACKEND=reference" in caplog.text
     assert backends.select(CPU, FP32, ("gate_sums",)) == "fake"  # It passed beside the other.
     assert len(checks) == 2
