@@ -159,9 +159,18 @@ def derive(properties: Any) -> Device:
     )
 
 
-@functools.cache
 def of(device: torch.device) -> Device:
-    """Rates of ``device``; those of an H100 where no GPU is involved."""
+    """Rates of ``device``; where no GPU is involved those of the one that is planned for."""
     if device.type == "cuda":
-        return derive(torch.cuda.get_device_properties(device))
-    return scaled(known("", capability(device)), processors(device))
+        return _of_gpu(device)
+    return _planned(capability(device), processors(device))
+
+
+@functools.cache
+def _of_gpu(device: torch.device) -> Device:
+    return derive(torch.cuda.get_device_properties(device))
+
+
+@functools.cache
+def _planned(capability: tuple[int, int], processors: int) -> Device:
+    return scaled(known("", capability), processors)
