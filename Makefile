@@ -17,6 +17,16 @@ WHEELS ?= ../shared/wheels
 VOVNET_FAST_CUDA ?= 0
 export VOVNET_FAST_CUDA
 
+# What else the tests marked `versions` run with: the oldest torch of pyproject.toml, whose Triton
+# is too old for the kernels, and a pair that machines with a GPU come with. NumPy is the newest.
+# PyPI has builds for CUDA alone, 5 GB each once unpacked. uv, which keeps them in its cache, took
+# 80 to 125 s for one on two busy cores, and 3 s from the cache; pip took 330 to 430 s.
+# UV_TORCH_BACKEND=cpu takes small builds instead, where PyTorch's own index can be reached.
+VERSIONS ?= .venv-versions
+PAIRS := oldest pair
+INSTALLED_oldest := torch==2.7.1
+INSTALLED_pair := torch==2.11.0 triton==3.6.0
+
 SPEC ?= V-19-slim-dw-eSE
 DEVICE ?= cpu
 GPU_PYTHON ?= python3
@@ -34,12 +44,13 @@ CXX_SOURCES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) \
 	$(if $(wildcard $(WHEELS)),--find-links $(abspath $(WHEELS)))
 
-.PHONY: help demo test sanitize gpu gpu-carry lint format clean
+.PHONY: help demo test test-versions $(PAIRS:%=test-%) sanitize gpu gpu-carry lint format clean
 
 help:
 	@echo "make demo    train a detector on scenes of digits, evaluate it, draw what it finds"
 	@echo "             (SPEC=V-39-eSE DEVICE=cuda OUT=folder; see: python demo/run.py --help)"
 	@echo "make test    run the tests"
+	@echo "make test-versions  those that depend on versions, with two other torches (-j2)"
 	@echo "make sanitize  the op tests of the extension's CPU half under ASan and UBSan"
 	@echo "make gpu     proofs and measurements on a GPU, with GPU_PYTHON as it is"
 	@echo "             (SECONDS=540 OUT=folder; see: python benchmarks/gpu.py --help)"
@@ -77,6 +88,22 @@ demo: $(VENV)/extension
 test: $(VENV)/dev $(VENV)/extension
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
+$(VERSIONS)/bin/uv:
+	$(PYTHON) -m venv $(VERSIONS)
+	$(VERSIONS)/bin/python -m pip install --disable-pip-version-check -q uv
+
+$(PAIRS:%=$(VERSIONS)/%/made): $(VERSIONS)/%/made: pyproject.toml $(VERSIONS)/bin/uv
+	$(VERSIONS)/bin/uv venv -q --clear --no-python-downloads --python "$$(command -v $(PYTHON))" $(@D)
+	$(VERSIONS)/bin/uv pip install -q --python $(@D)/bin/python -r pyproject.toml \
+		pytest $(INSTALLED_$*)
+	touch $@
+
+$(PAIRS:%=test-%): test-%: $(VERSIONS)/%/made
+	$(VERSIONS)/$*/bin/python -m pytest -p no:cacheprovider -m versions
+
+# In the tree, with the extension where `make test` has built it for the same Python.
+test-versions: $(PAIRS:%=test-%)
+
 sanitize: $(VENV)/dev
 	$(BIN)/python -m tests.sanitize
 
@@ -100,4 +127,4 @@ format: $(VENV)/dev
 	$(BIN)/clang-format -i $(CXX_SOURCES)
 
 clean:
-	rm -rf $(VENV) work_dirs build *.egg-info vovnet_fast/_C.*.so .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(VERSIONS) work_dirs build *.egg-info vovnet_fast/_C.*.so .pytest_cache .mypy_cache .ruff_cache

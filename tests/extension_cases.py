@@ -17,7 +17,9 @@ import torch
 
 from vovnet_fast import selfcheck
 from vovnet_fast.backends import _extension, reference
-from vovnet_fast.selfcheck import Case
+from vovnet_fast.selfcheck import calls, runner, tensors
+from vovnet_fast.selfcheck.calls import Layer
+from vovnet_fast.selfcheck.cases import Case, of_layers, of_shapes
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 by_dtype = pytest.mark.parametrize(
@@ -40,7 +42,7 @@ def require(half):
 # --------------------------------------------------------------------------------------
 
 
-class Tensors(selfcheck.Tensors):
+class Tensors(tensors.Tensors):
     """Slots in one of three layouts.
 
     ``slot``: of a wider buffer, aligned. ``crop``: of a larger image too, so that rows do
@@ -70,18 +72,18 @@ def check(case, kernels, dtype, device, layout="slot"):
     """Hold one case against the reference; returns what is wrong, or None."""
     exact = list(case.call(reference, Tensors(dtype, torch.float64, device)))
     eager = list(case.call(reference, Tensors(dtype, dtype, device)))
-    tensors = Tensors(dtype, dtype, device, layout)
-    found = list(case.call(kernels, tensors))
+    given = Tensors(dtype, dtype, device, layout)
+    found = list(case.call(kernels, given))
     assert [out.shape for out in found] == [out.shape for out in exact]
     for number, outputs in enumerate(zip(found, eager, exact, strict=True)):
         ours, theirs, right = outputs
         if right.numel() == 0:
             continue
-        error = selfcheck._largest(ours.double() - right)
-        allowed = selfcheck._limit(theirs, right, False)
+        error = tensors.largest(ours.double() - right)
+        allowed = runner.limit(theirs, right, False)
         if error > allowed:
             return f"output {number}, layout {layout}: error {error:.3g}, allowed {allowed:.3g}"
-    if not tensors.untouched():
+    if not given.untouched():
         return f"layout {layout}: it wrote outside its slot"
     return None
 
@@ -101,16 +103,12 @@ SHAPES = [
 ]
 
 
-def _layer(kernel, c_in, c_out, size, stride=1):
-    return selfcheck._Layer(kernel, c_in, c_out, size, stride)
-
-
 LAYERS = [
-    _layer(3, 3, 5, (1, 1, 1)),
-    _layer(3, 5, 17, (2, 1, 9)),
-    _layer(3, 4, 16, (2, 7, 6), 2),
-    _layer(1, 33, 24, (2, 17, 31)),
-    _layer(1, 16, 1, (1, 5, 3), 2),
+    Layer(3, 3, 5, (1, 1, 1)),
+    Layer(3, 5, 17, (2, 1, 9)),
+    Layer(3, 4, 16, (2, 7, 6), 2),
+    Layer(1, 33, 24, (2, 17, 31)),
+    Layer(1, 16, 1, (1, 5, 3), 2),
 ]
 
 
@@ -208,56 +206,45 @@ def _named(function, words, call, **options):
     return Case(function, words, functools.partial(call, **options))
 
 
-def _of(call, shapes, **options):
-    words = ", ".join(f"{k} {v}" for k, v in options.items())
-    name = call.__name__.removeprefix("_")
-    return [
-        _named(name, f"{selfcheck._words(s)} {words}", call, shape=s, **options) for s in shapes
-    ]
-
-
-def _of_layers(call, layers, **options):
-    return [_named(call.__name__, str(lay), call, layer=lay, **options) for lay in layers]
-
-
 WEIGHTS = [(5, 3, 3, 17), (16, 1, 1, 33), (1, 3, 3, 1)]
 POOLED = [shape for shape in SHAPES if min(shape[1:3]) > 1]
 
 CASES = [
-    *selfcheck.CASES,
-    *_of(selfcheck._normalize, SHAPES),
-    *_of(epilogue, SHAPES, relu=False),
-    *_of(epilogue, SHAPES[-1:], relu=True),
-    *_of(selfcheck._apply_gates, SHAPES, gated=True, added=True),
-    *_of(selfcheck._apply_gates_backward, SHAPES, gated=True),
-    *_of(selfcheck._gate_sums, SHAPES),
-    *_of(selfcheck._batch_norm_sums, SHAPES),
-    *_of(selfcheck._batch_norm_input_grad, SHAPES),
-    *_of(channel_sums, SHAPES),
+    *(case for case in selfcheck.CASES if not case.slim),  # Widths of networks take long.
+    *of_shapes(calls.normalize, *SHAPES, pool=True),
+    *of_shapes(epilogue, *SHAPES, relu=False),
+    *of_shapes(epilogue, *SHAPES[-1:], relu=True),
+    *of_shapes(calls.apply_gates, *SHAPES, gated=True, added=True),
+    *of_shapes(calls.apply_gates_backward, *SHAPES, gated=True),
+    *of_shapes(calls.gate_sums, *SHAPES),
+    *of_shapes(calls.batch_norm_sums, *SHAPES),
+    *of_shapes(calls.batch_norm_input_grad, *SHAPES),
+    *of_shapes(channel_sums, *SHAPES),
     *(case for stride in (1, 2) for call in (
-        selfcheck._depthwise, selfcheck._depthwise_input_grad, selfcheck._depthwise_weight_grad,
-    ) for case in _of(call, SHAPES, stride=stride)),
-    *_of(selfcheck._max_pool, SHAPES, mode="padded"),
-    *_of(selfcheck._max_pool, POOLED, mode="ceil"),
-    *_of(selfcheck._max_pool_backward, SHAPES, mode="padded"),
-    *_of(selfcheck._max_pool_backward, POOLED, mode="ceil"),
+        calls.depthwise, calls.depthwise_input_grad, calls.depthwise_weight_grad,
+    ) for case in of_shapes(call, *SHAPES, stride=stride)),
+    *of_shapes(calls.max_pool, *SHAPES, mode="padded", kept=True),
+    *of_shapes(calls.max_pool, *POOLED, mode="ceil", kept=True),
+    *of_shapes(calls.max_pool_backward, *SHAPES, mode="padded"),
+    *of_shapes(calls.max_pool_backward, *POOLED, mode="ceil"),
     *(case for added, masked in itertools.product((0, 1, 24, 40, 56), repeat=2)
-      for case in _of(accumulate, [(1, 7, 5, 56)], added=added, masked=masked)),
-    *_of(accumulate, SHAPES[:4], added=1, masked=1),
+      for case in of_shapes(accumulate, (1, 7, 5, 56), added=added, masked=masked)),
+    *of_shapes(accumulate, *SHAPES[:4], added=1, masked=1),
     *(case for transposed, scaled in itertools.product((False, True), repeat=2)
-      for case in _of(pack, WEIGHTS, transposed=transposed, scaled=scaled)),
-    *(case for scaled in (False, True) for case in _of(pack_backward, WEIGHTS, scaled=scaled)),
+      for case in of_shapes(pack, *WEIGHTS, transposed=transposed, scaled=scaled)),
+    *(case for scaled in (False, True)
+      for case in of_shapes(pack_backward, *WEIGHTS, scaled=scaled)),
     *(case for call in (gates, gates_backward) for kind in ("hard_sigmoid", "sigmoid")
       for parameters in DTYPES
-      for case in _of(call, [(3, 5, 17), (2, 1, 80)], kind=kind, parameters=parameters)),
+      for case in of_shapes(call, (3, 5, 17), (2, 1, 80), kind=kind, parameters=parameters)),
     *(_named("batch_norm_finish", f"{parts} parts, {c} channels, {parameters}",
              batch_norm_finish, parts=parts, channels=c, parameters=parameters)
       for parts, c in ((2, 1), (37, 17), (600, 80))
       for parameters in (torch.float16, torch.float64)),
-    *_of_layers(selfcheck._conv, LAYERS, pool=True),
-    *_of_layers(selfcheck._conv_statistics, LAYERS),
-    *_of_layers(selfcheck._conv_input_grad, LAYERS),
-    *_of_layers(selfcheck._conv_weight_grad, LAYERS, scaled=True),
+    *of_layers(calls.conv, *LAYERS, pool=True),
+    *of_layers(calls.conv_statistics, *LAYERS),
+    *of_layers(calls.conv_input_grad, *LAYERS, scaled=True, added=True),
+    *of_layers(calls.conv_weight_grad, *LAYERS, scaled=True),
 ]  # fmt: skip
 
 

@@ -1,7 +1,9 @@
 """Every Triton kernel in every shipped configuration compiles, and to what it should.
 
 Compilation needs no GPU, but a process in which Triton does not interpret: each
-architecture gets one, and they run at the same time.
+architecture gets one, and they run at the same time. What a kernel compiled to is
+committed, under a key of its source, its specialisation and the compiler: only what
+is new is compiled, and a few of the others, to see that what is written is true.
 """
 
 import json
@@ -15,8 +17,11 @@ import pytest
 
 pytest.importorskip("triton", minversion="3.6", reason="the Triton backend is optional")
 
+import triton
+
 import vovnet_fast
 
+ROOT = Path(__file__).parents[1]
 SMEM_OF_ADA = 99 << 10  # Bytes a program may use on sm_86 and sm_89, which run what sm_80 does.
 
 
@@ -38,11 +43,16 @@ def finish(process):
     return [json.loads(line) for line in out.splitlines()]
 
 
+def known(arch):
+    """The file of rows that are committed."""
+    return ROOT / "docs" / f"kernels_{arch}.jsonl"
+
+
 @pytest.fixture(scope="module")
 def tables():
-    """Rows by architecture, compiled side by side."""
+    """Rows by architecture, compiled side by side where they are not known."""
     running = {
-        arch: start("-m", "vovnet_fast.aot", "--json", "--arch", arch)
+        arch: start("-m", "vovnet_fast.aot", "--json", "--arch", arch, "--known", known(arch))
         for arch in ("sm_90", "sm_80")
     }
     return {arch: finish(process) for arch, process in running.items()}
@@ -116,6 +126,37 @@ def check_weight_gradients(rows, multiply):
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_what_is_committed_is_what_is_shipped(tables, arch):
+    written = [json.loads(line) for line in known(arch).read_text().splitlines()]
+    if tables[arch][0]["key"] not in {row["key"] for row in written}:
+        pytest.skip(f"{known(arch).name} is not of Triton {triton.__version__}")
+    update = f"python -m vovnet_fast.aot --arch {arch} --json > new; mv new {known(arch)}"
+    assert written == tables[arch], update
+
+
+SOME = """
+import dataclasses
+import json
+import sys
+from vovnet_fast import aot
+
+arch, every = sys.argv[1], int(sys.argv[2])
+essential = [job for job in aot.jobs(arch) if job.essential]
+for job in essential[every // 2 :: every]:
+    print(json.dumps(dataclasses.asdict(aot.compile_job(job, arch))))
+"""
+
+
+def test_rows_that_are_read_are_the_compilers(tables):
+    """A few of every kind. The guard compiles those in which networks spend their time."""
+    running = {arch: start("-c", SOME, arch, "20") for arch in tables}
+    for arch, process in running.items():
+        found = finish(process)
+        assert len(found) > 5
+        assert not [row for row in found if row not in tables[arch]]
+
+
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
 def test_limits(tables, arch):
     check_limits(tables[arch])
 
@@ -135,6 +176,42 @@ def test_sm_90(tables):
     check_bulk_copies(tables["sm_90"], "HGMMA")
     check_async_copies(tables["sm_90"])
     check_weight_gradients(tables["sm_90"], "HGMMA")
+
+
+TABLES = """
+import json
+from vovnet_fast import aot_resources
+from vovnet_fast.kernels.resources import Resources, tables
+
+for capability, table in tables().items():
+    arch, found = f"sm_{capability[0]}{capability[1]}", []
+    for (row, config), job in aot_resources.jobs(arch):
+        registers, shared, spilled = table["programs"][row].pop(config)
+        resident = Resources(job.launch.num_warps, registers, shared).resident(capability)
+        found.append([job.kernel, job.layer, config, [resident, spilled]])
+    print(json.dumps([arch, table["triton"], sum(map(len, table["programs"].values())), found]))
+"""
+
+
+def test_resources_that_choices_are_made_from_are_the_compilers(tables):
+    """No configuration too many or too few, and programs a processor as compiled here.
+
+    After a change to the kernels ``python -m vovnet_fast.aot --resources`` writes them anew.
+    """
+    import triton
+
+    written = finish(start("-c", TABLES))
+    assert [arch for arch, *_ in written] == ["sm_80", "sm_90"]
+    for arch, version, too_many, found in written:
+        assert not too_many
+        if version != triton.__version__:
+            pytest.skip(f"the tables are those of Triton {version}")
+        compiled = {
+            (r["kernel"], r["layer"], r["config"]): [r["ctas"], r["spilled"]] for r in tables[arch]
+        }
+        known = [(tuple(name), fits) for *name, fits in found if tuple(name) in compiled]
+        assert len(known) > 60
+        assert not [(n, fits, compiled[n]) for n, fits in known if fits != compiled[n]]
 
 
 SHIPPED = """
@@ -265,6 +342,16 @@ def test_table_is_printed():
     out, err = process.communicate()
     assert process.returncode == 0, err
     assert "--arch" in out
+
+
+@pytest.mark.parametrize("text", ["no row", '{"kernel": "conv"}'])
+def test_a_file_of_rows_that_cannot_be_read(tmp_path, text):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"\n{text}\n" if text == "no row" else text)
+    process = start("-m", "vovnet_fast.aot", "--known", str(path))
+    _, err = process.communicate()
+    assert process.returncode == 2
+    assert re.search(r"rows.jsonl, line 1, is no row of --json", err)
 
 
 def test_importing_the_package_imports_no_triton():

@@ -217,6 +217,7 @@ def test_no_backbone():
 # --------------------------------------------------------------------------------------
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("ending", [".pth", ".pt", ".safetensors"])
 def test_file_round_trip(tmp_path, ending):
     state = filled(TINY["detectron2"])
@@ -265,6 +266,7 @@ class VeryEvil:
         return (os.system, ("true",))
 
 
+@pytest.mark.versions
 def test_trainers_files_load_without_running_anything(tmp_path):
     path = tmp_path / "epoch_12.pth"
     state = filled(TINY["detectron2"])

@@ -9,9 +9,10 @@ import sys
 import pytest
 import torch
 
-from vovnet_fast import VoVNet, backends, fusing, ops
+from vovnet_fast import VoVNet, backends, fusing, ops, selfcheck, specs
 from vovnet_fast.backends import _extension, cpu
 from vovnet_fast.layers import OSABlock
+from vovnet_fast.ops.features import needs
 
 from . import straight_line
 from .extension_cases import *  # noqa: F403  (tests)
@@ -160,8 +161,9 @@ def test_fields_are_named_and_complete(extension):
 def test_auto_takes_it_on_a_cpu(monkeypatch, tmp_path):
     monkeypatch.delenv("VOVNET_FAST_BACKEND", raising=False)
     monkeypatch.setenv("VOVNET_FAST_CACHE", str(tmp_path))
-    assert backends.select(CPU) == "cpu"
-    assert backends.select(CPU, torch.float64) == "reference"
+    needed = needs(specs.get("V-39-eSE"))
+    assert backends.select(CPU, torch.float32, needed) == "cpu"
+    assert backends.select(CPU, torch.float64, needed) == "reference"
 
 
 @pytest.mark.parametrize("norm_eval", [True, False])
@@ -170,7 +172,9 @@ def test_auto_leaves_small_maps_to_plain_modules(norm_eval, compiled, monkeypatc
     """There weights cost ops more than activations cost plain modules."""
     monkeypatch.setenv("VOVNET_FAST_BACKEND", "auto")
     monkeypatch.setenv("VOVNET_FAST_CACHE", str(tmp_path))
-    assert backends.select(CPU) == "cpu"  # And its check is over.
+    every = tuple({case.function for case in selfcheck.CASES})
+    for dtype in (torch.float32, torch.bfloat16):
+        assert backends.select(CPU, dtype, every) == "cpu"  # And its check is over.
     calls = []
     for name in ("conv", "conv_statistics"):
         function = getattr(cpu, name)

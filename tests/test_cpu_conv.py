@@ -7,8 +7,8 @@ import types
 import pytest
 import torch
 
-from vovnet_fast import selfcheck
 from vovnet_fast.backends import _extension, cpu, cpu_conv, reference
+from vovnet_fast.selfcheck import calls, cases
 
 from . import extension_cases
 from .extension_cases import Tensors, require
@@ -18,27 +18,23 @@ CPU = torch.device("cpu")
 DTYPES = {"fma": (torch.float32, torch.float16, torch.bfloat16), "amx": (torch.bfloat16,)}
 
 
-def layer(kernel, c_in, c_out, size, stride=1):
-    return selfcheck._Layer(kernel, c_in, c_out, size, stride)
-
-
 LAYERS = [
-    layer(3, 3, 5, (1, 1, 1)),
-    layer(3, 5, 17, (2, 1, 9)),
-    layer(3, 4, 16, (2, 9, 1), 2),
-    layer(3, 3, 64, (1, 33, 47), 2),
-    layer(3, 40, 80, (2, 13, 11), 2),
-    layer(3, 33, 50, (1, 1, 64), 2),
-    layer(3, 70, 112, (1, 33, 47)),
-    layer(3, 256, 160, (1, 9, 20)),  # A part of the channels in each of several groups.
-    layer(3, 512, 224, (1, 20, 20)),  # Weights that do not stay in a cache.
-    layer(3, 64, 48, (1, 61, 50)),  # Several strips, the last one smaller.
-    layer(1, 1, 1, (1, 1, 1)),
-    layer(1, 33, 24, (2, 17, 31)),
-    layer(1, 64, 96, (2, 4, 8)),  # Just one block of pixels, read where they lie.
-    layer(1, 64, 80, (2, 3, 11)),
-    layer(1, 768, 64, (1, 40, 24)),
-    layer(1, 32, 24, (1, 9, 12), 2),
+    calls.Layer(3, 3, 5, (1, 1, 1)),
+    calls.Layer(3, 5, 17, (2, 1, 9)),
+    calls.Layer(3, 4, 16, (2, 9, 1), 2),
+    calls.Layer(3, 3, 64, (1, 33, 47), 2),
+    calls.Layer(3, 40, 80, (2, 13, 11), 2),
+    calls.Layer(3, 33, 50, (1, 1, 64), 2),
+    calls.Layer(3, 70, 112, (1, 33, 47)),
+    calls.Layer(3, 256, 160, (1, 9, 20)),  # A part of the channels in each of several groups.
+    calls.Layer(3, 512, 224, (1, 20, 20)),  # Weights that do not stay in a cache.
+    calls.Layer(3, 64, 48, (1, 61, 50)),  # Several strips, the last one smaller.
+    calls.Layer(1, 1, 1, (1, 1, 1)),
+    calls.Layer(1, 33, 24, (2, 17, 31)),
+    calls.Layer(1, 64, 96, (2, 4, 8)),  # Just one block of pixels, read where they lie.
+    calls.Layer(1, 64, 80, (2, 3, 11)),
+    calls.Layer(1, 768, 64, (1, 40, 24)),
+    calls.Layer(1, 32, 24, (1, 9, 12), 2),
 ]
 
 
@@ -98,7 +94,7 @@ def parameters(dtype, *shape):
 def test_against_fp64(engine, pool):
     """In slots surrounded by NaN, from and into crops, and at odd offsets and strides."""
     backend = backend_of(engine)
-    for case in selfcheck._of_layers(selfcheck._conv, *LAYERS, pool=pool):
+    for case in cases.of_layers(calls.conv, *LAYERS, pool=pool):
         for dtype in DTYPES[engine]:
             for layout in Tensors.LAYOUTS:
                 wrong = extension_cases.check(case, backend, dtype, CPU, layout)

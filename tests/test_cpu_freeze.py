@@ -111,6 +111,7 @@ def test_results_do_not_share_memory_with_later_calls():
     assert all(map(torch.equal, first, kept))
 
 
+@pytest.mark.versions
 def test_what_is_not_finite_stays_so():
     model, x = network("detectron2"), torch.randn(2, 3, 64, 64)
     x[0, 1, 30, 31] = torch.nan
@@ -120,6 +121,7 @@ def test_what_is_not_finite_stays_so():
         assert found[1].isfinite().all()
 
 
+@pytest.mark.versions
 def test_compiles_without_a_graph_break():
     frozen, x = freeze(network("depthwise")), torch.randn(1, 3, 40, 40)
     expected = run(frozen, x)

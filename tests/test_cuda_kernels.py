@@ -12,6 +12,7 @@ import torch
 
 from vovnet_fast import backends, selfcheck
 from vovnet_fast.backends import _extension, cuda, reference
+from vovnet_fast.selfcheck import runner, tensors
 
 from . import cuda_on_cpu, sanitize
 from .extension_cases import *  # noqa: F403  (tests)
@@ -306,19 +307,19 @@ def test_against_triton(function, dtype, kernels_device):
         if case.function != function:
             continue
         limits = [
-            selfcheck._limit(eager, exact, tf32=True)
+            runner.limit(eager, exact, tf32=True)
             for eager, exact in zip(
-                case.call(reference, selfcheck.Tensors(dtype, dtype, kernels_device)),
-                case.call(reference, selfcheck.Tensors(dtype, torch.float64, kernels_device)),
+                case.call(reference, tensors.Tensors(dtype, dtype, kernels_device)),
+                case.call(reference, tensors.Tensors(dtype, torch.float64, kernels_device)),
                 strict=True,
             )
         ]
         ours, theirs = (
-            case.call(backends._module(name), selfcheck.Tensors(dtype, dtype, kernels_device))
+            case.call(backends._module(name), tensors.Tensors(dtype, dtype, kernels_device))
             for name in ("cuda", "triton")
         )
         for a, b, limit in zip(ours, theirs, limits, strict=True):
-            assert selfcheck._largest(a.double() - b) <= 2 * limit, case.words
+            assert tensors.largest(a.double() - b) <= 2 * limit, case.words
 
 
 @on_gpu_only

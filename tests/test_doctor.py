@@ -11,6 +11,7 @@ import torch
 import vovnet_fast
 from vovnet_fast import __version__, backends, cli, doctor, selfcheck
 from vovnet_fast.backends import _extension, reference
+from vovnet_fast.selfcheck import runner
 
 
 @pytest.fixture(autouse=True)
@@ -98,8 +99,8 @@ def test_wrong_numbers_are_an_exit_status(capsys, monkeypatch, function, problem
     def normalize(z, *args, **options):
         return (exact if z.dtype == torch.float64 else function)(z, *args, **options)
 
-    monkeypatch.setattr(selfcheck, "_backend", lambda name: _Fake(normalize))
-    monkeypatch.setattr(selfcheck, "_reference", lambda: reference)
+    fake = _Fake(normalize)
+    monkeypatch.setattr(runner, "backend_module", lambda name: fake)
     status, text = run([], capsys)
     assert status == 1
     assert "1 of 19 functions compute wrong numbers" in text

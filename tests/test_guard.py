@@ -280,7 +280,7 @@ def test_what_cannot_be_read():
 
 
 def test_numbers_of_a_kernel():
-    row = counts.aot.Row("conv", "", "", "sm_90", 8, 90, 0, 1000, 2, {}, True)
+    row = counts.aot.Row("conv", "", "", "sm_90", 8, 90, 0, 1000, 2, {}, True, "")
     loop = counts.kernel_numbers(row, WAITING)
     assert loop["loop instructions"] == 5
     assert loop["multiply-adds an instruction"] == round(64 * 256 * 16 / 4 / 5, 1)

@@ -266,6 +266,7 @@ def test_onnx(name, tmp_path):
         torch.testing.assert_close(torch.from_numpy(a), b, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.versions
 def test_functional_call():
     """functional_call with other parameters: what DataParallel, EMA and FSDP rely on."""
     model = random_model(TINY["detectron2"]).eval()

@@ -1,87 +1,24 @@
-"""The self-check of backends, and what ``auto`` makes of it."""
+"""The self-check of backends: what it finds, and what it takes."""
 
-import json
 import math
-import sys
-import threading
-import types
 
 import pytest
 import torch
 
-from vovnet_fast import VoVNet, backends, selfcheck, tuning
+from vovnet_fast import selfcheck
 from vovnet_fast.backends import reference
 
-from .tiny import TINY
-
-CPU = torch.device("cpu")
-FUNCTIONS = [
-    name
-    for name, value in vars(reference).items()
-    if isinstance(value, types.FunctionType)
-    and value.__module__ == reference.__name__
-    and not name.startswith("_")
-    and name != "why_not"
-]
-
-
-def forget():
-    """As in a new process."""
-    backends._decide.cache_clear()
-    selfcheck._verdicts.clear()
-    selfcheck._table.cache_clear()
-    torch._dynamo.reset()
-
-
-@pytest.fixture(autouse=True)
-def verified(tmp_path, monkeypatch):
-    """A cache of its own: the path of its verdicts."""
-    monkeypatch.setenv("VOVNET_FAST_CACHE", str(tmp_path))
-    monkeypatch.delenv("VOVNET_FAST_BACKEND", raising=False)
-    forget()
-    yield tmp_path / "verified.json"
-    forget()
+from .stand_in import FUNCTIONS, stand_in
 
 
 @pytest.fixture
 def fake(monkeypatch):
-    """A backend of the reference's functions that ``auto`` considers for CPUs."""
-    module = types.ModuleType("vovnet_fast.backends.fake")
-    module.why_not = lambda device: None
-    for name in FUNCTIONS:
-        setattr(module, name, getattr(reference, name))
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    monkeypatch.setattr(backends, "NAMES", (*backends.NAMES, "fake"))
-    monkeypatch.setattr(backends, "CANDIDATES", {"cpu": ("fake",)})
-    return module
+    return stand_in(monkeypatch)
 
 
-@pytest.fixture
-def checks(monkeypatch):
-    """The devices of the self-checks that ran. They take one function, to be quick."""
-    ran, run = [], selfcheck.run
-
-    def watched(backend, device, **options):
-        ran.append((backend, str(device)))
-        return run(backend, device, functions=["apply_gates"], **options)
-
-    monkeypatch.setattr(selfcheck, "run", watched)
-    return ran
-
-
-def double(z, gates, identity, out):
-    """A wrong apply_gates."""
-    reference.apply_gates(z, gates, identity, out)
-    out.mul_(2)
-
-
-# --------------------------------------------------------------------------------------
-# The check itself
-# --------------------------------------------------------------------------------------
-
-
-def test_every_function_is_checked_and_the_reference_passes():
-    rows = selfcheck.run("reference", "cpu")
+@pytest.mark.parametrize("slim", [True, False])
+def test_every_function_is_checked_and_the_reference_passes(slim):
+    rows = selfcheck.run("reference", "cpu", slim=slim)
     assert {row.function for row in rows} == set(FUNCTIONS)
     assert {row.dtype for row in rows} == set(selfcheck.DTYPES)
     for row in rows:
@@ -167,7 +104,7 @@ def test_what_cannot_run_has_a_row_as_well(fake):
         "gate_sums": "RuntimeError: out of registers",
         "normalize": "AttributeError: module 'vovnet_fast.backends.fake' has no attribute "
         "'normalize'",
-        "depthwise_weight_grad": "its outputs are [[5, 7, 48]]",
+        "depthwise_weight_grad": "its outputs are [[1, 5, 56]]",
     }
     with pytest.raises(ValueError, match="no function is called convolve"):
         selfcheck.run("fake", "cpu", functions=["convolve"])
@@ -186,180 +123,15 @@ def test_surroundings_of_the_caller_change_nothing():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# --------------------------------------------------------------------------------------
-# Trust
-# --------------------------------------------------------------------------------------
-
-
-def test_a_backend_that_passes_is_remembered(fake, checks, verified):
-    assert backends.select(CPU) == "fake"
-    assert backends.fused(CPU, torch.float16)
-    assert backends.get(CPU) is fake
-    assert checks == [("fake", "cpu")]
-    content = json.loads(verified.read_text())["choices"]
-    [(subject, verdict)] = content[tuning.machine(CPU)].items()
-    assert subject.startswith("fake of vovnet_fast 0.")
-    assert verdict == "passed"
-    forget()
-    assert backends.select(CPU) == "fake"
-    assert len(checks) == 1
-
-
-def test_another_machine_or_other_sources_are_checked_again(fake, checks, monkeypatch):
-    for name, value in (
-        ("tuning.machine", lambda device: "another driver"),
-        ("selfcheck._sources", lambda: "other"),
-        ("selfcheck.__version__", "99"),
-    ):
-        backends.select(CPU)
-        count = len(checks)
-        monkeypatch.setattr(f"vovnet_fast.{name}", value)
-        forget()
-        assert backends.select(CPU) == "fake"
-        assert len(checks) == count + 1, name
-
-
-def test_a_backend_that_fails_is_named_once_and_not_taken(fake, checks, verified, caplog):
-    fake.apply_gates = double
-    for _ in range(2):
-        assert backends.select(CPU) == "reference"
-        assert not backends.fused(CPU)
-    assert len(checks) == len(caplog.records) == 1
-    assert "the fake backend fails its self-check on cpu; torch" in caplog.text
-    assert "9 of 9 checks failed" in caplog.text
-    assert "apply_gates (2x5x7x48, gates and identity, float16): error" in caplog.text
-    assert "VOVNET_FAST_BACKEND=reference" in caplog.text
-    assert not verified.exists()
-    forget()
-    fake.apply_gates = reference.apply_gates
-    assert backends.select(CPU) == "fake"  # It is checked again by the next process.
-
-
-@pytest.mark.parametrize("content", ["", "[]", '{"format": 1, "choices": {"m": 1}}'])
-def test_a_damaged_file_is_said_aloud_and_the_check_runs_again(
-    fake, checks, verified, caplog, content
-):
-    verified.write_text(content)
-    assert backends.select(CPU) == "fake"
-    assert f"ignoring the file {verified}" in caplog.text
-    assert len(checks) == 1
-    forget()
-    assert backends.select(CPU) == "fake"
-    assert len(checks) == 1
-
-
-def test_threads_wait_for_one_check(fake, checks):
-    barrier, found = threading.Barrier(8), []
-
-    def ask():
-        barrier.wait()
-        found.append(backends.select(CPU))
-
-    threads = [threading.Thread(target=ask) for _ in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert found == ["fake"] * 8
-    assert len(checks) == 1
-
-
-def test_nothing_is_checked_during_a_capture(fake, checks, monkeypatch):
-    gpu = torch.device("cuda", 0)
-    monkeypatch.setattr(backends, "CANDIDATES", {"cuda": ("fake",)})
-    monkeypatch.setattr(tuning, "machine", lambda device: "a GPU")
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(backends.BackendError, match="run the model once before the capture"):
-        backends.select(gpu)
-    with backends.use_backend("reference"):
-        assert backends.select(gpu) == "reference"
-    assert checks == []
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(selfcheck, "run", lambda backend, device, **_: checks.append(device) or [])
-    assert backends.select(gpu) == "fake"
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert backends.select(gpu) == "fake"  # Now it is known.
-    forget()
-    assert backends.select(gpu) == "fake"  # From the file, too.
-    assert checks == [gpu]
-
-
-def test_what_is_not_checked_is_not_taken(fake, checks):
-    assert backends.select(CPU, torch.float64) == "reference"
-    assert not backends.fused(CPU, torch.float64)
-    fake.why_not = lambda device: "no such instructions"
-    assert backends.select(CPU) == "reference"
-    assert checks == []
-    backends._decide.cache_clear()
-    fake.why_not = lambda device: None
-    assert backends.get(CPU, torch.float32) is fake
-
-
-def test_the_next_candidate_has_its_turn(fake, checks, monkeypatch):
-    second = types.ModuleType("vovnet_fast.backends.second")
-    vars(second).update({k: v for k, v in vars(fake).items() if not k.startswith("__")})
-    monkeypatch.setitem(sys.modules, second.__name__, second)
-    monkeypatch.setattr(backends, "NAMES", (*backends.NAMES, "second"))
-    monkeypatch.setattr(backends, "CANDIDATES", {"cpu": ("fake", "second")})
-    fake.apply_gates = double
-    assert backends.select(CPU) == "second"
-    assert [name for name, _ in checks] == ["fake", "second"]
-
-
-def test_auto_can_be_asked_for_and_tuning_has_no_say(fake, checks, monkeypatch):
-    monkeypatch.setenv("VOVNET_FAST_BACKEND", "auto")
-    monkeypatch.setenv("VOVNET_FAST_TUNE", "0")
-    assert backends.chosen() == "auto"
-    assert backends.select(CPU) == "fake"
-    assert len(checks) == 1
-
-
-def test_other_devices_have_the_reference(checks, monkeypatch):
-    monkeypatch.setattr(backends, "CANDIDATES", {})
-    assert backends.select(CPU) == "reference"
-    assert not backends.fused(CPU)
-    assert checks == []
-
-
-# --------------------------------------------------------------------------------------
-# Compilation and export
-# --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("right", [True, False])
-def test_the_decision_is_made_before_a_graph_is_traced(fake, checks, right, caplog):
-    """With real tensors, whether the first to ask is an eager call or torch.compile."""
-    if not right:
-        fake.apply_gates = double
-
-    @torch.compile(fullgraph=True, backend="aot_eager")
-    def f(x):
-        return x + 1 if backends.fused(x.device, x.dtype) else x - 1
-
-    x = torch.zeros(3)
-    assert f(x).tolist() == [1.0 if right else -1.0] * 3
-    assert f(x.double()).tolist() == [-1.0] * 3
-    with backends.use_backend("reference"):
-        assert f(x).tolist() == [-1.0] * 3
-    assert checks == [("fake", "cpu")]
-
-
-def test_a_network_compiles_without_a_graph_break(fake, checks, monkeypatch):
-    model, x = VoVNet(TINY["detectron2"]).eval(), torch.randn(1, 3, 40, 40)
-    with torch.no_grad():
-        with backends.use_backend("reference"):
-            expected = model(x)
-        found = torch.compile(model, fullgraph=True, backend="aot_eager")(x)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * b.abs().max().item())
-    assert checks == [("fake", "cpu")]
-
-
-@torch.no_grad()
-def test_exported_graphs_are_those_of_plain_modules(fake, checks):
-    model, x = VoVNet(TINY["detectron2"]).eval(), torch.randn(1, 3, 64, 64)
-    for strict in (False, True):
-        program = torch.export.export(model, (x,), strict=strict)
-        assert "vovnet_fast." not in str(program.graph)
-    assert "vovnet_fast::" not in str(torch.jit.trace(model, x, check_trace=False).inlined_graph)
-    assert checks == []
+def test_the_slim_check_is_a_part_of_the_thorough_one():
+    names = [(case.function, case.words) for case in selfcheck.CASES]
+    assert len(set(names)) == len(names)
+    slim, thorough = (
+        {
+            row.case
+            for row in selfcheck.run("reference", "cpu", [torch.float32], ["conv"], slim=slim)
+        }
+        for slim in (True, False)
+    )
+    assert slim == {c.words for c in selfcheck.CASES if c.slim and c.function == "conv"}
+    assert slim < thorough

@@ -328,6 +328,7 @@ def test_autocast_is_no_worse_than_eager(dtype, norm_eval):
     assert errors[1] <= 2 * errors[0]
 
 
+@pytest.mark.versions
 def test_grad_scaler():
     model = network(dtype=torch.float32)
     scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
@@ -394,6 +395,7 @@ def test_compiles_without_a_graph_break(name, mode):
     assert_same_gradients(ours, eager)
 
 
+@pytest.mark.versions
 def test_custom_ops_pass_torchs_own_checks():
     """Schemas, fakes, aliasing, and the registration of gradients."""
     calls = []

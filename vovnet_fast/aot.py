@@ -11,14 +11,16 @@ ones, and their arguments are specialised as Triton's launcher does it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
+import hashlib
 import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,12 +46,6 @@ INSTRUCTIONS = {
     "LDL": r"\bLDL\b",  # Load of a spilled register.
 }
 """SASS instructions that are counted, by the pattern that finds them."""
-
-_SHARED_PER_SM = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
-_SHARED_RESERVED = 1 << 10  # Per resident CTA, by the driver.
-_REGISTERS_PER_SM = 1 << 16
-_THREADS_PER_SM = 2048
-_CTAS_PER_SM = 32
 
 
 @dataclass(frozen=True)
@@ -85,6 +81,7 @@ class Row:
         ctas: programs that fit on a processor at a time.
         instructions: counts of those of :data:`INSTRUCTIONS` that occur.
         essential: as in :class:`Job`.
+        key: as :func:`key` makes it.
     """
 
     kernel: str
@@ -98,6 +95,7 @@ class Row:
     ctas: int
     instructions: dict[str, int]
     essential: bool
+    key: str
 
 
 def _meta(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
@@ -159,6 +157,7 @@ _LAYERS: tuple[tuple[int, int, int, int], ...] = (
     (1472, 768, 1, 1),
     (1888, 1024, 1, 1),
     (768, 224, 3, 1),
+    (512, 192, 3, 1),
     (64, 64, 1, 1),
     (80, 80, 1, 1),
 )
@@ -421,17 +420,23 @@ def _backward_jobs() -> Iterator[Job]:
                 yield job("finish weight gradient", launch, f"products{library}")
 
 
+def capability(arch: str) -> tuple[int, int]:
+    """``(9, 0)`` for ``sm_90``."""
+    number = int(arch.removeprefix("sm_"))
+    return number // 10, number % 10
+
+
+def conv_jobs(arch: str) -> Iterator[Job]:
+    """The convolutions of :func:`jobs`."""
+    number = capability(arch)
+    yield from _conv_jobs(number)
+    yield from _conv_training_jobs(number)
+    yield from _conv_weight_grad_jobs(number)
+
+
 def jobs(arch: str) -> list[Job]:
     """Everything that is shipped for ``arch``, over the layers of the published networks."""
-    number = int(arch.removeprefix("sm_"))
-    capability = (number // 10, number % 10)
-    return [
-        *_conv_jobs(capability),
-        *_conv_training_jobs(capability),
-        *_conv_weight_grad_jobs(capability),
-        *_elementwise_jobs(),
-        *_backward_jobs(),
-    ]
+    return [*conv_jobs(arch), *_elementwise_jobs(), *_backward_jobs()]
 
 
 def compile_launch(launch: Launch, arch: str) -> Any:
@@ -445,6 +450,17 @@ def compile_launch(launch: Launch, arch: str) -> Any:
     return variant(launch).compile(arch)
 
 
+def key(job: Job, arch: str) -> str:
+    """The same for jobs that compile to the same: source, specialisation, compiler."""
+    import triton
+
+    from .kernels._variants import variant
+
+    needed = variant(job.launch)
+    parts = (triton.__version__, arch, needed.kernel.cache_key, needed.key)
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
 def _tool(name: str, *arguments: str) -> str:
     """Run one of the CUDA tools that come with Triton."""
     import triton
@@ -454,31 +470,37 @@ def _tool(name: str, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def disassemble(cubin: bytes) -> tuple[int, int, str]:
-    """Registers a thread, bytes of stack a thread, and SASS of a compiled kernel."""
+@contextlib.contextmanager
+def _file(cubin: bytes) -> Iterator[str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "-res-usage", file.name))
-        sass = _tool("nvdisasm", "-c", file.name)
+        yield file.name
+
+
+def _usage(name: str) -> tuple[int, int]:
+    """Registers and bytes of stack a thread of a compiled kernel in a file."""
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "-res-usage", name))
     assert usage is not None, "cuobjdump printed no resource usage"
-    return int(usage[1]), int(usage[2]), sass
+    return int(usage[1]), int(usage[2])
+
+
+def disassemble(cubin: bytes) -> tuple[int, int, str]:
+    """Registers a thread, bytes of stack a thread, and SASS of a compiled kernel."""
+    with _file(cubin) as name:
+        return *_usage(name), _tool("nvdisasm", "-c", name)
+
+
+def resources(job: Job, arch: str) -> tuple[int, int, int]:
+    """Compile ``job``: registers and bytes spilled of a thread, bytes of shared memory."""
+    compiled = compile_launch(job.launch, arch)
+    with _file(compiled.asm["cubin"]) as name:
+        return *_usage(name), compiled.metadata.shared
 
 
 def _count(sass: str) -> dict[str, int]:
     counts = {name: len(re.findall(pattern, sass)) for name, pattern in INSTRUCTIONS.items()}
     return {name: count for name, count in counts.items() if count}
-
-
-def _resident(arch: str, warps: int, registers: int, shared: int) -> int:
-    """Programs that fit on a processor, by registers, shared memory and threads."""
-    allocated = -(-registers // 8) * 8 * 32 * warps  # Registers come by 8 a thread.
-    return min(
-        _REGISTERS_PER_SM // allocated,
-        _SHARED_PER_SM[arch] // (shared + _SHARED_RESERVED),
-        _THREADS_PER_SM // (32 * warps),
-        _CTAS_PER_SM,
-    )
 
 
 def compile_job(job: Job, arch: str) -> Row:
@@ -488,30 +510,60 @@ def compile_job(job: Job, arch: str) -> Row:
 
 def examine(job: Job, arch: str) -> tuple[Row, str]:
     """Compile ``job`` for ``arch``; returns what it needs, and its SASS."""
+    from .kernels.resources import Resources
+
     compiled = compile_launch(job.launch, arch)
     registers, spilled, sass = disassemble(compiled.asm["cubin"])
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
-    resident = _resident(arch, warps, registers, shared)
+    resident = Resources(warps, registers, shared).resident(capability(arch))
     row = Row(
         job.kernel, job.layer, job.config,
         arch, warps, registers, spilled, shared, resident, _count(sass), job.essential,
+        key(job, arch),
     )  # fmt: skip
     return row, sass
 
 
-def rows(arch: str, *, all_layers: bool = False) -> Iterator[Row]:
+def rows(
+    arch: str, *, all_layers: bool = False, known: Mapping[str, Row] | None = None
+) -> Iterator[Row]:
     """Compile what is shipped for ``arch``, one by one.
 
     Args:
         arch: one of :data:`ARCHITECTURES`.
         all_layers: every layer and dtype in every configuration. Otherwise every
             kernel in every configuration, with one layer each.
+        known: rows by key, of what need not be compiled.
     """
     if arch not in ARCHITECTURES:
         raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
     for job in jobs(arch):
         if job.essential or all_layers:
-            yield compile_job(job, arch)
+            found = known.get(key(job, arch)) if known else None
+            yield compile_job(job, arch) if found is None else _named(found, job)
+
+
+def _named(row: Row, job: Job) -> Row:
+    return dataclasses.replace(
+        row, kernel=job.kernel, layer=job.layer, config=job.config, essential=job.essential
+    )
+
+
+def read(file: Path) -> dict[str, Row]:
+    """The rows that ``--json`` printed, by key.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: a line is no row.
+    """
+    found = {}
+    for number, line in enumerate(file.read_text().splitlines(), 1):
+        try:
+            row = Row(**json.loads(line))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{file}, line {number}, is no row of --json: {error}") from error
+        found[row.key] = row
+    return found
 
 
 def _print_table(table: Iterable[Row], arch: str) -> None:
@@ -540,8 +592,28 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", choices=ARCHITECTURES, default="sm_90")
     parser.add_argument("--all", action="store_true", help="every layer and dtype, not one each")
     parser.add_argument("--json", action="store_true", help="print JSON, one row a line")
+    parser.add_argument(
+        "--known", metavar="FILE", type=Path,
+        help="rows of an earlier --json: what they are of is not compiled again",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resources", action="store_true", help="write the tables that choices are made from"
+    )
     options = parser.parse_args(arguments)
-    table = rows(options.arch, all_layers=options.all)
+    if options.resources:
+        from . import aot_resources
+        from .kernels.resources import FOLDER
+
+        for file in aot_resources.write(FOLDER):
+            print(file)
+        return 0
+    known = None
+    if options.known is not None:
+        try:
+            known = read(options.known)
+        except (OSError, ValueError) as error:
+            parser.error(str(error))
+    table = rows(options.arch, all_layers=options.all, known=known)
     if options.json:
         for row in table:
             print(json.dumps(dataclasses.asdict(row)), flush=True)

@@ -262,8 +262,17 @@ def _automatic(device: torch.device) -> str:
     """What is taken on a device unless something is asked for by name."""
     for name in backends.CANDIDATES.get(device.type, ()):
         if backends.why_not(name, device) is None:
-            known = selfcheck.remembered(name, device)
-            return name if known else f"{name}, if it passes its check at the first use"
+            functions = {case.function for case in selfcheck.CASES}
+            passed = [
+                selfcheck.remembered(name, device, dtype, [function])
+                for function, dtype in itertools.product(functions, selfcheck.DTYPES)
+            ]
+            if all(passed):
+                return name
+            return (
+                f"{name}: each function once it has passed its check in a dtype, which "
+                f"{sum(map(bool, passed))} of {len(passed)} have; others are checked when needed"
+            )
     return "reference"
 
 

@@ -30,7 +30,7 @@ from .model import VoVNet
 from .ops import BlockParams, ConvParams, NetworkParams, _checks
 from .ops import features as run_op
 from .ops.conv import unflatten
-from .ops.features import check_size, plan, rebuild, run
+from .ops.features import check_size, needs, plan, rebuild, run
 from .ops.memory import Arena, Memory
 
 KEPT_SHAPES = 8
@@ -263,6 +263,7 @@ class FrozenVoVNet(nn.Module):
         layers, fcs = params.convs(), params.fcs()
         channels, strides = params.spec.feature_channels(), params.spec.feature_strides()
         self.spec, self._encoded_spec = params.spec, params.encoded_spec
+        self._needs = needs(params.spec)
         self.out_features = out_features
         self.feature_channels = tuple(channels[name] for name in out_features)
         self.feature_strides = tuple(strides[name] for name in out_features)
@@ -397,13 +398,13 @@ class FrozenVoVNet(nn.Module):
 
     def _trace(self, x: Tensor) -> list[Tensor]:
         """Under torch.compile and torch.export, which plan memory themselves."""
-        if backends.fused(x.device, self.dtype):
+        if backends.fused(x.device, self.dtype, self._needs):
             return run_op(x.to(self.dtype), self._params(), self.out_features)
         return self._compute(x, Memory())
 
     def _run(self, x: Tensor) -> list[Tensor]:
         """In an arena, where the backend is fused."""
-        if not backends.fused(x.device, self.dtype):
+        if not backends.fused(x.device, self.dtype, self._needs):
             return self._compute(x, Memory())
         # What a stream is given it does in order: only there can memory be used again
         # before the work on it is done.
@@ -414,7 +415,7 @@ class FrozenVoVNet(nn.Module):
             n, c, h, w = x.shape
             needed = plan((n, c, h, w), self._params(), self.out_features)
             workspace = _Workspace(Arena(needed, self.dtype, x.device))
-        if backends.select(x.device, self.dtype) == "cpu":
+        if backends.select(x.device, self.dtype, self._needs) == "cpu":
             image, params = self._image(x, workspace.arena), self._params()
             work = functools.partial(
                 run, cpu, params=params, out_features=self.out_features, memory=workspace.arena
@@ -428,11 +429,11 @@ class FrozenVoVNet(nn.Module):
 
     def _compute(self, x: Tensor, memory: Memory) -> list[Tensor]:
         """On the backend that was chosen, with memory for what is fused."""
-        if not backends.fused(x.device, self.dtype):
+        if not backends.fused(x.device, self.dtype, self._needs):
             x = x.to(self.dtype, memory_format=torch.channels_last)
             statistics = (self.zeros, self.ones)
             return folded_forward(x, self._params(), self.out_features, statistics)
-        backend = backends.get(x.device, self.dtype)
+        backend = backends.get(x.device, self.dtype, self._needs)
         found = run(backend, self._image(x, memory), self._params(), self.out_features, memory)
         return [_checks.nchw(feature) for feature in found]
 

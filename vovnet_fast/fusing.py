@@ -18,7 +18,7 @@ from ._dtypes import accumulator
 from .norms import FrozenBatchNorm2d
 from .ops import ConvParams, batch_norm
 from .ops.batch_norm import FixedNorm
-from .ops.conv import channels_last, depthwise_last
+from .ops.conv import Kinds, channels_last, depthwise_last
 
 CPU_PIXELS, CPU_PIXELS_TRAINING = 1600, 6400
 """Pixels of a map, N * H * W, from which ``auto`` runs a module as one op on a CPU: in fp32 without
@@ -75,10 +75,26 @@ class Fusable(nn.Module):
         """Its convolution layers by name, in the order in which they run."""
         raise NotImplementedError
 
+    def needs(self, kinds: Kinds, *, backward: bool) -> tuple[str, ...]:
+        """The functions of a backend that its op uses; see :meth:`Kinds.needs`."""
+        raise NotImplementedError
+
+    @property
+    def kinds(self) -> Kinds:
+        """Which kinds of layers it has."""
+        layers = list(self.conv_layers().values())
+        batch = [parts.norm for parts in layers if parts.batch]
+        return Kinds(
+            any(parts.depthwise is not None for parts in layers),
+            len(batch) < len(layers),
+            len(batch) > 0,
+            any(isinstance(norm, nn.SyncBatchNorm) for norm in batch),
+        )
+
     @property
     def batch(self) -> bool:
         """Whether a norm takes its statistics from the batch."""
-        return any(parts.batch for parts in self.conv_layers().values())
+        return self.kinds.batch
 
     def why_not_fused(self) -> str | None:
         """The reason why no op can take the place of its parts, or None."""
@@ -102,7 +118,7 @@ class Fusable(nn.Module):
         Raises:
             BackendError: a fused backend was asked for by name and cannot; the message says why.
         """
-        if not fused(x):
+        if not fused(x, ()):
             return False
         # What has not four dimensions is refused by the op.
         if x.dim() == 4 and self.faster_plain(x, x.shape[0] * x.shape[2] * x.shape[3]):
@@ -110,7 +126,8 @@ class Fusable(nn.Module):
         reason = self.why_not_fused()
         if reason is not None and backends.chosen() != "auto":
             raise backends.BackendError(reason)
-        return reason is None
+        # Only what is really going to run is worth a check.
+        return reason is None and fused(x, self.needs(self.kinds, backward=needs_gradient(self, x)))
 
     def faster_plain(self, x: Tensor, pixels: int) -> bool:
         """Whether ``auto`` leaves it to PyTorch, for maps of so many pixels made of ``x``."""
@@ -137,9 +154,9 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def fused(x: Tensor) -> bool:
-    """Whether ``x`` goes through ops; see :func:`vovnet_fast.backends.fused`."""
-    return backends.fused(x.device, compute_dtype(x))
+def fused(x: Tensor, needs: tuple[str, ...]) -> bool:
+    """Whether ``x`` goes through ops that use some functions; see :func:`backends.fused`."""
+    return backends.fused(x.device, compute_dtype(x), needs)
 
 
 def needs_gradient(module: nn.Module, x: Tensor) -> bool:
@@ -159,7 +176,7 @@ def faster_plain(x: Tensor, pixels: int, *, batch: bool, gradient: bool) -> bool
         gradient: what the op keeps for a backward pass will be needed.
     """
     dtype = compute_dtype(x)
-    if backends.chosen() != "auto" or backends.select(x.device, dtype) != "cpu":
+    if backends.chosen() != "auto" or backends.select(x.device, dtype, ()) != "cpu":
         return False
     if gradient or batch:
         return pixels < CPU_PIXELS_TRAINING

@@ -21,7 +21,11 @@ from .fusing import Fusable, Parts, compute_dtype, conv_params, fused, update_ru
 from .norms import NormCfg, build_norm
 from .ops import BlockParams, ConvParams, max_pool
 from .ops.chain import conv_chain
+from .ops.chain import needs as chain_needs
+from .ops.conv import Kinds
+from .ops.max_pool import needs as pool_needs
 from .ops.max_pool import output_size as pooled_size
+from .ops.osa import needs as block_needs
 from .ops.osa import osa_block_with_statistics
 from .specs import BlockPlan, Gate, Pool
 
@@ -156,6 +160,10 @@ class Stem(Fusable):
         """See :class:`Fusable`."""
         return {name: Parts.of(self, name) for name in ("stem_1", "stem_2", "stem_3")}
 
+    def needs(self, kinds: Kinds, *, backward: bool) -> tuple[str, ...]:
+        """See :class:`Fusable`."""
+        return chain_needs(kinds, backward=backward)
+
 
 class ESE(nn.Module):
     """Effective Squeeze-Excitation (arXiv:1911.06667, section 3.2).
@@ -287,6 +295,11 @@ class OSABlock(Fusable):
         modules: list[Any] = [self.conv_reduction, *self.layers, self.concat]
         return {m.name: Parts.of(m, m.name) for m in modules if m is not None}
 
+    def needs(self, kinds: Kinds, *, backward: bool) -> tuple[str, ...]:
+        """See :class:`Fusable`."""
+        gated, identity = self.ese is not None, self.plan.identity
+        return block_needs(kinds, gated=gated, identity=identity, backward=backward)
+
     def _aggregate(self, x: Tensor) -> Tensor:
         return reference.osa_block(
             x,
@@ -345,10 +358,12 @@ class OSAStage(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C_in, H, W]`` to ``[N, C_out, H', W']``."""
         blocks = list(self.children())
-        ops = fused(x)
+        needs: tuple[str, ...] = ()
         n, _, height, width = x.shape
         if self.pool is not None:
+            needs = pool_needs(backward=torch.is_grad_enabled() and x.requires_grad)
             height, width = pooled_size(height, width, self.pool)
+        ops = fused(x, needs)
         rooms = [_room(b, x, n * height * width) if ops else 0 for b in [*blocks, None]]
         if self.pool is not None and ops:
             x = max_pool(x, self.pool, width=rooms[0])

@@ -21,6 +21,7 @@ from .fusing import compute_dtype, faster_plain, fused, has_hooks, needs_gradien
 from .layers import OSABlock, OSAStage, Stem
 from .norms import NormCfg
 from .ops.features import check_size
+from .ops.features import needs as features_need
 from .specs import FIRST_STAGE, NUM_STAGES, VoVNetSpec
 
 STAGE_NAMES = tuple(f"stage{FIRST_STAGE + i}" for i in range(NUM_STAGES))
@@ -87,7 +88,8 @@ class VoVNet(nn.Module):
                 f"stages 2 to frozen_stages + 1), got {frozen_stages}"
             )
         self.spec = spec
-        self._encoded_spec = spec.encode()  # Here, because torch.compile cannot trace it.
+        # Here, because torch.compile cannot trace them.
+        self._encoded_spec, self._needs = spec.encode(), features_need(spec)
         self.input_ch = input_ch
         self.out_features = _choose_features(spec, out_features, out_indices)
         self.frozen_stages = frozen_stages
@@ -163,7 +165,7 @@ class VoVNet(nn.Module):
         check_size(self.spec, self.out_features, x.shape[2], x.shape[3])
         if x.is_cuda and not torch.compiler.is_compiling():
             first_use.of_model(self, x, compute_dtype(x))
-        if fused(x) and self._is_one_op(x):
+        if fused(x, ()) and self._is_one_op(x) and fused(x, self._needs):
             dtype = compute_dtype(x)
             return tuple(ops.features(x.to(dtype), self.fold(dtype), self.out_features))
         return self._run_modules(x)
@@ -222,7 +224,7 @@ class VoVNet(nn.Module):
         wanted, features = self.out_features, []
         # A feature that is returned keeps its memory: it should be no larger than itself.
         room = 0
-        if "stem" not in wanted and fused(x):
+        if "stem" not in wanted and fused(x, ()):
             n, _, height, width = x.shape
             pixels = n * height * width // math.prod(self.spec.stem_strides) ** 2
             room = cast(OSAStage, self.stage2).room(x, pixels)

@@ -209,6 +209,7 @@ def test_backward_of_odd_sizes(size, check):
     check((1, *size, 16), torch.float64)
 
 
+@pytest.mark.versions
 def test_backward_of_single_pixels(check):
     check((9, 1, 1, 16), torch.float64)
 

@@ -198,6 +198,7 @@ def test_channel_tails(c_in, c_out, case, check):
     check(case(1, 2, 6, c_in, c_out, torch.float16))
 
 
+@pytest.mark.versions
 def test_image(case, check):
     """The stem: three channels, stride 2."""
     layer = case(2, 9, 14, 3, 64, torch.float16, stride=2)

@@ -28,7 +28,7 @@ def _both():
 @pytest.mark.parametrize("function", FUNCTIONS)
 @torch.no_grad()
 def test_same_results(function, dtype):
-    cases = [case for case in selfcheck.CASES if case.function == function]
+    cases = [case for case in selfcheck.CASES if case.function == function and not case.slim]
     if function.startswith("conv"):
         cases = cases[-1:]  # The interpreter takes seconds for each.
     for case in cases:

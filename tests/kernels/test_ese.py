@@ -61,6 +61,7 @@ def test_gates_from_any_number_of_partials(tiles, check_gates):
     check_gates(2, tiles, 64, torch.float16, "sigmoid", pixels=67200)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("kind", KINDS)
 def test_gates_of_nan_and_inf(kind, assert_same_nonfinite, device):
     partials = torch.rand(4, 3, 64, device=device)
@@ -214,6 +215,7 @@ def test_backward_of_every_width(channels, check_backward):
     check_backward((2, 3, 5, channels), torch.float64, "sigmoid", crop=channels % 3 == 1)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("size", [(1, 1), (1, 300), (300, 1), (17, 31)])
 def test_backward_of_odd_sizes(size, check_backward):
     check_backward((2, *size, 16), torch.float64, "hard_sigmoid")

@@ -18,6 +18,8 @@ from vovnet_fast.layers import OSABlock
 from vovnet_fast.ops import _checks
 from vovnet_fast.ops.features import run as run_network
 
+CPU = torch.device("cpu")
+
 BACKENDS = ["reference", "cpu", "triton"]
 
 
@@ -221,7 +223,7 @@ def test_nothing_is_concatenated_or_passed_over_twice(backend, monkeypatch):
         lambda launch, _: launched.append(launch.kernel.fn.__name__),
     )
     with Recorder() as record:
-        run_network(backends.get(x.device), view, params, model.out_features)
+        run_network(backends.get(x.device, x.dtype, ()), view, params, model.out_features)
     assert set(record.ops) <= {"new_empty", "empty_like", "slice", "as_strided", "view", "alias"}
     blocks = list(model.spec.blocks())
     assert collections.Counter(launched) == {
@@ -330,13 +332,13 @@ def test_choosing_a_backend(monkeypatch):
     ):
         pass
     with backends.use_backend("auto"):
-        assert backends.select(torch.device("cpu"), torch.float64) == "reference"
+        assert backends.select(CPU, torch.float64, ("conv",)) == "reference"
         with backends.use_backend("triton"):
-            assert backends.select(torch.device("cpu")) == "triton"
+            assert backends.select(CPU, torch.float64, ("conv",)) == "triton"
         assert backends.chosen() == "auto"
     monkeypatch.setattr(backends._choice, "name", None)
     monkeypatch.setenv("VOVNET_FAST_BACKEND", "triton")
-    assert backends.select(torch.device("cpu")) == "triton"
+    assert backends.select(CPU, torch.float64, ("conv",)) == "triton"
     monkeypatch.setenv("VOVNET_FAST_BACKEND", "tritn")
     with pytest.raises(ValueError, match="'tritn': choose one of auto, reference, cpu, triton"):
-        backends.select(torch.device("cpu"))
+        backends.select(CPU, torch.float64, ("conv",))

@@ -1,24 +1,39 @@
 """The self-check of the Triton backend: in the interpreter, or on a GPU."""
 
 import dataclasses
+import threading
+from pathlib import Path
 
 import pytest
 import torch
 
-from vovnet_fast import selfcheck
+from tests.extension_cases import require
+from vovnet_fast import selfcheck, specs, tuning
 from vovnet_fast.backends import triton as backend
+from vovnet_fast.compiling.needed import Run, plan
+from vovnet_fast.compiling.rehearsal import Setting
 from vovnet_fast.kernels import _common
+from vovnet_fast.kernels._variants import variant
+from vovnet_fast.ops.features import needs
+from vovnet_fast.selfcheck import runner, sources
 
 FUNCTIONS = sorted({case.function for case in selfcheck.CASES})
-DTYPES = selfcheck.DTYPES
-if not torch.cuda.is_available():  # The interpreter is slow, and has its own way with bf16.
-    DTYPES = (torch.float16, torch.float32)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
 def test_every_function_passes(function, device):
-    rows = selfcheck.run("triton", device, DTYPES, [function])
-    assert {row.dtype for row in rows} == set(DTYPES)
+    """On a GPU. The interpreter is slow, and has its own way with bf16: each case once."""
+    if device.type == "cuda":
+        rows = selfcheck.run("triton", device, functions=[function])
+    else:
+        rows = selfcheck.run("triton", device, [torch.float16], [function], slim=True)
+        with pytest.MonkeyPatch.context() as patch:
+            rest = [case for case in selfcheck.CASES if not case.slim]
+            patch.setattr(runner, "CASES", rest)
+            rows += selfcheck.run("triton", device, [torch.float32], [function])
+    assert {row.case for row in rows} == {
+        c.words for c in selfcheck.CASES if c.function == function
+    }
     for row in rows:
         assert row.passed, row
 
@@ -44,3 +59,62 @@ def test_a_broken_kernel_is_found_and_named(function, device, monkeypatch):
     rows = selfcheck.run("triton", device, [torch.float16], [function, "apply_gates"])
     assert {row.function for row in rows if not row.passed} == {function}
     assert {row.function for row in rows if row.passed} == {"apply_gates"}
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_launches_are_planned_for_every_case_of_the_slim_check(function):
+    slim = [case for case in selfcheck.CASES if case.slim and case.function == function]
+    found = selfcheck.launches([function], torch.bfloat16, "meta")
+    assert len(found) >= len(slim)
+    with pytest.raises(ValueError, match="no function is called convolve"):
+        selfcheck.launches(["convolve"], torch.bfloat16, "meta")
+
+
+@pytest.mark.parametrize("name", ["triton", "cpu"])
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_what_computes_a_function_is_what_runs(function, name):
+    """Verdicts are forgotten when it is edited, and no verdict of another function is."""
+    if name == "cpu":
+        require("cpu")
+    backend._kernels()  # What is imported does not count as run.
+    ran = set()
+    threading.setprofile(lambda frame, *_: ran.add(frame.f_code.co_filename))
+    try:
+        if name == "triton":
+            found = selfcheck.launches([function], torch.float16, "meta")
+            ran.update(launch.kernel.fn.__code__.co_filename for launch in found)
+        else:
+            selfcheck.run(name, "cpu", [torch.float32], [function], slim=True)
+    finally:
+        threading.setprofile(None)
+    files = {path.resolve() for path in sources.files(name, function)}
+    package = Path(sources.__file__).parents[1]
+    folders = [(package / folder).resolve() for folder in ("backends", "kernels")]
+    ours = {path for path in map(Path, ran) if path.resolve().parent in folders}
+    reference = package / "backends" / "reference.py"  # It is what they are held against.
+    assert {path.resolve() for path in ours} - {reference.resolve()} <= files
+    assert backend.__file__ in map(str, ours) or name == "cpu"
+
+
+def test_kernels_of_other_functions_do_not_count():
+    def using(module):
+        return {f for f in FUNCTIONS if module in {p.stem for p in sources.files("triton", f)}}
+
+    gates = {"gates", "gates_backward", "gate_sums", "apply_gates", "apply_gates_backward"}
+    assert using("ese") == gates
+    assert using("max_pool") == {"max_pool", "max_pool_backward"}
+    assert using("conv_weight_grad") == {"conv_weight_grad"}
+    assert using("_common") == set(FUNCTIONS)
+
+
+def test_the_slim_check_needs_few_kernels_that_a_network_does_not_need():
+    """Of V-99 in inference with static choices; tuning measures what the others are."""
+    setting = Setting(planning=tuning.Planning(measured=False))
+    run = plan(Run("V-99-eSE", (6, 640, 1600)), setting)
+    assert run.functions == set(needs(specs.get("V-99-eSE")))
+    launched = {variant(launch).key for launch in run.launches}
+    checked = {
+        variant(launch).key for launch in selfcheck.launches(run.functions, run.dtype, "meta")
+    }
+    assert len(checked - launched) <= 5
+    assert len(checked) <= 12

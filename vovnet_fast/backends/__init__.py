@@ -10,8 +10,9 @@
 =================  ==========================================================
 
 A backend asked for by name that cannot run is an error, never a silent fallback. Asked
-for none, or for ``auto``, the first of :data:`CANDIDATES` that can run is taken, once it has
-passed :mod:`vovnet_fast.selfcheck` on that device, and otherwise the reference.
+for none, or for ``auto``, the first of :data:`CANDIDATES` is taken that can run, and whose
+functions that will be used have passed :mod:`vovnet_fast.selfcheck` on that device in that dtype,
+and otherwise the reference.
 
 Every backend has these functions. Activations are ``[N, H, W, C]`` views with
 channel stride 1, usually slots of a concat buffer; results are written into the
@@ -85,7 +86,6 @@ import os
 import threading
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -165,7 +165,7 @@ _SHAPES = {f"shapes of {name}": name for name in NAMES}
 
 
 @contextlib.contextmanager
-def shapes_only(name: str = "reference", called: set[str] | None = None) -> Iterator[None]:
+def shapes_only(name: str = "reference", needed: set[str] | None = None) -> Iterator[None]:
     """Let modules run as ops of a backend on meta tensors, which have shapes and no memory.
 
     What a fused path allocates and keeps can be counted so, on any machine. What a backend
@@ -173,26 +173,14 @@ def shapes_only(name: str = "reference", called: set[str] | None = None) -> Iter
 
     Args:
         name: of the backend.
-        called: receives the names of its functions that are used.
+        needed: receives the names of its functions that are asked for.
     """
     before = _choice.name, _choice.noted
-    _choice.name, _choice.noted = f"shapes of {name}", called
+    _choice.name, _choice.noted = f"shapes of {name}", needed
     try:
         yield
     finally:
         _choice.name, _choice.noted = before
-
-
-class _Noting(ModuleType):
-    """A backend that notes which of its functions are used."""
-
-    def __init__(self, backend: ModuleType, called: set[str]) -> None:
-        super().__init__(backend.__name__)
-        self._backend, self._called = backend, called
-
-    def __getattr__(self, name: str) -> Any:
-        self._called.add(name)
-        return getattr(self._backend, name)
 
 
 def sees_shapes_only(choice: str) -> bool:
@@ -205,51 +193,54 @@ def chosen() -> str:
     return _choice.name or os.environ.get(ENVIRONMENT) or "auto"
 
 
-def fused(device: torch.device, dtype: torch.dtype | None = None) -> bool:
+def fused(device: torch.device, dtype: torch.dtype, needs: tuple[str, ...]) -> bool:
     """Whether tensors of ``device`` go through the ops, and not through plain modules.
 
     With ``auto``, exported graphs are those of plain modules, which run anywhere.
 
     Args:
         device: of the tensors.
-        dtype: of the activations, where it is known; see :func:`select`.
+        dtype: of the activations; see :func:`select`.
+        needs: functions that will be used; see :func:`select`.
 
     Raises:
         BackendError, ValueError: as :func:`select`.
     """
     name = chosen()
     if name == "auto":
-        return not _exporting() and _automatic(device, dtype) != "reference"
+        return not _exporting() and _automatic(device, dtype, needs) != "reference"
     if name == "reference":
         return False
     if not torch.compiler.is_compiling():  # Then the op itself asks, when it runs.
-        select(device)
+        select(device, dtype, needs)
     return True
 
 
 def select(
-    device: torch.device, dtype: torch.dtype | None = None, choice: str | None = None
+    device: torch.device, dtype: torch.dtype, needs: tuple[str, ...], choice: str | None = None
 ) -> str:
     """Name of the backend that works on tensors of ``device``.
 
-    ``auto`` checks a backend when it is first considered on a kind of device, and
-    remembers on disk that it passed.
+    ``auto`` takes the first whose functions have all been found right on such a device and in
+    this dtype, checks those of which it is not known, and remembers on disk which passed.
 
     Args:
         device: of the tensors.
         dtype: of the activations. ``auto`` takes the reference for those that the check
-            leaves out, which is fp64. None stands for one that is checked.
+            leaves out, which is fp64.
+        needs: functions of the backend that will be used; what uses them says which. With none
+            nothing is checked: the answer is then what ``auto`` would begin with.
         choice: what :func:`chosen` was, if not what it is now: a backward pass, which
             autograd runs in a thread of its own, goes by the choice of its forward pass.
 
     Raises:
         BackendError: the backend that was asked for cannot run on ``device``, or ``auto``
-            has yet to check one while a CUDA graph is being captured.
+            has yet to check a function while a CUDA graph is being captured.
         ValueError: ``VOVNET_FAST_BACKEND`` names no backend.
     """
     name = choice or chosen()
     if name == "auto":
-        return _automatic(device, dtype)
+        return _automatic(device, dtype, needs)
     if name in _SHAPES:
         return _SHAPES[name]
     reason = why_not(name, device)
@@ -259,47 +250,53 @@ def select(
 
 
 def get(
-    device: torch.device, dtype: torch.dtype | None = None, choice: str | None = None
+    device: torch.device, dtype: torch.dtype, needs: tuple[str, ...], choice: str | None = None
 ) -> ModuleType:
     """Module of the backend that works on tensors of ``device``; see :func:`select`."""
-    module = _module(select(device, dtype, choice))
-    return module if _choice.noted is None else _Noting(module, _choice.noted)
+    if _choice.noted is not None:
+        _choice.noted.update(needs)
+    return _module(select(device, dtype, needs, choice))
 
 
-def _automatic(device: torch.device, dtype: torch.dtype | None) -> str:
+def _automatic(device: torch.device, dtype: torch.dtype, needs: tuple[str, ...]) -> str:
     """The backend that ``auto`` stands for."""
-    if dtype is None or dtype in selfcheck.DTYPES:
-        for name in CANDIDATES.get(device.type, ()):
-            if _trusted(name, device):
-                return name
-    return "reference"
+    tf32 = dtype == torch.float32 and device.type == "cuda" and tuning.tf32_allowed()
+    return _settled(device, dtype, needs, tf32)
 
 
-def _trusted(name: str, device: torch.device) -> bool:
-    """Whether a backend can run on ``device`` and is known, or now found, to be right there."""
-    return _decide(name, device, tuning.tf32_allowed())
-
-
-@functools.cache
-def _decide(name: str, device: torch.device, tf32: bool) -> bool:
-    """The answer of :func:`_trusted` for as long as the process lives."""
-    if why_not(name, device) is not None:
-        return False
-    verdict = selfcheck.remembered(name, device)
-    if verdict is not None:
-        return verdict
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise BackendError(
-            f"the {name} backend has not been checked on {device} yet, which cannot be done "
-            "while a CUDA graph is being captured: run the model once before the capture, or "
-            f"choose a backend by name ({ENVIRONMENT} or use_backend)"
-        )
-    return selfcheck.trusted(name, device)
+def _settled(device: torch.device, dtype: torch.dtype, needs: tuple[str, ...], tf32: bool) -> str:
+    """The answer of :func:`_automatic`, the same for as long as the process lives."""
+    return _decide(device, dtype, needs, tf32)
 
 
 # torch.compile calls it while it traces, and takes the answer for a constant. This is what
 # torch.compiler.assume_constant_result does, which would import all of torch._dynamo.
-_trusted._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_settled._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@functools.cache
+def _decide(device: torch.device, dtype: torch.dtype, needs: tuple[str, ...], tf32: bool) -> str:
+    if dtype in selfcheck.DTYPES:
+        for name in CANDIDATES.get(device.type, ()):
+            if why_not(name, device) is None and _trusted(name, device, dtype, needs):
+                return name
+    return "reference"
+
+
+def _trusted(name: str, device: torch.device, dtype: torch.dtype, needs: tuple[str, ...]) -> bool:
+    """Whether a backend's functions are known, or now found, to be right on ``device``."""
+    verdict = selfcheck.remembered(name, device, dtype, needs)
+    if verdict is not None:
+        return verdict
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        kind = str(dtype).removeprefix("torch.")
+        raise BackendError(
+            f"functions of the {name} backend have not been checked on {device} in {kind} yet, "
+            f"of {', '.join(needs)}, which cannot be done while a CUDA graph is being captured: "
+            "run the model once before the capture, or choose a backend by name "
+            f"({ENVIRONMENT} or use_backend)"
+        )
+    return selfcheck.trusted(name, device, dtype, needs)
 
 
 def _exporting() -> bool:
@@ -307,6 +304,10 @@ def _exporting() -> bool:
     return torch.jit.is_tracing() or torch.compiler.is_exporting()
 
 
-# As above, and asked while torch.compile traces: up to torch 2.11 it would itself take
-# is_exporting() for true, and compiled networks would be plain modules.
-_exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]
+COMPILES = torch.__version__ >= "2.10"  # As versions: it is no plain string.
+"""Whether torch.compile traces the ops under ``auto``. Older versions, which come without a Triton
+for the kernels, cannot look at properties of named tuples, and compile plain modules."""
+
+if COMPILES:
+    # As above. Up to torch 2.11 torch.compile itself takes is_exporting() for true.
+    _exporting._dynamo_marked_constant = True  # type: ignore[attr-defined]

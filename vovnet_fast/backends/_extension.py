@@ -30,6 +30,9 @@ NAME = "vovnet_fast._C"
 NORM_ROWS = 6
 """Rows of a batch norm: mean, rstd, scale, shift, variance, count."""
 
+SOURCES = ("_C", "backends._aten", "backends._extension", "backends._fields", "backends._passes")
+"""Modules of this package that compute the functions of :class:`Ops`."""
+
 _GATES = {"hard_sigmoid": 0, "sigmoid": 1}
 _PADDING = {"ceil": 0, "padded": 1}
 _REBUILD = (

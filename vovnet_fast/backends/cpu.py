@@ -25,6 +25,12 @@ def variant() -> str:
     return f"instruction set {_extension.load('cpu').isa()}"
 
 
+def sources(function: str) -> tuple[str, ...]:
+    """Modules of this package that compute a function."""
+    own = ("backends.cpu_conv",) if function == "conv" else ()
+    return ("backends.cpu", *own, *_extension.SOURCES)
+
+
 conv = cpu_conv.conv
 conv_statistics = _ops.conv_statistics
 conv_input_grad = _ops.conv_input_grad

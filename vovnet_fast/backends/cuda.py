@@ -56,6 +56,12 @@ def _refusal(device: torch.device) -> str | None:
     return None
 
 
+def sources(function: str) -> tuple[str, ...]:
+    """Modules of this package that compute a function with static choices."""
+    own = ("backends._engines", "backends.conv_sm90") if function == "conv" else ()
+    return ("backends.cuda", *own, *_extension.SOURCES)
+
+
 def extension() -> Any:
     """``vovnet_fast._C.cuda``: ops as functions of a stream and the fields of a struct.
 

@@ -23,6 +23,7 @@ from .. import backends, specs
 from .._files import replacing
 from ..freeze import freeze
 from ..model import VoVNet
+from ..ops.features import needs
 from ..plan import DTYPES, check_input
 from . import provenance
 from .rows import EAGER
@@ -196,7 +197,7 @@ def _inference(options: Options) -> list[_Provider]:
         return lambda: model(images)
 
     weights = f"weights in {options.dtype}"
-    ours = _ours(options)
+    ours = _ours(options, backward=False)
     found = [
         _Provider(
             EAGER, lambda: eager(torch.channels_last), "reference", f"channels_last, {weights}"
@@ -230,7 +231,7 @@ def _training(options: Options) -> list[_Provider]:
         return TrainingStep(model, options.shape, options.device, DTYPES[options.dtype], layout)
 
     settings = f"{mixed}, batch norms with fixed statistics"
-    ours = _ours(options)
+    ours = _ours(options, backward=True)
     found = [
         _Provider(EAGER, step, "reference", f"channels_last, {settings}"),
         _Provider("eager NCHW", lambda: step(False), "reference", f"NCHW, {settings}"),
@@ -240,10 +241,11 @@ def _training(options: Options) -> list[_Provider]:
     return found
 
 
-def _ours(options: Options) -> str:
+def _ours(options: Options, *, backward: bool) -> str:
     """Which backend the user gets; checks it where that has not been done yet."""
+    needed = needs(specs.get(options.spec), backward=backward)
     with backends.use_backend(options.backend):
-        return backends.select(options.device, DTYPES[options.dtype])
+        return backends.select(options.device, DTYPES[options.dtype], needed)
 
 
 # --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +82,26 @@ def of_frozen(model: Any, x: Tensor) -> None:
     _once(key_of_frozen(model, x, model.dtype), x.device, model.dtype, plan)
 
 
+def of_self_check(functions: Collection[str], dtype: torch.dtype, device: torch.device) -> None:
+    """Compile what the self-check of functions of Triton's backend will launch on a GPU.
+
+    Where a network is used for the first time that is done already; an op may stand alone.
+
+    Raises:
+        ValueError: ``VOVNET_FAST_COMPILE_WORKERS`` is no number.
+    """
+    from . import workers
+    from .rehearsal import Setting, self_check
+
+    if workers.count() == 0:
+        return
+    try:
+        setting = Setting.here(device)
+        compile_launches(self_check(functions, dtype, setting.target), setting)
+    except Exception as error:
+        _say(f"{type(error).__name__}: {error}")
+
+
 def key_of_frozen(model: Any, x: Tensor, dtype: torch.dtype) -> tuple[Hashable, ...]:
     """The same of a frozen model, or of one that is going to be frozen in ``dtype``."""
     return ("frozen", model._encoded_spec, model.out_features, dtype, _octave(x))
@@ -134,7 +154,8 @@ def _once(
         if workers.count() == 0:
             return
         try:
-            ahead(key, Setting.here(device), plan, checks=backends.chosen() == "auto")
+            check = dtype if backends.chosen() == "auto" else None
+            ahead(key, Setting.here(device), plan, check)
         except Exception as error:
             _say(f"{type(error).__name__}: {error}")
 
@@ -146,7 +167,10 @@ def _say(problem: str) -> None:
 
 
 def ahead(
-    key: tuple[Hashable, ...], setting: Setting, plan: Callable[[Setting], Plan], *, checks: bool
+    key: tuple[Hashable, ...],
+    setting: Setting,
+    plan: Callable[[Setting], Plan],
+    check: torch.dtype | None,
 ) -> bool:
     """Compile what a network needs, unless it is noted that all of it is there.
 
@@ -154,7 +178,7 @@ def ahead(
         key: of the network, in its mode.
         setting: where it will run.
         plan: says what it needs, in a thread of its own.
-        checks: the self-check of the functions that it uses will run, too.
+        check: the self-check of the functions that it uses will run, too, in this dtype.
 
     Returns:
         whether it had to be found out.
@@ -172,7 +196,9 @@ def ahead(
     def launches() -> list[Launch]:
         with torch.set_grad_enabled(gradient):
             found = plan(setting)
-        return found.launches + (self_check(found.functions, setting.target) if checks else [])
+        if check is None:
+            return found.launches
+        return found.launches + self_check(found.functions, check, setting.target)
 
     # A thread of its own knows nothing of the caller's modes.
     with concurrent.futures.ThreadPoolExecutor(1) as thread:

@@ -7,7 +7,7 @@ well, and so is what the self-check runs of the functions that are used.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -17,6 +17,7 @@ from .. import backends, selfcheck, tuning
 from ..kernels._common import Launch, Target, planning_for, recording, target_of
 from ..ops import NetworkParams
 from ..ops._checks import nhwc
+from ..ops.features import needs
 from ..ops.features import run as run_features
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -50,7 +51,7 @@ class Plan(NamedTuple):
 
     Attributes:
         launches: in order, those of tuning too.
-        functions: of the backend, that were called; see :mod:`vovnet_fast.backends`.
+        functions: of the backend that are used; see :mod:`vovnet_fast.backends`.
     """
 
     launches: list[Launch]
@@ -85,37 +86,27 @@ def of_params(
 
 
 def _run_folded(params: NetworkParams, x: Tensor, out_features: tuple[str, ...]) -> None:
-    backend = backends.get(x.device, x.dtype)
+    backend = backends.get(x.device, x.dtype, needs(params.spec))
     run_features(backend, nhwc(x), params, out_features)
 
 
 @contextlib.contextmanager
 def _planning(setting: Setting) -> Iterator[Callable[[], Plan]]:
     """Note what is launched inside; what it gives away makes the plan of that."""
-    functions: set[str] = set()
+    needed: set[str] = set()
     with (
         recording() as launches,
         planning_for(setting.target),
         tuning.planning(setting.planning),
-        backends.shapes_only("triton", functions),
+        backends.shapes_only("triton", needed),
     ):
-        yield lambda: Plan(launches, frozenset(functions))
+        yield lambda: Plan(launches, frozenset(needed))
 
 
-def self_check(functions: Iterable[str], target: Target) -> list[Launch]:
-    """What the self-check of these functions launches."""
-    wanted, meta = frozenset(functions), torch.device("meta")
-    with (
-        recording() as launches,
-        planning_for(target),
-        tuning.static_choices(),
-        backends.shapes_only("triton"),
-        torch.no_grad(),
-    ):
-        for case in selfcheck.CASES:
-            for dtype in selfcheck.DTYPES if case.function in wanted else ():
-                list(case.call(backends.get(meta), selfcheck.Tensors(dtype, dtype, meta)))
-    return launches
+def self_check(functions: Collection[str], dtype: torch.dtype, target: Target) -> list[Launch]:
+    """What the self-check of these functions launches, for activations of ``dtype``."""
+    with planning_for(target):
+        return selfcheck.launches(functions, dtype, "meta")
 
 
 def twin(model: Module) -> Module:

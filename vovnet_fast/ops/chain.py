@@ -17,8 +17,13 @@ from .. import backends
 from .._dtypes import accumulator
 from . import _checks, conv, rooms
 from ._checks import nchw, nhwc
-from .conv import ConvGrads, ConvParams, Kept
+from .conv import ConvGrads, ConvParams, Kept, Kinds
 from .memory import Memory
+
+
+def needs(kinds: Kinds, *, backward: bool) -> tuple[str, ...]:
+    """The functions of a backend that a chain uses; see :meth:`Kinds.needs`."""
+    return (*kinds.needs(backward=backward), *(("apply_gates_backward",) if backward else ()))
 
 
 def conv_bn_relu(x: Tensor, params: ConvParams) -> Tensor:
@@ -82,7 +87,8 @@ def _forward(
     x: Tensor, layers: Sequence[ConvParams], keep: bool, choice: str, width: int = 0
 ) -> list[Tensor]:
     """Outputs, statistics, and with ``keep`` the raw convolutions of layers with statistics."""
-    backend, view, memory = backends.get(x.device, x.dtype, choice), nhwc(x), Memory()
+    needed = needs(Kinds.of(layers), backward=keep)
+    backend, view, memory = backends.get(x.device, x.dtype, needed, choice), nhwc(x), Memory()
     outs: list[Tensor] = []
     kept: list[Kept] = []
     for layer in layers:
@@ -115,7 +121,7 @@ def _backward(
     ``outs`` are those of layers with fixed statistics; of the others there are ``norms``
     and ``raws``.
     """
-    backend = backends.get(x.device, x.dtype, choice)
+    backend = backends.get(x.device, x.dtype, needs(Kinds.of(layers), backward=True), choice)
     rest, statistics, results = iter(outs), iter(norms), iter(raws)
     kept, ys = [], []
     for layer in layers:

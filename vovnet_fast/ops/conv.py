@@ -40,6 +40,57 @@ class ConvParams(NamedTuple):
     group: str = ""
 
 
+_FIXED = ("conv",)
+_BATCH = ("conv_statistics", "batch_norm_finish", "normalize")
+_SHARED = ("batch_norm_merge",)
+_DEPTHWISE = ("depthwise",)
+_BACKWARD = ("conv_input_grad", "conv_weight_grad")
+_BATCH_BACKWARD = ("batch_norm_sums", "batch_norm_input_grad")
+_DEPTHWISE_BACKWARD = ("depthwise_input_grad", "depthwise_weight_grad")
+
+
+class Kinds(NamedTuple):
+    """Which kinds of layers there are among several.
+
+    Attributes:
+        depthwise: with a depthwise convolution that comes first.
+        fixed: with a norm of fixed statistics.
+        batch: with a norm that takes its statistics from the batch.
+        shared: with one that shares them with other processes.
+    """
+
+    depthwise: bool
+    fixed: bool
+    batch: bool
+    shared: bool
+
+    @classmethod
+    def of(cls, layers: Sequence[ConvParams]) -> Kinds:
+        """Those of layers as the ops take them."""
+        return cls(
+            any(layer.depthwise is not None for layer in layers),
+            any(layer.eps is None for layer in layers),
+            any(layer.eps is not None for layer in layers),
+            any(layer.eps is not None and bool(layer.group) for layer in layers),
+        )
+
+    def needs(self, *, backward: bool) -> tuple[str, ...]:
+        """The functions of a backend that such layers use; see :func:`backends.select`.
+
+        ``backward``: in a forward pass that a backward pass follows, and in the latter.
+        """
+        used = (
+            (_FIXED, self.fixed),
+            (_BATCH, self.batch),
+            (_SHARED, self.shared),
+            (_DEPTHWISE, self.depthwise),
+            (_BACKWARD, backward),
+            (_BATCH_BACKWARD, backward and self.batch),
+            (_DEPTHWISE_BACKWARD, backward and self.depthwise),
+        )
+        return tuple(name for names, needed in used if needed for name in names)
+
+
 def fold(
     weight: Tensor,
     bias: Tensor | None,

@@ -59,6 +59,10 @@ def gates_backward(
     return found
 
 
+_FORWARD = ("gates", "apply_gates")
+_BACKWARD = ("gate_sums", "gates_backward", "apply_gates")
+
+
 def check(op: str, fc_weight: Tensor, fc_bias: Tensor, kind: str, channels: int, x: Tensor) -> None:
     """Refuse parameters that do not fit the activations."""
     _checks.parameter(op, "fc weight", fc_weight, (channels, channels), x)
@@ -117,7 +121,7 @@ def _ese(
     out = view.new_empty(view.shape)
     # Standing alone there is no convolution to leave partial sums: one a pixel row.
     partials = view.sum(2, dtype=accumulator(x.dtype))
-    backend = backends.get(x.device, x.dtype, choice)
+    backend = backends.get(x.device, x.dtype, _FORWARD, choice)
     added = None if identity is None else nhwc(identity)
     kept = run(backend, view, partials, fc_weight, fc_bias, cast(Gate, kind), added, out)
     return [nchw(out), *kept]
@@ -141,7 +145,7 @@ def _ese_backward(
     kind: str,
     choice: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    backend, view = backends.get(x.device, x.dtype, choice), nhwc(dout)
+    backend, view = backends.get(x.device, x.dtype, _BACKWARD, choice), nhwc(dout)
     share, dweight, dbias = gates_backward(
         backend, view, nhwc(x), Gates(gates, mean), fc_weight, cast(Gate, kind)
     )

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from .. import backends
 from ..specs import FIRST_STAGE, NUM_STAGES, Pool, VoVNetSpec
-from . import _checks, conv, osa
+from . import _checks, chain, conv, osa
 from ._checks import nchw, nhwc
-from .conv import ConvParams
+from .conv import ConvParams, Kinds
+from .max_pool import needs as pool_needs
 from .max_pool import output_size as pooled_size
 from .memory import Memory, Plan
 from .osa import BlockParams
@@ -50,6 +51,20 @@ class NetworkParams(NamedTuple):
     def fcs(self) -> list[Tensor]:
         """The gates' weights and biases in the order in which they run."""
         return [t for block in self.blocks for t in block.fcs()]
+
+
+@functools.cache
+def needs(spec: VoVNetSpec, *, backward: bool = False) -> tuple[str, ...]:
+    """The functions of a backend that a network uses whose norms have fixed statistics.
+
+    ``backward``: of its modules in training, see :meth:`Kinds.needs`; not of :func:`features`.
+    """
+    kinds = Kinds(depthwise=spec.depthwise, fixed=True, batch=False, shared=False)
+    found = {*chain.needs(kinds, backward=backward), *pool_needs(backward=backward)}
+    for block in spec.blocks():
+        options = dict(gated=block.ese, identity=block.identity, backward=backward)
+        found.update(osa.needs(kinds, **options))
+    return tuple(sorted(found))
 
 
 def features(x: Tensor, params: NetworkParams, out_features: tuple[str, ...]) -> list[Tensor]:
@@ -287,7 +302,8 @@ def _features(
 ) -> list[Tensor]:
     layers = conv.unflatten(weights, scales, shifts, depthwise, strides)
     params = rebuild(layers, fcs, _decode(spec), spec)
-    found = run(backends.get(x.device, x.dtype), nhwc(x), params, tuple(out_features.split(",")))
+    backend = backends.get(x.device, x.dtype, needs(params.spec))
+    found = run(backend, nhwc(x), params, tuple(out_features.split(",")))
     return [nchw(feature) for feature in found]
 
 

@@ -24,6 +24,11 @@ def output_size(height: int, width: int, mode: Pool) -> tuple[int, int]:
     return (height - 1) // 2 + 1, (width - 1) // 2 + 1
 
 
+def needs(*, backward: bool) -> tuple[str, ...]:
+    """The functions of a backend that the op uses, with those of its backward pass or without."""
+    return ("max_pool", "max_pool_backward") if backward else ("max_pool",)
+
+
 def max_pool(x: Tensor, mode: Pool = "ceil", *, width: int = 0) -> Tensor:
     """3x3 max pool, stride 2. A NaN in a window makes its output NaN. Differentiable.
 
@@ -63,7 +68,8 @@ def _forward(x: Tensor, mode: Pool, keep: bool, choice: str, width: int = 0) -> 
     size = output_size(x.shape[2], x.shape[3], mode)
     out = rooms.new(view, n, *size, c, max(width, c))
     argmax = view.new_empty(out.shape, dtype=torch.uint8) if keep else None
-    backends.get(x.device, x.dtype, choice).max_pool(view, out, mode, argmax)
+    backend = backends.get(x.device, x.dtype, needs(backward=keep), choice)
+    backend.max_pool(view, out, mode, argmax)
     return [nchw(out)] if argmax is None else [nchw(out), argmax]
 
 
@@ -85,7 +91,7 @@ def _max_pool_backward(
 ) -> Tensor:
     view = nhwc(dout)
     out = view.new_empty(dout.shape[0], height, width, dout.shape[1])
-    backend = backends.get(dout.device, dout.dtype, choice)
+    backend = backends.get(dout.device, dout.dtype, needs(backward=True), choice)
     backend.max_pool_backward(view, argmax, out, cast(Pool, mode))
     return nchw(out)
 

@@ -24,7 +24,7 @@ from .._dtypes import accumulator
 from ..specs import Gate
 from . import _checks, conv, rooms
 from ._checks import nchw, nhwc
-from .conv import ConvGrads, ConvParams, Kept
+from .conv import ConvGrads, ConvParams, Kept, Kinds
 from .ese import Gates, gates_backward
 from .ese import check as check_ese
 from .ese import run as run_ese
@@ -106,6 +106,37 @@ class BlockKept(NamedTuple):
     features: Tensor
     gates: Gates | None
     layers: list[Kept]
+
+
+_GATED = ("gates", "apply_gates")
+_ADDED = ("apply_gates",)
+_BACKWARD = ("apply_gates_backward",)
+_GATED_BACKWARD = ("gate_sums", "gates_backward")
+
+
+def needs(kinds: Kinds, *, gated: bool, identity: bool, backward: bool) -> tuple[str, ...]:
+    """The functions of a backend that a block uses; see :meth:`Kinds.needs`.
+
+    Args:
+        kinds: of its layers.
+        gated: it has an eSE gate.
+        identity: its input is added to its output.
+        backward: as there.
+    """
+    used = (
+        (_GATED, gated),
+        (_ADDED, identity and not gated),
+        (_BACKWARD, backward),
+        (_GATED_BACKWARD, backward and gated),
+    )
+    names = (name for names, needed in used if needed for name in names)
+    return (*kinds.needs(backward=backward), *names)
+
+
+def _needs(params: BlockParams, *, backward: bool) -> tuple[str, ...]:
+    gated = params.fc_weight is not None
+    kinds = Kinds.of(params.convs())
+    return needs(kinds, gated=gated, identity=params.identity, backward=backward)
 
 
 def new_buffer(
@@ -342,7 +373,8 @@ def _forward(
     With fixed statistics the concat buffer is kept. Otherwise the raw convolutions are:
     a ReLU cannot be undone, and the buffer can be made again from them.
     """
-    backend = backends.get(x.device, x.dtype, choice)
+    needed = _needs(params, backward=keep != KEEP_NOTHING)
+    backend = backends.get(x.device, x.dtype, needed, choice)
     buffer = _filled(x, params, room=params.fixed and keep != RECOMPUTE)
     n, h, w, _ = buffer.shape
     c_out = params.concat.weight.shape[0]
@@ -429,7 +461,7 @@ def _backward(
     wanted: list[bool],
 ) -> BlockGrads:
     """Gradients from what :func:`_forward` kept; see :func:`run_backward`."""
-    backend = backends.get(x.device, x.dtype, choice)
+    backend = backends.get(x.device, x.dtype, _needs(params, backward=True), choice)
     kept = _restore(backend, x, params, keep, norms, saved)
     return run_backward(backend, nhwc(dout), params, kept, need_x=need_x, wanted=wanted)
 

@@ -1,0 +1,140 @@
+"""Which functions of a backend are known to be right on a machine, and finding it out."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from .. import tuning
+from . import runner, sources
+from .calls import backend_module
+from .cases import PRODUCTS
+
+_PASSED = "passed"
+_log = logging.getLogger("vovnet_fast.selfcheck")
+_lock = threading.Lock()
+
+
+class _Key(NamedTuple):
+    """What a verdict is about."""
+
+    machine: str
+    subject: str
+
+
+_verdicts: dict[_Key, bool] = {}
+"""What this process knows."""
+
+
+def remembered(
+    backend: str, device: torch.device, dtype: torch.dtype, functions: Iterable[str]
+) -> bool | None:
+    """Whether all of these functions passed on this machine; None where it is not known."""
+    found = {_known(_key(backend, device, dtype, function)) for function in functions}
+    return False if False in found else None if None in found else True
+
+
+def trusted(
+    backend: str, device: torch.device, dtype: torch.dtype, functions: Collection[str]
+) -> bool:
+    """Whether functions compute right numbers on ``device``: remembered, or found out now.
+
+    Those that are not known are checked, the others are not. A failure is said aloud, once in
+    a process.
+
+    Args:
+        backend: its name.
+        device: where they are to run.
+        dtype: of the activations, one of :data:`.runner.DTYPES`.
+        functions: of the backend.
+    """
+    with _lock:  # Threads that ask at the same time wait for one answer.
+        keys = {function: _key(backend, device, dtype, function) for function in functions}
+        known = {function: _known(key) for function, key in keys.items()}
+        if False in known.values():
+            return False
+        unknown = [function for function, verdict in known.items() if verdict is None]
+        if not unknown:
+            return True
+        failed = _find_out(backend, device, dtype, unknown)
+        _verdicts.update((keys[function], function not in failed) for function in unknown)
+        if passed := [keys[function] for function in unknown if function not in failed]:
+            _keep(passed)
+        return not failed
+
+
+def _known(key: _Key) -> bool | None:
+    verdict = _verdicts.get(key)
+    if verdict is None and _file().get(*key) == _PASSED:
+        verdict = _verdicts[key] = True
+    return verdict
+
+
+def _find_out(
+    backend: str, device: torch.device, dtype: torch.dtype, functions: Collection[str]
+) -> set[str]:
+    """Run the slim check; returns the functions that failed it."""
+    machine, names = tuning.machine(device), ", ".join(functions)
+    name = str(dtype).removeprefix("torch.")
+    _log.info("checking %s of the %s backend in %s on %s, once", names, backend, name, machine)
+    compiles = device.type == "cuda"
+    if compiles and backend == "triton":
+        # Which imports the backends, and they this.
+        from ..compiling import first_use
+
+        first_use.of_self_check(functions, dtype, device)
+    rows = runner.run(backend, device, [dtype], functions, slim=True, progress=compiles)
+    failures = [row for row in rows if not row.passed]
+    failed = {row.function for row in failures}
+    if failures:
+        _log.warning(
+            "the %s backend fails its self-check on %s in %s and is not used for what needs %s; "
+            "%d of %d checks failed, the first of them:\n  %s\nPlease report this. "
+            "VOVNET_FAST_BACKEND=reference chooses plain PyTorch without a check.",
+            backend,
+            machine,
+            name,
+            ", ".join(sorted(failed)),
+            len(failures),
+            len(rows),
+            "\n  ".join(map(str, failures[:5])),
+        )
+    return failed
+
+
+def _keep(keys: Iterable[_Key]) -> None:
+    """Remember in the file that these passed; only warn where it cannot be written."""
+    passed: tuning.Choices = {}
+    for machine, subject in keys:
+        passed.setdefault(machine, {})[subject] = tuning.Choice(_PASSED)
+    file = _file()
+    try:
+        file.add(passed, replace=True)
+    except OSError as error:
+        _log.warning("cannot keep verdicts in %s: %s", file.path, error)
+
+
+def _key(backend: str, device: torch.device, dtype: torch.dtype, function: str) -> _Key:
+    words = [backend, function, str(dtype).removeprefix("torch.")]
+    if function in PRODUCTS and dtype == torch.float32 and runner.uses_tf32(device):
+        words.append("with TF32")
+    variant = getattr(backend_module(backend), "variant", None)
+    if variant is not None:
+        words.append(f"on {variant()}")
+    words.append(f"sources {sources.digest(backend, function)}")
+    return _Key(tuning.machine(device), " ".join(words))
+
+
+def _file() -> tuning.Table:
+    return _table(tuning.cache_file().with_name("verified.json"))
+
+
+@functools.cache
+def _table(path: Path) -> tuning.Table:
+    return tuning.Table(path)
