@@ -52,11 +52,13 @@ class Log:
 
     def live(self, text: str) -> None:
         """The step prints; the first half of its room is written at once."""
-        text = redact(text)
         room = self._room // 2 - self._written
-        if len(text.encode()) > room:
+        if self._cut or room <= 0:
             self._cut = True
-            text = text.encode()[: max(room, 0)].decode(errors="ignore")
+            return
+        content = redact(text).encode()
+        self._cut = len(content) > room
+        text = content[:room].decode(errors="ignore")
         self._written += len(text.encode())
         self._append(text)
 
