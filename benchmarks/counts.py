@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from vovnet_fast import VoVNet, aot, backends, freeze
+from vovnet_fast import VoVNet, aot, aot_resources, backends, freeze
 from vovnet_fast.plan import AtenRecorder, Work, launch_work, plan_forward
 from vovnet_fast.training_memory import training_memory
 
@@ -100,7 +100,10 @@ def kernels(arch: str) -> Iterator[tuple[str, Numbers]]:
                 f"--arch {arch} lists them): replace it in HOT of {__name__}"
             )
         row, disassembly = aot.examine(jobs[name], arch)
-        yield ", ".join(name), kernel_numbers(row, disassembly)
+        numbers = kernel_numbers(row, disassembly)
+        if aot_resources.is_stale(jobs[name], row):
+            numbers["out of date in kernels/resources"] = 1
+        yield ", ".join(name), numbers
 
 
 def kernel_numbers(row: aot.Row, disassembly: str) -> Numbers:

@@ -225,12 +225,12 @@ def _convolution(launch: Launch) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _asking() -> Iterator[dict[str, int]]:
-    """Number of the candidates that the tuner would measure, by problem."""
-    found: dict[str, int] = {}
+def _asking() -> Iterator[dict[str, tuple[int, int]]]:
+    """Number of the candidates, and of those that the tuner would measure, by problem."""
+    found: dict[str, tuple[int, int]] = {}
 
     def choose(device, problem, candidates, static, run, timer=None, prepare=None):
-        found[problem] = len(candidates)
+        found[problem] = len(candidates), len(tuning.measured(candidates))
         return static
 
     with mock.patch.object(tuning, "choose", choose):
@@ -249,9 +249,11 @@ def tunings() -> Rows:
             {
                 "network": title(spec, shape),
                 "problems forward": len(forward),
-                "trials forward": sum(forward.values()),
+                "candidates forward": sum(offered for offered, _ in forward.values()),
+                "trials forward": sum(trials for _, trials in forward.values()),
                 "problems training": len(both),
-                "trials training": sum(both.values()),
+                "candidates training": sum(offered for offered, _ in both.values()),
+                "trials training": sum(trials for _, trials in both.values()),
                 "kernels training": sum(1 for _ in different([(spec, shape)], training=True)),
             }
         )

@@ -67,7 +67,8 @@ TABLES: dict[str, dict[str, tuple[str, str]]] = {
     "tunings": {
         "network": ("network", ""),
         "problems, forward / training": ("problems forward", "/problems training"),
-        "trials, forward / training": ("trials forward", "/trials training"),
+        "candidates, forward / training": ("candidates forward", "/candidates training"),
+        "measured, forward / training": ("trials forward", "/trials training"),
         "kernels to compile, training": ("kernels training", ""),
     },
     "multi-scale": {

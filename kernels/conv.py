@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from . import conv_pointer, conv_tma
+from . import conv_pointer, conv_tma, cost, device
 from ._common import (
     Launch,
     accumulator,
     assert_nhwc,
     assert_packed,
     assert_same,
-    capability,
     collapse_rows,
-    processors,
 )
-from .conv_config import ConvConfig, Epilogue, Kind, candidates, default_config
+from .conv_config import ConvConfig, Epilogue, Kind
 
 _GEOMETRIES = {(3, 1), (3, 2), (1, 1), (1, 2)}
 _FORMS = {"pointer": conv_pointer, "tma": conv_tma}
@@ -35,7 +31,7 @@ def _collapse(weight: Tensor, stride: int, *views: Tensor) -> tuple[Tensor, ...]
     return collapse_rows(*views) if weight.shape[1] == 1 and stride == 1 else views
 
 
-def _choices(
+def _layer(
     x: Tensor,
     weight: Tensor,
     out: Tensor,
@@ -44,28 +40,55 @@ def _choices(
     stride: int,
     tf32: bool,
     kind: Kind | None = None,
-) -> tuple[list[ConvConfig], ConvConfig]:
-    """The configurations that can take these arguments, and the static choice."""
+    transposed: bool = False,
+) -> cost.Layer:
     x, out, *others = _collapse(weight, stride, x, out, *epilogue.views())
     c_out, kernel, _, c_in = weight.shape
-    layer: dict[str, Any] = dict(
-        kernel=kernel,
-        dtype=x.dtype,
-        tf32=tf32,
-        tma=conv_tma.legal(x, weight, out, *others, stride=stride, tf32=tf32),
-        kind=kind or epilogue.kind,
-    )
-    found = candidates(capability(x.device), c_in, c_out, **layer)
-    static = default_config(
-        capability(x.device),
+    batch, height, width, _ = out.shape
+    return cost.Layer(
+        batch,
+        height,
+        width,
         c_in,
         c_out,
-        processors=processors(x.device),
-        batch=out.shape[0],
-        size=(out.shape[1], out.shape[2]),
-        **layer,
+        kernel,
+        stride,
+        x.dtype,
+        tf32,
+        kind or epilogue.kind,
+        conv_tma.legal(x, weight, out, *others, stride=stride, tf32=tf32),
+        transposed and stride == 2,
+        *(0 if view is None else view.shape[3] for view in (epilogue.add, epilogue.mask)),
     )
-    return found, static
+
+
+def layer(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    *,
+    stride: int = 1,
+    tf32: bool = False,
+    statistics: bool = False,
+) -> cost.Layer:
+    """What predictions need of arguments of :func:`conv`; with ``statistics``, leaving them."""
+    kind: Kind = "statistics" if statistics else "forward"
+    return _layer(x, weight, out, Epilogue(), stride=stride, tf32=tf32, kind=kind)
+
+
+def input_grad_layer(
+    g: Tensor,
+    packed: Tensor,
+    out: Tensor,
+    *,
+    stride: int = 1,
+    add: Tensor | None = None,
+    mask: Tensor | None = None,
+    tf32: bool = False,
+) -> cost.Layer:
+    """:func:`layer` for :func:`input_grad`."""
+    epilogue = Epilogue(add=add, mask=mask)
+    return _layer(g, packed, out, epilogue, stride=stride, tf32=tf32, transposed=True)
 
 
 def choices(
@@ -81,8 +104,8 @@ def choices(
 
     With ``statistics``, those that can leave them.
     """
-    kind: Kind = "statistics" if statistics else "forward"
-    return _choices(x, weight, out, Epilogue(), stride=stride, tf32=tf32, kind=kind)
+    found = layer(x, weight, out, stride=stride, tf32=tf32, statistics=statistics)
+    return cost.choices(found, device.of(x.device))
 
 
 def input_grad_choices(
@@ -96,7 +119,8 @@ def input_grad_choices(
     tf32: bool = False,
 ) -> tuple[list[ConvConfig], ConvConfig]:
     """:func:`choices` for :func:`input_grad`."""
-    return _choices(g, packed, out, Epilogue(add=add, mask=mask), stride=stride, tf32=tf32)
+    found = input_grad_layer(g, packed, out, stride=stride, add=add, mask=mask, tf32=tf32)
+    return cost.choices(found, device.of(g.device))
 
 
 def pool_tiles(
@@ -145,7 +169,9 @@ def plan(
         for name, vector in (("scale", scale), ("shift", shift)):
             assert_packed(name, vector, (c_out,), accumulator(x.dtype))
     epilogue = Epilogue(scale, shift, relu, pool_partials, statistics=statistics)
-    config = config or _choices(x, weight, out, epilogue, stride=stride, tf32=tf32)[1]
+    if config is None:
+        shape = _layer(x, weight, out, epilogue, stride=stride, tf32=tf32)
+        config = cost.static_choice(shape, device.of(x.device))
     x, out = _collapse(weight, stride, x, out)
     form = _FORMS[config.form]
     tiles = form.tiles(config, out)
@@ -196,7 +222,7 @@ def conv(
             tile's own mean, which loses nothing where the mean is large. Every element
             is written.
         tf32: fp32 operands may be rounded to TF32.
-        config: how to tile; None takes :func:`.conv_config.default_config`.
+        config: how to tile; None takes :func:`.cost.static_choice`.
     """
     if out.numel() == 0:
         return
@@ -241,7 +267,9 @@ def plan_input_grad(
             assert_same(name, view, g)
             assert view.shape[3] <= c_in, f"{name} has {view.shape[3]} channels, out has {c_in}"
     epilogue = Epilogue(add=add, mask=mask)
-    config = config or _choices(g, packed, out, epilogue, stride=stride, tf32=tf32)[1]
+    if config is None:
+        shape = _layer(g, packed, out, epilogue, stride=stride, tf32=tf32, transposed=True)
+        config = cost.static_choice(shape, device.of(g.device))
     g, out, *others = _collapse(packed, stride, g, out, *epilogue.views())
     epilogue = epilogue.with_views(others)
     if stride == 2:
@@ -282,7 +310,7 @@ def input_grad(
             or None: what a ReLU put out. Where it is not positive the gradient becomes
             0; at NaN it passes.
         tf32: fp32 operands may be rounded to TF32.
-        config: how to tile; None takes :func:`.conv_config.default_config`.
+        config: how to tile; None takes :func:`.cost.static_choice`.
     """
     if out.numel() == 0:
         return

@@ -323,33 +323,3 @@ def programs(config: ConvConfig, c_out: int, batch: int, size: tuple[int, int]) 
         rows, columns = 1, rows * columns
     rectangles = cdiv(rows, config.tile_h) * cdiv(columns, config.tile_w)
     return batch * rectangles * cdiv(c_out, sum(config.block_out))
-
-
-@functools.cache
-def default_config(
-    capability: tuple[int, int],
-    c_in: int,
-    c_out: int,
-    *,
-    processors: int,
-    batch: int,
-    size: tuple[int, int],
-    **layer,
-) -> ConvConfig:
-    """A sensible configuration without measurement.
-
-    Of the preferred form, the largest tile that gives every processor one; where the
-    image is too small for that, the one with the most tiles.
-
-    Args:
-        processors: streaming multiprocessors of the GPU.
-        batch: images.
-        size: height and width of the output.
-        capability, c_in, c_out, layer: as in :func:`candidates`.
-    """
-    found = candidates(capability, c_in, c_out, **layer)
-    eligible = [c for c in found if c.form == found[0].form and not c.persistent]
-    for config in eligible:
-        if programs(config, c_out, batch, size) >= processors:
-            return config
-    return max(eligible, key=lambda config: programs(config, c_out, batch, size))

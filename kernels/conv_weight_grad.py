@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import conv_weight_grad_pointer, conv_weight_grad_tma
+from . import conv_weight_grad_pointer, conv_weight_grad_tma, cost, device
 from ._common import (
     Launch,
     accumulator,
@@ -23,9 +23,8 @@ from ._common import (
     collapse_rows,
     processors,
 )
-from ._common import capability as device_capability
 from .conv import output_size
-from .conv_weight_grad_config import WeightGradConfig, candidates, split
+from .conv_weight_grad_config import WeightGradConfig, split
 from .conv_weight_grad_finish import channel_sums, finish
 
 __all__ = ["channel_sums", "choices", "finish", "plan", "weight_grad"]
@@ -41,6 +40,25 @@ def _collapse(x: Tensor, g: Tensor, kernel: int, stride: int) -> tuple[Tensor, T
     return x, g
 
 
+def layer(x: Tensor, g: Tensor, kernel: int, *, stride: int = 1, tf32: bool = False) -> cost.Layer:
+    """What predictions need of arguments of :func:`weight_grad`."""
+    x, g = _collapse(x, g, kernel, stride)
+    batch, height, width, c_out = g.shape
+    return cost.Layer(
+        batch,
+        height,
+        width,
+        x.shape[3],
+        c_out,
+        kernel,
+        stride,
+        x.dtype,
+        tf32,
+        cost.WEIGHT_GRAD,
+        conv_weight_grad_tma.legal(x, g, stride=stride),
+    )
+
+
 def choices(
     x: Tensor,
     g: Tensor,
@@ -54,18 +72,9 @@ def choices(
 
     ``capability`` is that of the device of the tensors, or another to compile for.
     """
-    x, g = _collapse(x, g, kernel, stride)
-    found = candidates(
-        capability or device_capability(x.device),
-        x.shape[3],
-        g.shape[3],
-        kernel=kernel,
-        dtype=x.dtype,
-        tf32=tf32,
-        width=g.shape[2],
-        tma=conv_weight_grad_tma.legal(x, g, stride=stride),
-    )
-    return found, found[0]
+    found = layer(x, g, kernel, stride=stride, tf32=tf32)
+    rates = device.known("", capability) if capability else device.of(x.device)
+    return cost.choices(found, rates)
 
 
 def plan(
@@ -133,7 +142,7 @@ def weight_grad(
         scale: ``[C_out]``, fp32 (fp64 for fp64), or None for 1.
         stride: 1 or 2.
         tf32: fp32 operands may be rounded to TF32.
-        config: how to tile; None takes the first of :func:`choices`.
+        config: how to tile; None takes :func:`.cost.static_choice`.
 
     Returns:
         dweight ``[C_out, K, K, C_in]``, dscale ``[C_out]`` (None without a scale) and

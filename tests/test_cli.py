@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from vovnet_fast import VoVNet, __version__, checkpoints, cli, specs, tuning
+from vovnet_fast.tuning import Choice
 
 from . import straight_line
 
@@ -85,8 +86,12 @@ def tuned(tmp_path, monkeypatch):
     monkeypatch.setenv("VOVNET_FAST_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("VOVNET_FAST_TUNING_TABLE", raising=False)
     tuning._table.cache_clear()
-    tuning.table().add({"an [H200]": {"conv 3x3": "tma", "conv 1x1": "aten"}})
-    tuning.table().add({"an A100": {"conv 3x3": "pointer"}})
+    for machine, problem, engine in (
+        ("an [H200]", "conv 3x3", "tma"),
+        ("an [H200]", "conv 1x1", "aten"),
+        ("an A100", "conv 3x3", "pointer"),
+    ):
+        tuning.table().put(machine, problem, engine)
     yield tuning.cache_file()
     tuning._table.cache_clear()
 
@@ -122,23 +127,24 @@ def test_tuning_goes_from_machine_to_machine(tuned, tmp_path, monkeypatch, capsy
     assert f"2 choices of 1 machine(s) written to {file}" in capsys.readouterr().out
     assert cli.main(["tuning", "export", str(file)]) == 1
     assert "exists; --force replaces it" in capsys.readouterr().err
-    assert tuning.load(file) == {"an [H200]": {"conv 3x3": "tma", "conv 1x1": "aten"}}
+    measured = {"conv 3x3": Choice("tma"), "conv 1x1": Choice("aten")}
+    assert tuning.load(file) == {"an [H200]": measured}
 
     monkeypatch.setenv("VOVNET_FAST_CACHE", str(tmp_path / "elsewhere"))
-    tuning.table().add({"an [H200]": {"conv 3x3": "pointer"}})
+    tuning.table().put("an [H200]", "conv 3x3", "pointer")
     assert cli.main(["tuning", "import", str(file)]) == 0
     assert "2 choices of 1 machine(s) added to" in capsys.readouterr().out
     assert tuning.load(tuning.cache_file())["an [H200]"] == {
-        "conv 3x3": "pointer",
-        "conv 1x1": "aten",
+        "conv 3x3": Choice("pointer"),
+        "conv 1x1": Choice("aten"),
     }
     assert cli.main(["tuning", "import", str(file), "--replace"]) == 0
-    assert tuning.load(tuning.cache_file())["an [H200]"]["conv 3x3"] == "tma"
+    assert tuning.load(tuning.cache_file())["an [H200]"]["conv 3x3"].name == "tma"
     assert cli.main(["tuning", "export", str(file), "--force"]) == 0
 
 
 @pytest.mark.parametrize(
-    "content", ["", "[]", '{"format": 2, "choices": {}}', '{"format": 1, "choices": {"m": "p"}}']
+    "content", ["", "[]", '{"format": 3, "choices": {}}', '{"format": 1, "choices": {"m": "p"}}']
 )
 def test_a_broken_tuning_file_is_refused(tuned, tmp_path, capsys, content):
     before, file = tuned.read_text(), tmp_path / "broken.json"

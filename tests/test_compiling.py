@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="the Triton backend is optional")
 import vovnet_fast
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, cli, tuning
-from vovnet_fast.compiling import cache, first_use, rehearsal, workers
+from vovnet_fast.compiling import cache, command, first_use, needed, rehearsal, workers
 from vovnet_fast.compiling.jobs import Job
 from vovnet_fast.compiling.needed import MODES, Run, plan
 from vovnet_fast.compiling.rehearsal import Setting
@@ -186,7 +186,7 @@ def test_known_choices_are_planned_and_no_others(monkeypatch, tmp_path):
     problems = {}
 
     def choose(device, problem, candidates, static, run):
-        problems[problem] = next(name for name in candidates if name != static)
+        problems[problem] = tuning.Choice(next(n for n in candidates if n != static))
         return static
 
     with monkeypatch.context() as patch:
@@ -211,6 +211,11 @@ def test_the_command_lists_what_is_needed(monkeypatch, capsys):
     assert cli.main([*words, "--train"]) == 0
     more = capsys.readouterr().out.splitlines()
     assert len(more) > len(lines) + 20
+
+
+@compiles
+def test_every_architecture_that_is_known_can_be_named():
+    assert command.ARCHITECTURES == needed.ARCHITECTURES
 
 
 @compiles

@@ -53,6 +53,9 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     for needed in ("vovnet_fast/py.typed", "vovnet_fast/model.py", "vovnet_fast/mmdet.py"):
         assert needed in names
     assert set(tracked("vovnet_fast/*.py")) <= set(names)
+    tables = tracked("kernels/resources/*.json")
+    assert tables
+    assert {f"vovnet_fast/{name}" for name in tables} <= set(names)
     metadata = next(n for n in names if n.endswith("METADATA"))
     text = zipfile.ZipFile(wheel).read(metadata).decode()
     for line in ("License-Expression: Apache-2.0", "Requires-Python: >=3.10", "Extra: mmdet"):

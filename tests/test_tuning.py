@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from vovnet_fast import _files, tuning
+from vovnet_fast.tuning import Candidates, Choice
 
 CPU = torch.device("cpu")
 SECONDS = {"a": 3e-6, "b": 1e-6, "c": 2e-6}
@@ -55,9 +56,10 @@ def test_the_fastest_is_taken_measured_once_and_kept(measurable, cache):
     assert choose(ran, problem="another") == "b"
     assert len(ran) == 6
     content = json.loads(cache.read_text())
+    found = {"choice": "b", "seconds": SECONDS, "layer": {}}
     assert content == {
-        "format": 1,
-        "choices": {tuning.machine(CPU): {"conv": "b", "another": "b"}},
+        "format": 2,
+        "choices": {tuning.machine(CPU): {"conv": found, "another": found}},
     }
     assert [p.name for p in cache.parent.iterdir()] == ["tuning.json"]
 
@@ -97,10 +99,10 @@ def test_nothing_is_measured_without_a_gpu_or_when_told_not_to(monkeypatch):
     monkeypatch.setenv("VOVNET_FAST_TUNE", "0")
     assert choose(ran) == "a"
     assert ran == []
-    tuning.table().add({tuning.machine(CPU): {"conv": "c"}})
+    tuning.table().put(tuning.machine(CPU), "conv", "c")
     assert choose(ran) == "c"  # What is known is used all the same.
     monkeypatch.setenv("VOVNET_FAST_TUNE", "yes")
-    with pytest.raises(ValueError, match="VOVNET_FAST_TUNE must be 0 or 1, got 'yes'"):
+    with pytest.raises(ValueError, match="VOVNET_FAST_TUNE must be 0, 1 or all, got 'yes'"):
         choose(ran, problem="new")
 
 
@@ -145,6 +147,46 @@ def test_a_candidate_that_is_wrong_is_never_timed(measurable, caplog):
         choose(events, problem="new", candidates="bc", prepare=prepare)
 
 
+LIKELY = Candidates({"a": 1e-6, "b": 2e-6, "c": 3e-6}, ("a", "c"), {"c_in": 64})
+
+
+def predicted(ran, found=LIKELY, **options):
+    run = options.pop("run", ran.append)
+    return tuning.choose(CPU, "conv", found, "a", run, stopwatch(ran), **options)
+
+
+def test_the_likely_ones_alone_are_measured(measurable):
+    ran = []
+    assert predicted(ran) == "c"
+    assert ran == ["a", "c"]
+    [kept] = tuning.table().choices()[tuning.machine(CPU)].values()
+    assert kept == Choice("c", {"a": 3e-6, "c": 2e-6}, {"c_in": 64})
+
+
+def test_all_are_measured_when_told_to(measurable, monkeypatch):
+    monkeypatch.setenv("VOVNET_FAST_TUNE", "all")
+    ran = []
+    assert predicted(ran) == "b"
+    assert ran == ["a", "b", "c"]
+    assert tuning.measured(LIKELY) == ["a", "b", "c"]
+
+
+def test_others_have_their_turn_where_none_of_the_likely_ones_is_right(measurable, caplog):
+    ran = []
+    assert predicted(ran, prepare=lambda: lambda name: None if name == "b" else "wrong") == "b"
+    assert ran == ["b"]
+    assert "candidate a is wrong" in caplog.text
+
+
+def test_names_of_format_1_are_read(cache):
+    cache.parent.mkdir()
+    cache.write_text(json.dumps({"format": 1, "choices": {tuning.machine(CPU): {"conv": "c"}}}))
+    assert choose([]) == "c"
+    tuning.table().put(tuning.machine(CPU), "pool", "a")
+    content = {"format": 2, "choices": {tuning.machine(CPU): {"conv": "c", "pool": "a"}}}
+    assert json.loads(cache.read_text()) == content
+
+
 def test_static_choices_know_and_measure_nothing(measurable):
     ran = []
     choose(ran)
@@ -185,7 +227,14 @@ def test_tf32_may_be_said_for_convolutions_alone():
 
 @pytest.mark.parametrize(
     "content",
-    ["", "{", "[]", '{"format": 0, "choices": {}}', '{"format": 1, "choices": {"m": {"p": 1}}}'],
+    [
+        "",
+        "{",
+        "[]",
+        '{"format": 0, "choices": {}}',
+        '{"format": 1, "choices": {"m": {"p": 1}}}',
+        '{"format": 2, "choices": {"m": {"p": {"choice": "a", "seconds": {"a": "fast"}}}}}',
+    ],
 )
 def test_a_damaged_file_is_ignored_aloud(measurable, cache, caplog, content):
     cache.parent.mkdir()
@@ -210,7 +259,7 @@ def test_tables_of_one_file_lose_nothing(measurable, cache):
     assert one.get("m", "p") is other.get("m", "p") is None
     one.put("m", "p", "a")
     other.put("m", "q", "b")
-    assert tuning.read(cache) == {"m": {"p": "a", "q": "b"}}
+    assert tuning.read(cache) == {"m": {"p": Choice("a"), "q": Choice("b")}}
     threads = [threading.Thread(target=one.put, args=("m", str(i), "c")) for i in range(20)]
     for thread in threads:
         thread.start()
@@ -250,15 +299,18 @@ def test_tables_can_be_shipped(measurable, cache, tmp_path):
     fresh.put(tuning.machine(CPU), "another", "a")
     fresh.add(shipped)
     assert fresh.get(tuning.machine(CPU), "conv") == "b"
-    fresh.add({tuning.machine(CPU): {"conv": "c"}})
+    fresh.add({tuning.machine(CPU): {"conv": Choice("c")}})
     assert fresh.get(tuning.machine(CPU), "conv") == "b"  # What is known stays.
-    fresh.add({tuning.machine(CPU): {"conv": "c"}}, replace=True)
-    assert tuning.read(fresh.path) == {tuning.machine(CPU): {"another": "a", "conv": "c"}}
+    assert tuning.read(fresh.path)[tuning.machine(CPU)]["conv"].seconds == SECONDS
+    fresh.add({tuning.machine(CPU): {"conv": Choice("c")}}, replace=True)
+    assert tuning.read(fresh.path) == {
+        tuning.machine(CPU): {"another": Choice("a"), "conv": Choice("c")}
+    }
 
 
 def test_a_table_may_lie_beneath_the_users_own(measurable, cache, tmp_path, monkeypatch):
     beneath = tmp_path / "h200.json"
-    tuning.export({tuning.machine(CPU): {"conv": "c", "pool": "c"}}, beneath)
+    tuning.export({tuning.machine(CPU): {"conv": Choice("c"), "pool": Choice("c")}}, beneath)
     monkeypatch.setenv("VOVNET_FAST_TUNING_TABLE", str(beneath))
     ran = []
     assert choose(ran) == "c"
@@ -266,8 +318,9 @@ def test_a_table_may_lie_beneath_the_users_own(measurable, cache, tmp_path, monk
     tuning.table().put(tuning.machine(CPU), "conv", "a")
     assert choose(ran) == "a"
     assert choose(ran, problem="pool") == "c"
-    assert tuning.read(cache) == {tuning.machine(CPU): {"conv": "a"}}  # Not what lies beneath.
-    assert tuning.table().choices() == {tuning.machine(CPU): {"conv": "a", "pool": "c"}}
+    own = {"conv": Choice("a")}
+    assert tuning.read(cache) == {tuning.machine(CPU): own}  # Not what lies beneath.
+    assert tuning.table().choices() == {tuning.machine(CPU): own | {"pool": Choice("c")}}
 
 
 @pytest.mark.parametrize("content", [None, "[]"])

@@ -11,6 +11,7 @@ ones, and their arguments are specialised as Triton's launcher does it.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -44,12 +45,6 @@ INSTRUCTIONS = {
     "LDL": r"\bLDL\b",  # Load of a spilled register.
 }
 """SASS instructions that are counted, by the pattern that finds them."""
-
-_SHARED_PER_SM = {"sm_80": 164 << 10, "sm_90": 228 << 10, "sm_100": 228 << 10}
-_SHARED_RESERVED = 1 << 10  # Per resident CTA, by the driver.
-_REGISTERS_PER_SM = 1 << 16
-_THREADS_PER_SM = 2048
-_CTAS_PER_SM = 32
 
 
 @dataclass(frozen=True)
@@ -159,6 +154,7 @@ _LAYERS: tuple[tuple[int, int, int, int], ...] = (
     (1472, 768, 1, 1),
     (1888, 1024, 1, 1),
     (768, 224, 3, 1),
+    (512, 192, 3, 1),
     (64, 64, 1, 1),
     (80, 80, 1, 1),
 )
@@ -421,17 +417,22 @@ def _backward_jobs() -> Iterator[Job]:
                 yield job("finish weight gradient", launch, f"products{library}")
 
 
+def _capability(arch: str) -> tuple[int, int]:
+    number = int(arch.removeprefix("sm_"))
+    return number // 10, number % 10
+
+
+def conv_jobs(arch: str) -> Iterator[Job]:
+    """The convolutions of :func:`jobs`."""
+    capability = _capability(arch)
+    yield from _conv_jobs(capability)
+    yield from _conv_training_jobs(capability)
+    yield from _conv_weight_grad_jobs(capability)
+
+
 def jobs(arch: str) -> list[Job]:
     """Everything that is shipped for ``arch``, over the layers of the published networks."""
-    number = int(arch.removeprefix("sm_"))
-    capability = (number // 10, number % 10)
-    return [
-        *_conv_jobs(capability),
-        *_conv_training_jobs(capability),
-        *_conv_weight_grad_jobs(capability),
-        *_elementwise_jobs(),
-        *_backward_jobs(),
-    ]
+    return [*conv_jobs(arch), *_elementwise_jobs(), *_backward_jobs()]
 
 
 def compile_launch(launch: Launch, arch: str) -> Any:
@@ -454,31 +455,37 @@ def _tool(name: str, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def disassemble(cubin: bytes) -> tuple[int, int, str]:
-    """Registers a thread, bytes of stack a thread, and SASS of a compiled kernel."""
+@contextlib.contextmanager
+def _file(cubin: bytes) -> Iterator[str]:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        usage = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "-res-usage", file.name))
-        sass = _tool("nvdisasm", "-c", file.name)
+        yield file.name
+
+
+def _usage(name: str) -> tuple[int, int]:
+    """Registers and bytes of stack a thread of a compiled kernel in a file."""
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", _tool("cuobjdump", "-res-usage", name))
     assert usage is not None, "cuobjdump printed no resource usage"
-    return int(usage[1]), int(usage[2]), sass
+    return int(usage[1]), int(usage[2])
+
+
+def disassemble(cubin: bytes) -> tuple[int, int, str]:
+    """Registers a thread, bytes of stack a thread, and SASS of a compiled kernel."""
+    with _file(cubin) as name:
+        return *_usage(name), _tool("nvdisasm", "-c", name)
+
+
+def resources(job: Job, arch: str) -> tuple[int, int, int]:
+    """Compile ``job``: registers and bytes spilled of a thread, bytes of shared memory."""
+    compiled = compile_launch(job.launch, arch)
+    with _file(compiled.asm["cubin"]) as name:
+        return *_usage(name), compiled.metadata.shared
 
 
 def _count(sass: str) -> dict[str, int]:
     counts = {name: len(re.findall(pattern, sass)) for name, pattern in INSTRUCTIONS.items()}
     return {name: count for name, count in counts.items() if count}
-
-
-def _resident(arch: str, warps: int, registers: int, shared: int) -> int:
-    """Programs that fit on a processor, by registers, shared memory and threads."""
-    allocated = -(-registers // 8) * 8 * 32 * warps  # Registers come by 8 a thread.
-    return min(
-        _REGISTERS_PER_SM // allocated,
-        _SHARED_PER_SM[arch] // (shared + _SHARED_RESERVED),
-        _THREADS_PER_SM // (32 * warps),
-        _CTAS_PER_SM,
-    )
 
 
 def compile_job(job: Job, arch: str) -> Row:
@@ -488,10 +495,12 @@ def compile_job(job: Job, arch: str) -> Row:
 
 def examine(job: Job, arch: str) -> tuple[Row, str]:
     """Compile ``job`` for ``arch``; returns what it needs, and its SASS."""
+    from .kernels.resources import Resources
+
     compiled = compile_launch(job.launch, arch)
     registers, spilled, sass = disassemble(compiled.asm["cubin"])
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
-    resident = _resident(arch, warps, registers, shared)
+    resident = Resources(warps, registers, shared).resident(_capability(arch))
     row = Row(
         job.kernel, job.layer, job.config,
         arch, warps, registers, spilled, shared, resident, _count(sass), job.essential,
@@ -540,7 +549,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--arch", choices=ARCHITECTURES, default="sm_90")
     parser.add_argument("--all", action="store_true", help="every layer and dtype, not one each")
     parser.add_argument("--json", action="store_true", help="print JSON, one row a line")
+    parser.add_argument(
+        "--resources", action="store_true", help="write the tables that choices are made from"
+    )
     options = parser.parse_args(arguments)
+    if options.resources:
+        from . import aot_resources
+        from .kernels.resources import FOLDER
+
+        for file in aot_resources.write(FOLDER):
+            print(file)
+        return 0
     table = rows(options.arch, all_layers=options.all)
     if options.json:
         for row in table:

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import __version__, checkpoints, doctor, specs, tuning
+from . import __version__, checkpoints, doctor, regret, specs, tuning
 from .backends import BackendError
 from .bench import command as bench
 from .checkpoints import LAYOUTS, CheckpointError
@@ -105,7 +105,9 @@ def _add_tuning(commands: argparse._SubParsersAction) -> None:
         ),
     )
     actions = command.add_subparsers(dest="action", required=True, metavar="ACTION")
-    show = actions.add_parser("show", help="list problems and engines by machine")
+    show = actions.add_parser(
+        "show", help="list problems and engines by machine, with times measured and predicted"
+    )
     show.add_argument("--json", action="store_true", help="print JSON instead of tables")
     show.set_defaults(run=_tuning_show)
     export = actions.add_parser("export", help="write the choices to a file")
@@ -116,6 +118,21 @@ def _add_tuning(commands: argparse._SubParsersAction) -> None:
         action.add_argument(
             "--machine", default="", metavar="TEXT", help="only machines whose name contains this"
         )
+    regrets = actions.add_parser(
+        "regret",
+        help="hold the cost model's choices against measured times",
+        description=(
+            "For every problem of which several engines were measured: the fastest, what would "
+            "be taken without measuring (static), what would be found among those that are "
+            "measured by default (tuned), and their times over the fastest's. "
+            f"{tuning.ENVIRONMENT}={tuning.ALL} measures all there are, as this needs it."
+        ),
+    )
+    regrets.add_argument(
+        "files", nargs="*", metavar="FILE", type=Path, help="exported; by default what is known"
+    )
+    regrets.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    regrets.set_defaults(run=_tuning_regret)
     take = actions.add_parser("import", help="take over the choices of an exported file")
     take.add_argument("file", metavar="FILE", type=Path)
     take.add_argument("--replace", action="store_true", help="also where a choice is known already")
@@ -223,18 +240,74 @@ def _tuning_choices(text: str) -> tuning.Choices:
 def _tuning_show(args: argparse.Namespace) -> None:
     found = _tuning_choices(args.machine)
     if args.json:
-        print(json.dumps(found, indent=2, sort_keys=True))
+        content = {m: {p: c.as_json() for p, c in known.items()} for m, known in found.items()}
+        print(json.dumps(content, indent=2, sort_keys=True))
         return
     console = Console(highlight=False)
     if not found:
         console.print("Nothing has been measured yet: run a model on a GPU.")
+    unpredicted: Exception | None = None
     for machine, choices in sorted(found.items()):
         table = Table(title=escape(machine), title_justify="left", box=box.SIMPLE_HEAD)
         table.add_column("problem", overflow="fold")
         table.add_column("engine", no_wrap=True)
-        for problem, engine in sorted(choices.items()):
-            table.add_row(escape(problem), escape(engine))
+        for heading in ("us", "predicted"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for problem, choice in sorted(choices.items()):
+            try:
+                predicted = regret.predicted(choice).get(choice.name)
+            except (BackendError, ValueError) as error:
+                unpredicted, predicted = error, None
+            times = map(_microseconds, (choice.seconds.get(choice.name), predicted))
+            table.add_row(escape(problem), escape(choice.name), *times)
         console.print(table)
+    if unpredicted is not None:
+        console.print(escape(str(unpredicted)))
+
+
+def _microseconds(seconds: float | None) -> str:
+    return "" if seconds is None else f"{seconds * 1e6:.1f}"
+
+
+def _tuning_regret(args: argparse.Namespace) -> None:
+    found = tuning.table().choices() if not args.files else {}
+    for file in args.files:
+        found = tuning.merge(found, _tuning_file(file))
+    rows = list(regret.rows(found))
+    if args.json:
+        print(json.dumps(regret.as_dict(rows), indent=2))
+        return
+    console = Console(highlight=False)
+    if not rows:
+        console.print(
+            f"No problem has the times of several engines: {tuning.ENVIRONMENT}={tuning.ALL} "
+            "measures them, on a GPU."
+        )
+        return
+    for machine, group in itertools.groupby(rows, lambda row: row.machine):
+        found_here = list(group)
+        console.print(_regrets(machine, found_here))
+        of = regret.Summary.of(found_here)
+        for name, mean, worst in (
+            ("static", of.static_mean, of.static_worst),
+            ("tuned", of.tuned_mean, of.tuned_worst),
+        ):
+            words = f"geometric mean {mean:.3f}, worst {worst:.3f}, of {of.problems} problems"
+            console.print(f"regret {name}: {words}")
+
+
+def _regrets(machine: str, rows: Sequence[regret.Row]) -> Table:
+    table = Table(title=escape(machine), title_justify="left", box=box.SIMPLE_HEAD)
+    table.add_column("problem", overflow="fold")
+    for heading in ("fastest", "us", "static", "regret", "tuned", "regret"):
+        table.add_column(heading, justify="right" if heading in ("us", "regret") else "left")
+    for row in rows:
+        table.add_row(
+            escape(row.problem), escape(row.best), _microseconds(row.seconds),
+            escape(row.static), f"{row.static_regret:.3f}",
+            escape(row.tuned), f"{row.tuned_regret:.3f}",
+        )  # fmt: skip
+    return table
 
 
 def _tuning_export(args: argparse.Namespace) -> None:
@@ -247,14 +320,18 @@ def _tuning_export(args: argparse.Namespace) -> None:
     print(f"{_count(found)} written to {args.file}")
 
 
-def _tuning_import(args: argparse.Namespace) -> None:
+def _tuning_file(file: Path) -> tuning.Choices:
     try:
-        found = tuning.load(args.file)
+        return tuning.load(file)
     except ValueError as error:
         raise ValueError(
-            f"{args.file} is no table of choices: {error}; make one with vovnet-fast tuning "
+            f"{file} is no table of choices: {error}; make one with vovnet-fast tuning "
             "export, on the machine where they were measured"
         ) from error
+
+
+def _tuning_import(args: argparse.Namespace) -> None:
+    found = _tuning_file(args.file)
     table = tuning.table()
     table.add(found, replace=args.replace)
     fate = "replaced" if args.replace else "kept"

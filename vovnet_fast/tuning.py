@@ -3,7 +3,8 @@
 A choice is made once for a problem (an op, its shapes and its dtype) on a machine (the
 device, its driver and the versions of what compiles for it), and kept in a file:
 
-* ``VOVNET_FAST_TUNE=0`` measures nothing and takes what is known, or a static choice.
+* ``VOVNET_FAST_TUNE=0`` measures nothing and takes what is known, or a static choice. By
+  default the likeliest candidates are measured, with ``all`` every one.
 * ``VOVNET_FAST_CACHE`` is the folder of the file, by default ``~/.cache/vovnet_fast``.
 * ``VOVNET_FAST_TUNING_TABLE`` is another file of the same format, made by
   ``vovnet-fast tuning export``: it is asked for what the first does not know, and never
@@ -17,24 +18,25 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 import logging
 import os
 import statistics
-import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from ._files import locked, replacing
+from ._tables import Choice, Choices, Table, export, load, merge, read
+
+__all__ = ["Choice", "Choices", "Table", "choose", "export", "load", "merge", "read", "table"]
 
 ENVIRONMENT = "VOVNET_FAST_TUNE"
+ALL = "all"
 CACHE_ENVIRONMENT = "VOVNET_FAST_CACHE"
 TABLE_ENVIRONMENT = "VOVNET_FAST_TUNING_TABLE"
-FORMAT = 1
 
 _log = logging.getLogger("vovnet_fast.tuning")
 
@@ -44,8 +46,30 @@ Timer = Callable[[Callable[[], None]], float]
 Trial = Callable[[str], str | None]
 """Takes a candidate's name, runs it, returns what is wrong with its numbers, or None."""
 
-Choices = dict[str, dict[str, str]]
-"""What was chosen, by machine and problem."""
+
+@dataclass(frozen=True)
+class Candidates(Mapping[str, float]):
+    """Ways to solve a problem, by name, with the seconds that are predicted for each.
+
+    Attributes:
+        predicted: those seconds.
+        likely: which of them are worth measuring.
+        layer: what it is predicted for, as JSON can hold it.
+    """
+
+    predicted: Mapping[str, float]
+    likely: tuple[str, ...]
+    layer: Mapping[str, Any] = field(default_factory=dict)
+
+    def __getitem__(self, name: str) -> float:
+        return self.predicted[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.predicted)
+
+    def __len__(self) -> int:
+        return len(self.predicted)
+
 
 _static_only: ContextVar[bool] = ContextVar("static_only", default=False)
 
@@ -98,16 +122,31 @@ def tf32_allowed() -> bool:
     return conv.fp32_precision == "tf32"
 
 
+def _setting() -> str:
+    value = os.environ.get(ENVIRONMENT, "1")
+    if value not in ("0", "1", ALL):
+        raise ValueError(f"{ENVIRONMENT} must be 0, 1 or {ALL}, got {value!r}")
+    return value
+
+
 def enabled() -> bool:
     """Whether unknown problems are measured.
 
     Raises:
-        ValueError: ``VOVNET_FAST_TUNE`` is neither 0 nor 1.
+        ValueError: ``VOVNET_FAST_TUNE`` is neither 0 nor 1 nor all.
     """
-    value = os.environ.get(ENVIRONMENT, "1")
-    if value not in ("0", "1"):
-        raise ValueError(f"{ENVIRONMENT} must be 0 or 1, got {value!r}")
-    return value == "1"
+    return _setting() != "0"
+
+
+def measured(candidates: Sequence[str] | Candidates) -> list[str]:
+    """Which candidates would be measured: the likely ones, or all if all are wanted.
+
+    Raises:
+        ValueError: as :func:`enabled`.
+    """
+    if isinstance(candidates, Candidates) and _setting() != ALL:
+        return list(candidates.likely)
+    return list(candidates)
 
 
 def cache_file() -> Path:
@@ -145,114 +184,6 @@ def _driver_version() -> str:
         if numbers:
             return numbers[0]
     return f"for CUDA {torch.version.cuda}"
-
-
-class Table:
-    """Choices by machine and problem, in memory and in a file.
-
-    Args:
-        path: the file. It is read on first use, and written after each new choice;
-            processes that write at the same time lose nothing.
-        beneath: what is asked for problems that the file does not know. It is not
-            written into the file.
-    """
-
-    def __init__(self, path: Path, beneath: Choices | None = None) -> None:
-        self.path = path
-        self._beneath = beneath or {}
-        self._lock = threading.RLock()
-        self._choices: Choices | None = None
-
-    def get(self, machine: str, problem: str) -> str | None:
-        """The choice for a problem, or None."""
-        with self._lock:
-            own = self._loaded().get(machine, {}).get(problem)
-        return own or self._beneath.get(machine, {}).get(problem)
-
-    def put(self, machine: str, problem: str, choice: str) -> None:
-        """Remember a choice, and write the file; only warn where that is impossible."""
-        try:
-            self.add({machine: {problem: choice}}, replace=True)
-        except OSError as error:
-            _log.warning("cannot keep choices in %s: %s", self.path, error)
-
-    def add(self, choices: Choices, *, replace: bool = False) -> None:
-        """Remember choices, and write the file. Known ones stay, unless ``replace``.
-
-        Raises:
-            OSError: the file cannot be written. They are remembered in memory all the same.
-        """
-        with self._lock:
-            own = self._loaded()
-            self._choices = merge(own, choices) if replace else merge(choices, own)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Without a lock, what two processes write at the same moment may be lost: it is found
-            # out again.
-            with locked(self.path.parent):
-                self._choices = merge(read(self.path), self._choices)
-                export(self._choices, self.path)
-
-    def choices(self) -> Choices:
-        """A copy of everything known."""
-        with self._lock:
-            return merge(self._beneath, self._loaded())
-
-    def _loaded(self) -> Choices:
-        if self._choices is None:
-            self._choices = read(self.path)
-        return self._choices
-
-
-def merge(first: Choices, second: Choices) -> Choices:
-    """Both, and the second where both know a problem."""
-    merged = {machine: dict(found) for machine, found in first.items()}
-    for machine, found in second.items():
-        merged.setdefault(machine, {}).update(found)
-    return merged
-
-
-def load(path: Path) -> Choices:
-    """Choices from a file.
-
-    Raises:
-        OSError: it cannot be read.
-        ValueError: it is damaged or of another format.
-    """
-    content = json.loads(path.read_text())
-    if not isinstance(content, dict) or "format" not in content:
-        raise ValueError("it names no format")
-    if content["format"] != FORMAT:
-        raise ValueError(f"its format is {content['format']!r}, expected {FORMAT}")
-    choices = content.get("choices")
-    if not isinstance(choices, dict) or not all(map(_texts, choices.values())):
-        raise ValueError("its choices are not texts by machine and problem")
-    return choices
-
-
-def _texts(found: object) -> bool:
-    return isinstance(found, dict) and all(isinstance(choice, str) for choice in found.values())
-
-
-def read(path: Path) -> Choices:
-    """Choices from a file; none, and a warning, where it is damaged or of another format."""
-    try:
-        return load(path)
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as error:
-        _log.warning("ignoring the file %s: %s", path, error)
-        return {}
-
-
-def export(choices: Choices, path: Path) -> None:
-    """Write choices to a file that :func:`load` understands, all of it or nothing.
-
-    Raises:
-        OSError: the folder does not exist or cannot be written.
-    """
-    with replacing(path) as temporary:
-        content = {"format": FORMAT, "choices": choices}
-        Path(temporary).write_text(json.dumps(content, indent=1, sort_keys=True))
 
 
 @functools.cache
@@ -298,7 +229,7 @@ def _announce() -> None:
 def choose(
     device: torch.device,
     problem: str,
-    candidates: Sequence[str],
+    candidates: Sequence[str] | Candidates,
     static: str,
     run: Callable[[str], None],
     timer: Timer | None = None,
@@ -309,7 +240,7 @@ def choose(
     Args:
         device: where it runs.
         problem: names the op, every size and the dtype.
-        candidates: names of the ways.
+        candidates: names of the ways. With predictions, the likely ones alone are measured.
         static: the one to take when nothing is known and nothing may be measured.
         run: runs one of them on the real tensors; any of them leaves the right result.
         timer: measures on the device by default.
@@ -333,11 +264,15 @@ def choose(
     if not may_measure(device):
         return static
     _announce()
-    sound = candidates
-    if prepare is not None:
-        with torch.autocast(device.type, enabled=False):  # It would round what must be exact.
-            sound = _sound(problem, candidates, prepare())
-    times = dict(_measure(sound, run, timer or _device_timer(device)))
+    with torch.autocast(device.type, enabled=False):  # It would round what must be exact.
+        trial = prepare() if prepare is not None else None
+    wanted = measured(candidates)
+    times: dict[str, float] = {}
+    # The others have their turn where none of the likely ones runs and is right.
+    for names in (wanted, [name for name in candidates if name not in wanted]):
+        if not times:
+            sound = names if trial is None else _sound(device, problem, names, trial)
+            times = dict(_measure(sound, run, timer or _device_timer(device)))
     if not times:
         raise RuntimeError(
             f"none of the candidates runs and is right for {problem}: {', '.join(candidates)}; "
@@ -345,7 +280,8 @@ def choose(
         )
     best = min(times, key=lambda name: times[name])
     _log.info("%s: %s, %.1f us", problem, best, times[best] * 1e6)
-    table().put(machine(device), problem, best)
+    layer = candidates.layer if isinstance(candidates, Candidates) else {}
+    table().put(machine(device), problem, Choice(best, times, layer))
     return best
 
 
@@ -353,7 +289,7 @@ def _rehearse(
     plan: Planning,
     met: set[str],
     problem: str,
-    candidates: Sequence[str],
+    candidates: Sequence[str] | Candidates,
     static: str,
     run: Callable[[str], None],
 ) -> str:
@@ -363,17 +299,20 @@ def _rehearse(
         return known if known in candidates else static
     if plan.measured and problem not in met:  # Whatever is measured is remembered.
         met.add(problem)
-        for name in candidates:
+        for name in measured(candidates):
             run(name)
     return static
 
 
-def _sound(problem: str, candidates: Sequence[str], trial: Trial) -> list[str]:
+def _sound(
+    device: torch.device, problem: str, candidates: Sequence[str], trial: Trial
+) -> list[str]:
     """The candidates that run and pass their trial."""
     found = []
     for name in candidates:
         try:
-            wrong = trial(name)
+            with torch.autocast(device.type, enabled=False):
+                wrong = trial(name)
         except Exception as error:
             _leave_out(name, error)
             continue

@@ -13,7 +13,6 @@ from vovnet_fast.kernels.conv import conv, output_size, plan, pool_tiles
 from vovnet_fast.kernels.conv_config import (
     ConvConfig,
     candidates,
-    default_config,
     pointer_blocks,
     tma_blocks,
 )
@@ -286,24 +285,6 @@ def test_no_channel_is_computed_in_vain(c_out):
     assert c_out % sum(pointer_blocks(c_out, 192)) == 0
     exact = c_out % 64 == 0
     assert all((c_out % sum(blocks) == 0) == exact for blocks in tma_blocks(c_out))
-
-
-def test_choice_of_form():
-    layer = dict(kernel=3, processors=132, batch=1, size=(200, 336))
-    assert default_config((9, 0), 128, 128, **layer).form == "tma"
-    assert default_config((10, 0), 128, 128, **layer).form == "tma"
-    assert default_config((8, 0), 128, 128, **layer).form == "pointer"
-    assert default_config((8, 9), 128, 128, **layer).form == "pointer"
-    assert default_config((9, 0), 128, 128, tma=False, **layer).form == "pointer"
-    exact = default_config((9, 0), 128, 128, dtype=torch.float32, **layer)
-    assert exact.form == "pointer"
-
-
-def test_small_images_get_small_tiles():
-    sizes = {(200, 336): 256, (25, 42): 64}
-    for size, pixels in sizes.items():
-        config = default_config((9, 0), 128, 128, processors=132, batch=1, size=size)
-        assert config.pixels == pixels
 
 
 @pytest.mark.parametrize("kernel", [1, 3])

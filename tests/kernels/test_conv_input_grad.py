@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from vovnet_fast.kernels.conv import input_grad, input_grad_choices, output_size, plan_input_grad
-from vovnet_fast.kernels.conv_config import ConvConfig, candidates, default_config
+from vovnet_fast.kernels.conv_config import ConvConfig, candidates
 from vovnet_fast.kernels.pack import transposed
 
 HOPPER = (9, 0)
@@ -303,9 +303,3 @@ def test_add_and_mask_have_no_more_channels_than_the_result(case, output):
     out = output(layer.shape(), torch.float16)
     with pytest.raises(AssertionError, match="add has 48 channels, out has 40"):
         layer.run(out.view)
-
-
-def test_the_static_choice_fits_with_the_tiles_of_a_gradient():
-    layer = dict(kernel=3, processors=132, batch=8, size=(200, 336), kind="gradient")
-    assert default_config(HOPPER, 128, 128, **layer).form == "tma"
-    assert default_config((8, 0), 128, 128, **layer).form == "pointer"

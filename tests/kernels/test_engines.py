@@ -157,7 +157,8 @@ def test_a_wrong_engine_is_left_out(ran, damage, message, zeros, device, monkeyp
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("expanded", [False, True])
-def test_right_engines_pass_their_trial(ran, dtype, expanded, device, caplog):
+def test_right_engines_pass_their_trial(ran, dtype, expanded, device, caplog, monkeypatch):
+    monkeypatch.setenv(tuning.ENVIRONMENT, tuning.ALL)
     x, weight, scale, shift, buffer = layer(3, 32, 16, 1, dtype, device)
     x = x[:1].expand_as(x) if expanded else x
     backend.conv(x, weight, scale, shift, buffer[..., 16:-16], **OPTIONS)

@@ -28,6 +28,9 @@ ENVIRONMENT = "VOVNET_FAST_CONV_SM90"
 
 CAPABILITY = (9, 0)
 
+CHUNK = 64
+"""Input channels of a step: kChunk of csrc/cuda/conv_sm90_layout.h."""
+
 _ALIGNMENT = 16  # Bytes; of what bulk copies fetch, and of stores.
 _PIXEL_LIMIT = 2**30  # Tiles are counted in 32 bits, and any tile has a pixel.
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # Codes of csrc/params.h.

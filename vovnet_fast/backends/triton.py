@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .._dtypes import accumulator
 from ..specs import Gate, Pool
 from . import _aten, conv_sm90, cudnn_graph, reference
 from ._engines import ATEN, aten, conv_trial, judge, problem, tf32, tolerance
+from ._predict import candidates
 
 MIN_CAPABILITY = (8, 0)
 MIN_TRITON = (3, 6)
@@ -64,7 +66,9 @@ def _kernels() -> Any:
         batch_norm,
         conv,
         conv_weight_grad,
+        cost,
         depthwise,
+        device,
         epilogue,
         ese,
         max_pool,
@@ -133,24 +137,48 @@ def choose_engine(
     That is :data:`ATEN`, one of :func:`.cudnn_graph.engines` or :func:`.conv_sm90.engines`, or
     the name of a Triton configuration. Those that are measured must agree with the reference first.
     """
-    found, static = _kernels().conv.choices(x, weight, out, stride=stride, tf32=tf32(x))
+    layer = _kernels().conv.layer(x, weight, out, stride=stride, tf32=tf32(x))
     graphs: list[str] = []
     if not pool:  # Its graph has no partial sums.
         options: dict[str, Any] = dict(stride=stride, relu=relu, tf32=tf32(x))
         graphs = cudnn_graph.engines(x, weight, scale, shift, out, **options)
     own = conv_sm90.engines(x, weight, out, stride=stride)
     offered = {"cudnn-graph": graphs, "conv-sm90": own}
-    words = ("pool" if pool else "", found[0].form, *(f"and {n}" for n, o in offered.items() if o))
+    words = (
+        "pool" if pool else "",
+        _form(layer, x),
+        *(f"and {n}" for n, o in offered.items() if o),
+    )
     key = problem("conv", x, weight.shape, stride, *words)
 
     def run(engine: str) -> None:
         run_engine(engine, x, weight, scale, shift, out, stride=stride, relu=relu, pool=pool)
 
-    names = [*aten(x, out), *graphs, *own, *(config.name for config in found)]
     prepare = functools.partial(
         conv_trial, run_engine, x, weight, out, stride=stride, relu=relu, pool=pool
     )
-    return tuning.choose(x.device, key, names, static.name, run, prepare=prepare)
+    return _choose(x, layer, key, [*aten(x, out), *graphs, *own], run, prepare)
+
+
+def _form(layer: Any, x: Tensor) -> str:
+    """The preferred form of Triton's configurations, which depends on how the tensors lie."""
+    kernels = _kernels()
+    return kernels.cost.configurations(layer, kernels._common.capability(x.device))[0].form
+
+
+def _choose(
+    x: Tensor,
+    layer: Any,
+    key: str,
+    libraries: Sequence[str],
+    run: Callable[[str], None],
+    prepare: Callable[[], tuning.Trial],
+) -> str:
+    """The fastest of some libraries' engines and of Triton's configurations for a layer."""
+    kernels = _kernels()
+    static = kernels.cost.static_choice(layer, kernels.device.of(x.device))
+    found = candidates(layer, x.device, *libraries)
+    return tuning.choose(x.device, key, found, static.name, run, prepare=prepare)
 
 
 def run_engine(
@@ -297,15 +325,14 @@ def choose_weight_grad_engine(
 ) -> str:
     """The fastest engine for a weight gradient: :data:`ATEN`, or a Triton configuration."""
     options: dict[str, Any] = dict(stride=stride, tf32=tf32(x))
-    found, static = _kernels().conv_weight_grad.choices(x, g, weight.shape[1], **options)
-    key = problem("conv weight gradient", x, weight.shape, stride, found[0].form)
+    layer = _kernels().conv_weight_grad.layer(x, g, weight.shape[1], **options)
+    key = problem("conv weight gradient", x, weight.shape, stride, _form(layer, x))
 
     def run(engine: str) -> None:
         run_weight_grad_engine(engine, x, g, weight, scale, stride=stride)
 
-    names = [*aten(x, g), *(config.name for config in found)]
     prepare = functools.partial(_weight_grad_trial, x, g, weight, stride=stride)
-    return tuning.choose(x.device, key, names, static.name, run, prepare=prepare)
+    return _choose(x, layer, key, aten(x, g), run, prepare)
 
 
 def _weight_grad_trial(x: Tensor, g: Tensor, weight: Tensor, *, stride: int) -> tuning.Trial:
@@ -384,15 +411,14 @@ def conv_statistics(x: Tensor, weight: Tensor, out: Tensor, *, stride: int = 1) 
 def choose_statistics_engine(x: Tensor, weight: Tensor, out: Tensor, *, stride: int) -> str:
     """The fastest engine for :func:`conv_statistics`: :data:`ATEN`, or a Triton configuration."""
     options: dict[str, Any] = dict(stride=stride, tf32=tf32(x), statistics=True)
-    found, static = _kernels().conv.choices(x, weight, out, **options)
-    key = problem("conv", x, weight.shape, stride, "statistics", found[0].form)
+    layer = _kernels().conv.layer(x, weight, out, **options)
+    key = problem("conv", x, weight.shape, stride, "statistics", _form(layer, x))
 
     def run(engine: str) -> None:
         run_statistics_engine(engine, x, weight, out, stride=stride)
 
-    names = [*aten(x, out), *(config.name for config in found)]
     prepare = functools.partial(_statistics_trial, x, weight, out, stride=stride)
-    return tuning.choose(x.device, key, names, static.name, run, prepare=prepare)
+    return _choose(x, layer, key, aten(x, out), run, prepare)
 
 
 def _statistics_trial(x: Tensor, weight: Tensor, out: Tensor, *, stride: int) -> tuning.Trial:
@@ -492,12 +518,12 @@ def choose_input_grad_engine(
     anything was measured is put back.
     """
     options: dict[str, Any] = dict(stride=stride, add=add, mask=mask)
-    found, static = _kernels().conv.input_grad_choices(g, packed, out, tf32=tf32(g), **options)
+    found = _kernels().conv.input_grad_layer(g, packed, out, tf32=tf32(g), **options)
     c_in, kernel, _, c_out = packed.shape
     named = (("add", add), ("mask", mask))
     words = [f"{name} {view.shape[3]}" for name, view in named if view is not None]
     layer = (c_out, kernel, kernel, c_in)
-    key = problem("conv input gradient", out, layer, stride, *words, found[0].form)
+    key = problem("conv input gradient", out, layer, stride, *words, _form(found, g))
     before: list[Tensor] = []
 
     def run(engine: str) -> None:
@@ -508,9 +534,8 @@ def choose_input_grad_engine(
             before.append(out.clone())
         return _input_grad_trial(g, packed, out, **options)
 
-    names = [*aten(g, out), *(config.name for config in found)]
     try:
-        return tuning.choose(g.device, key, names, static.name, run, prepare=prepare)
+        return _choose(g, found, key, aten(g, out), run, prepare)
     finally:
         for values in before:
             out.copy_(values)

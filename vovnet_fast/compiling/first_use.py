@@ -209,7 +209,7 @@ def compile_launches(launches: Iterable[Launch], setting: Setting) -> dict[str, 
     from .rehearsal import arch_of
     from .workers import count
 
-    jobs = different(launches, arch_of(setting.target))
+    jobs = different(launches, arch_of(setting.target.capability))
     wanted = missing(jobs, cache_folder())
     processes = count()
     if len(wanted) > FEW and processes > 0:

@@ -107,7 +107,7 @@ def _keep(keys: Iterable[_Key]) -> None:
     """Remember in the file that these passed; only warn where it cannot be written."""
     passed: tuning.Choices = {}
     for machine, subject in keys:
-        passed.setdefault(machine, {})[subject] = _PASSED
+        passed.setdefault(machine, {})[subject] = tuning.Choice(_PASSED)
     file = _file()
     try:
         file.add(passed, replace=True)

@@ -1,0 +1,237 @@
+"""Predicted times of every engine of a convolution, and which of them are worth measuring.
+
+Those of Triton's configurations are :mod:`vovnet_fast.kernels.cost`'s. What is assumed of the
+libraries is here. Triton is imported on first use.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import tuning
+from . import conv_sm90, cudnn_graph
+from ._engines import ATEN
+
+if TYPE_CHECKING:
+    from ..kernels.cost import Layer, Prediction
+    from ..kernels.device import Device
+
+MEASURED = 3
+"""Of Triton's configurations, at most so many are measured: the best by prediction."""
+
+WORTH = 1.25
+"""And none that is predicted to take longer than the best of them by more than this factor."""
+
+LIBRARIES = (ATEN, cudnn_graph.NAME, conv_sm90.NAME)
+"""How names of engines that are not Triton's begin. One of each kind is measured, its best."""
+
+CUDNN_EFFICIENCY = 0.75
+"""Of the rate of products, by cuDNN's convolutions on full processors. Assumed."""
+
+CUDNN_TILE = 128 * 64
+"""Sums of a program of cuDNN's: with fewer programs than processors some idle. Assumed."""
+
+
+# --------------------------------------------------------------------------------------
+# The libraries
+# --------------------------------------------------------------------------------------
+
+
+def _cudnn(layer: Layer, device: Device) -> float:
+    """Seconds of the arithmetic of cuDNN's convolution."""
+    from ..kernels.cost import WEIGHT_GRAD
+
+    results = layer.weight_elements if layer.kind == WEIGHT_GRAD else layer.pixels * layer.c_out
+    # The sum over pixels of a weight gradient is split among programs.
+    programs = device.processors if layer.kind == WEIGHT_GRAD else -(-results // CUDNN_TILE)
+    busy = min(programs / device.processors, 1.0)
+    return layer.flop / (CUDNN_EFFICIENCY * device.flops(layer.precision) * busy)
+
+
+def _aten(layer: Layer, device: Device) -> Prediction:
+    """A slot is copied together, convolved, and the result passes into its slot."""
+    from ..kernels.cost import LAUNCH, WEIGHT_GRAD, Prediction
+
+    itemsize = layer.dtype.itemsize
+    read = layer.input_pixels * layer.c_in * itemsize
+    written = layer.pixels * layer.c_out * itemsize
+    weights = layer.weight_elements * itemsize
+    if layer.kind == WEIGHT_GRAD:
+        # Both operands are widened to fp32 first, and sums of the gradient are a pass.
+        wide = 4 / itemsize
+        convolved = dataclasses.replace(layer, dtype=torch.float32, tf32=itemsize == 2)
+        passes = (1 + wide) * (read + written) + written
+        moved, launches = wide * (read + written) + 4 * layer.weight_elements, 5
+        passes += 8 * layer.weight_elements
+    else:
+        beside = layer.activation_bytes - read - written
+        convolved, launches = layer, 3
+        passes = 2 * read + 2 * written + beside
+        moved = read + weights + written
+    compute = _cudnn(convolved, device)
+    main = max(compute, moved / device.dram)
+    return Prediction(
+        ATEN,
+        main + passes / device.dram + launches * LAUNCH,
+        compute=compute,
+        dram=(moved + passes) / device.dram,
+        launch=launches * LAUNCH,
+    )
+
+
+def _graph(name: str, layer: Layer, device: Device) -> Prediction:
+    """One kernel from slot to slot."""
+    from ..kernels.cost import LAUNCH, Prediction
+
+    compute = _cudnn(layer, device)
+    moved = layer.activation_bytes + layer.weight_elements * layer.dtype.itemsize
+    dram = moved / device.dram
+    return Prediction(name, max(compute, dram) + LAUNCH, compute=compute, dram=dram)
+
+
+_STRIP_STAGES = 4  # Of the rings of strips and weights: what shared memory has room for.
+
+
+def _sm90(name: str, layer: Layer, device: Device) -> Prediction:
+    """A step is a column of taps: one strip of pixels, and the weights of its taps."""
+    from ..kernels.cost import Work, cdiv, predict_work, through_shared
+    from ..kernels.resources import Resources
+
+    config = next(c for c in conv_sm90.configs(layer.c_out) if c.name == name)
+    tile_h, tile_w = config.tile(layer.height, layer.width, layer.kernel)
+    across = cdiv(layer.height, tile_h) * cdiv(layer.width, tile_w)
+    chunk, itemsize = conv_sm90.CHUNK, layer.dtype.itemsize
+    copied = ((tile_h + layer.kernel - 1) * tile_w + layer.kernel * config.block_out) * chunk
+    copied *= itemsize
+    sums = config.pixels * config.block_out
+    read = through_shared(config.pixels, config.block_out, chunk * itemsize, 8, warpgroups=True)
+    weights = layer.weight_elements * itemsize
+    work = Work(
+        programs=layer.batch * across * (layer.c_out // config.block_out),
+        steps=layer.kernel * cdiv(layer.c_in, chunk),
+        flop=2 * sums * chunk * layer.kernel,
+        copied=copied,
+        shared=copied + layer.kernel * read,
+        instructions=0,  # A warpgroup of its own copies.
+        last_instructions=sums * 4,
+        last_bytes=sums * itemsize,
+        stages=_STRIP_STAGES,
+        compulsory=layer.activation_bytes + weights,
+        persistent=True,
+    )
+    # Its shared memory is all that a processor has.
+    whole = Resources(warps=12, registers=168, shared=227 << 10)
+    return predict_work(name, work, device, layer.precision, whole)
+
+
+def library(name: str, layer: Layer, device: Device) -> Prediction:
+    """Time of an engine that is not a configuration of Triton's."""
+    if name == ATEN:
+        return _aten(layer, device)
+    return (_graph if name.startswith(cudnn_graph.NAME) else _sm90)(name, layer, device)
+
+
+# --------------------------------------------------------------------------------------
+# All of them
+# --------------------------------------------------------------------------------------
+
+
+def family(name: str) -> str:
+    """Which of :data:`LIBRARIES` an engine belongs to, or ``triton``."""
+    return next((found for found in LIBRARIES if name.startswith(found)), "triton")
+
+
+@functools.cache
+def order(layer: Layer, device: Device) -> dict[str, Prediction]:
+    """Triton's configurations by name; that which is taken without measuring comes first."""
+    from ..kernels import cost
+
+    found = cost.predictions(layer, device)
+    return {found[i].engine: found[i] for i in cost.ranked(layer, device)}
+
+
+def predict(names: Iterable[str], layer: Layer, device: Device) -> dict[str, Prediction]:
+    """By name, in the order given; without those that are not shipped any more."""
+    own = order(layer, device)
+    sizes = {config.name for config in conv_sm90.configs(layer.c_out)}
+    found = {}
+    for name in names:
+        if name in own:
+            found[name] = own[name]
+        elif family(name) != "triton" and (family(name) != conv_sm90.NAME or name in sizes):
+            found[name] = library(name, layer, device)
+    return found
+
+
+def likely(predicted: dict[str, Prediction], layer: Layer, device: Device) -> list[str]:
+    """Which engines are worth measuring, in the order of ``predicted``.
+
+    Of Triton's configurations the best :data:`MEASURED`, if they are within :data:`WORTH`;
+    of every library the best.
+    """
+    own = [name for name in order(layer, device) if name in predicted]
+    limit = WORTH * predicted[own[0]].seconds if own else 0.0
+    found = {name for name in own[:MEASURED] if predicted[name].seconds <= limit}
+    for kind in LIBRARIES:
+        of_kind = [name for name in predicted if family(name) == kind]
+        # cuDNN ranks its own plans, and to the model they are all the same.
+        found.update(sorted(of_kind, key=lambda name: predicted[name].seconds)[:1])
+    return [name for name in predicted if name in found]
+
+
+@functools.cache  # Asked for at every launch.
+def _candidates(layer: Layer, device: Device, libraries: tuple[str, ...]) -> tuning.Candidates:
+    from ..kernels import cost
+
+    own = (config.name for config in cost.configurations(layer, device.capability))
+    predicted = predict((*libraries, *own), layer, device)
+    return tuning.Candidates(
+        {name: found.seconds for name, found in predicted.items()},
+        tuple(likely(predicted, layer, device)),
+        describe(layer, device),
+    )
+
+
+def candidates(layer: Layer, on: torch.device, *libraries: str) -> tuning.Candidates:
+    """The named engines of libraries and all of Triton's configurations, for the tuner."""
+    from ..kernels import device
+
+    return _candidates(layer, device.of(on), libraries)
+
+
+# --------------------------------------------------------------------------------------
+# Layers in files
+# --------------------------------------------------------------------------------------
+
+
+def describe(layer: Layer, device: Device) -> dict[str, Any]:
+    """What a prediction was made for, as JSON can hold it; :func:`recall` reads it."""
+    fields = dataclasses.asdict(layer) | {"dtype": str(layer.dtype).removeprefix("torch.")}
+    return fields | {
+        "device": device.name,
+        "capability": list(device.capability),
+        "processors": device.processors,
+    }
+
+
+def recall(described: Mapping[str, Any]) -> tuple[Layer, Device]:
+    """The layer and the device that :func:`describe` wrote down, with today's rates.
+
+    Raises:
+        ValueError: it is not such a description.
+    """
+    from ..kernels import cost, device
+
+    fields = dict(described)
+    try:
+        card = device.known(fields.pop("device"), tuple(fields.pop("capability")))
+        card = device.scaled(card, fields.pop("processors"))
+        dtype = getattr(torch, fields.pop("dtype"))
+        return cost.Layer(**fields, dtype=dtype), card
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"no layer and device: {dict(described)} ({error})") from error
