@@ -86,7 +86,6 @@ import os
 import threading
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -166,7 +165,7 @@ _SHAPES = {f"shapes of {name}": name for name in NAMES}
 
 
 @contextlib.contextmanager
-def shapes_only(name: str = "reference", called: set[str] | None = None) -> Iterator[None]:
+def shapes_only(name: str = "reference", needed: set[str] | None = None) -> Iterator[None]:
     """Let modules run as ops of a backend on meta tensors, which have shapes and no memory.
 
     What a fused path allocates and keeps can be counted so, on any machine. What a backend
@@ -174,26 +173,14 @@ def shapes_only(name: str = "reference", called: set[str] | None = None) -> Iter
 
     Args:
         name: of the backend.
-        called: receives the names of its functions that are used.
+        needed: receives the names of its functions that are asked for.
     """
     before = _choice.name, _choice.noted
-    _choice.name, _choice.noted = f"shapes of {name}", called
+    _choice.name, _choice.noted = f"shapes of {name}", needed
     try:
         yield
     finally:
         _choice.name, _choice.noted = before
-
-
-class _Noting(ModuleType):
-    """A backend that notes which of its functions are used."""
-
-    def __init__(self, backend: ModuleType, called: set[str]) -> None:
-        super().__init__(backend.__name__)
-        self._backend, self._called = backend, called
-
-    def __getattr__(self, name: str) -> Any:
-        self._called.add(name)
-        return getattr(self._backend, name)
 
 
 def sees_shapes_only(choice: str) -> bool:
@@ -266,8 +253,9 @@ def get(
     device: torch.device, dtype: torch.dtype, needs: tuple[str, ...], choice: str | None = None
 ) -> ModuleType:
     """Module of the backend that works on tensors of ``device``; see :func:`select`."""
-    module = _module(select(device, dtype, needs, choice))
-    return module if _choice.noted is None else _Noting(module, _choice.noted)
+    if _choice.noted is not None:
+        _choice.noted.update(needs)
+    return _module(select(device, dtype, needs, choice))
 
 
 def _automatic(device: torch.device, dtype: torch.dtype, needs: tuple[str, ...]) -> str:

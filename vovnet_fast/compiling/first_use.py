@@ -85,15 +85,16 @@ def of_frozen(model: Any, x: Tensor) -> None:
 def of_self_check(functions: Collection[str], dtype: torch.dtype, device: torch.device) -> None:
     """Compile what the self-check of functions of Triton's backend will launch on a GPU.
 
-    Where a network is used for the first time that is done already; an op may stand alone.
+    For a network that has been done before; its blocks and the ops are used alone, too.
 
     Raises:
         ValueError: ``VOVNET_FAST_COMPILE_WORKERS`` is no number.
     """
+    from ..kernels._common import interpreted
     from . import workers
     from .rehearsal import Setting, self_check
 
-    if workers.count() == 0:
+    if interpreted() or workers.count() == 0:
         return
     try:
         setting = Setting.here(device)
@@ -154,7 +155,8 @@ def _once(
         if workers.count() == 0:
             return
         try:
-            ahead(key, Setting.here(device), plan, checks=backends.chosen() == "auto")
+            check = dtype if backends.chosen() == "auto" else None
+            ahead(key, Setting.here(device), plan, check)
         except Exception as error:
             _say(f"{type(error).__name__}: {error}")
 
@@ -166,7 +168,10 @@ def _say(problem: str) -> None:
 
 
 def ahead(
-    key: tuple[Hashable, ...], setting: Setting, plan: Callable[[Setting], Plan], *, checks: bool
+    key: tuple[Hashable, ...],
+    setting: Setting,
+    plan: Callable[[Setting], Plan],
+    check: torch.dtype | None,
 ) -> bool:
     """Compile what a network needs, unless it is noted that all of it is there.
 
@@ -174,7 +179,7 @@ def ahead(
         key: of the network, in its mode.
         setting: where it will run.
         plan: says what it needs, in a thread of its own.
-        checks: the self-check of the functions that it uses will run, too.
+        check: the self-check of the functions that it uses will run, too, in this dtype.
 
     Returns:
         whether it had to be found out.
@@ -192,9 +197,9 @@ def ahead(
     def launches() -> list[Launch]:
         with torch.set_grad_enabled(gradient):
             found = plan(setting)
-        if not checks:
+        if check is None:
             return found.launches
-        return found.launches + self_check(found.functions, found.dtype, setting.target)
+        return found.launches + self_check(found.functions, check, setting.target)
 
     # A thread of its own knows nothing of the caller's modes.
     with concurrent.futures.ThreadPoolExecutor(1) as thread:

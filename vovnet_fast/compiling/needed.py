@@ -106,6 +106,6 @@ def by_run(runs: Iterable[Run], setting: Setting) -> dict[Run, list[Job]]:
     found = {}
     for run in runs:
         planned = plan(run, setting)
-        checked = rehearsal.self_check(planned.functions, planned.dtype, setting.target)
+        checked = rehearsal.self_check(planned.functions, DTYPES[run.dtype], setting.target)
         found[run] = different([*planned.launches, *checked], arch)
     return found

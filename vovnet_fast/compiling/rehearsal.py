@@ -17,6 +17,7 @@ from .. import backends, selfcheck, tuning
 from ..kernels._common import Launch, Target, planning_for, recording, target_of
 from ..ops import NetworkParams
 from ..ops._checks import nhwc
+from ..ops.features import needs
 from ..ops.features import run as run_features
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -50,13 +51,11 @@ class Plan(NamedTuple):
 
     Attributes:
         launches: in order, those of tuning too.
-        functions: of the backend, that were called; see :mod:`vovnet_fast.backends`.
-        dtype: of the activations.
+        functions: of the backend that are used; see :mod:`vovnet_fast.backends`.
     """
 
     launches: list[Launch]
     functions: frozenset[str]
-    dtype: torch.dtype
 
 
 def of_model(model: Any, x: Tensor, setting: Setting) -> Plan:
@@ -67,7 +66,7 @@ def of_model(model: Any, x: Tensor, setting: Setting) -> Plan:
         x: images, on meta and in the dtype of activations.
         setting: where it runs.
     """
-    with _planning(setting, x.dtype) as plan:
+    with _planning(setting) as plan:
         if model._is_one_op(x):
             _run_folded(model.fold(x.dtype), x, model.out_features)
         else:
@@ -81,31 +80,31 @@ def of_params(
     params: NetworkParams, x: Tensor, out_features: tuple[str, ...], setting: Setting
 ) -> Plan:
     """What :func:`vovnet_fast.ops.features` needs for ``[N, C, H, W]`` images on meta."""
-    with _planning(setting, x.dtype) as plan:
+    with _planning(setting) as plan:
         _run_folded(params, x, out_features)
     return plan()
 
 
 def _run_folded(params: NetworkParams, x: Tensor, out_features: tuple[str, ...]) -> None:
-    backend = backends.get(x.device, x.dtype, ())
+    backend = backends.get(x.device, x.dtype, needs(params.spec))
     run_features(backend, nhwc(x), params, out_features)
 
 
 @contextlib.contextmanager
-def _planning(setting: Setting, dtype: torch.dtype) -> Iterator[Callable[[], Plan]]:
+def _planning(setting: Setting) -> Iterator[Callable[[], Plan]]:
     """Note what is launched inside; what it gives away makes the plan of that."""
-    functions: set[str] = set()
+    needed: set[str] = set()
     with (
         recording() as launches,
         planning_for(setting.target),
         tuning.planning(setting.planning),
-        backends.shapes_only("triton", functions),
+        backends.shapes_only("triton", needed),
     ):
-        yield lambda: Plan(launches, frozenset(functions), dtype)
+        yield lambda: Plan(launches, frozenset(needed))
 
 
 def self_check(functions: Collection[str], dtype: torch.dtype, target: Target) -> list[Launch]:
-    """What the self-check of these functions launches."""
+    """What the self-check of these functions launches, for activations of ``dtype``."""
     with planning_for(target):
         return selfcheck.launches(functions, dtype, "meta")
 
