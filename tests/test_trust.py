@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -111,10 +112,7 @@ def test_only_what_computes_the_function_invalidates_its_verdict(
     fake, checks, monkeypatch, tmp_path
 ):
     """Sources in a copy of the package, one of which is edited."""
-    for name in ("ese", "max_pool", "_common"):
-        path = tmp_path / "kernels" / f"{name}.py"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes((sources._PACKAGE / "kernels" / f"{name}.py").read_bytes())
+    shutil.copytree(sources._PACKAGE / "kernels", tmp_path / "kernels")
     monkeypatch.setattr(sources, "_PACKAGE", tmp_path)
     of = {"gates": "kernels.ese", "max_pool": "kernels.max_pool"}
     fake.sources = lambda function: (of[function],)
@@ -182,7 +180,7 @@ def test_a_function_that_fails_is_named_once_and_what_needs_it_runs_elsewhere(
     assert "the fake backend fails its self-check on cpu; torch" in caplog.text
     assert "in float32 and is not used for what needs apply_gates" in caplog.text
     assert "3 of 4 checks failed" in caplog.text
-    assert "apply_gates (1x3x5x512, gated, added, float32): error" in caplog.text
+    assert "apply_gates (2x5x7x128, gated, float32): error" in caplog.text
     assert "VOVNET_FAST_BACKEND=reference" in caplog.text
     assert backends.select(CPU, FP32, ("gate_sums",)) == "fake"  # It passed beside the other.
     assert len(checks) == 2
@@ -231,6 +229,28 @@ def test_threads_wait_for_one_check(fake, checks):
         thread.join()
     assert found == ["fake"] * 8
     assert checks == checked(NEEDS, FP32)
+
+
+def test_kernels_are_compiled_side_by_side_before_a_check_on_a_gpu(monkeypatch):
+    pytest.importorskip("triton")
+    from vovnet_fast.compiling import first_use, rehearsal
+    from vovnet_fast.kernels import _common
+
+    done = []
+    monkeypatch.setattr(tuning, "machine", lambda device: "a GPU")
+    monkeypatch.setattr(_common, "interpreted", lambda: False)
+    monkeypatch.setattr(rehearsal.Setting, "here", lambda device: rehearsal.Setting())
+    monkeypatch.setattr(
+        first_use,
+        "compile_launches",
+        lambda launches, setting: done.extend(launch.kernel.fn.__name__ for launch in launches),
+    )
+    monkeypatch.setattr(runner, "run", lambda *_, **__: done.append("checked") or [])
+    assert selfcheck.trusted("triton", torch.device("cuda", 0), BF16, ["max_pool"])
+    assert done == ["max_pool_kernel", "max_pool_kernel", "checked"]
+    monkeypatch.setenv("VOVNET_FAST_COMPILE_WORKERS", "0")
+    assert selfcheck.trusted("triton", torch.device("cuda", 0), FP32, ["max_pool"])
+    assert done[3:] == ["checked"]
 
 
 def test_nothing_is_checked_during_a_capture(fake, checks, monkeypatch):

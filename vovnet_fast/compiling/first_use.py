@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Collection, Hashable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -80,6 +80,27 @@ def of_frozen(model: Any, x: Tensor) -> None:
         return rehearsal.of_params(params, images, model.out_features, setting)
 
     _once(key_of_frozen(model, x, model.dtype), x.device, model.dtype, plan)
+
+
+def of_self_check(functions: Collection[str], dtype: torch.dtype, device: torch.device) -> None:
+    """Compile what the self-check of functions of Triton's backend will launch on a GPU.
+
+    For a network that has been done before; its blocks and the ops are used alone, too.
+
+    Raises:
+        ValueError: ``VOVNET_FAST_COMPILE_WORKERS`` is no number.
+    """
+    from ..kernels._common import interpreted
+    from . import workers
+    from .rehearsal import Setting, self_check
+
+    if interpreted() or workers.count() == 0:
+        return
+    try:
+        setting = Setting.here(device)
+        compile_launches(self_check(functions, dtype, setting.target), setting)
+    except Exception as error:
+        _say(f"{type(error).__name__}: {error}")
 
 
 def key_of_frozen(model: Any, x: Tensor, dtype: torch.dtype) -> tuple[Hashable, ...]:

@@ -60,9 +60,9 @@ class Layer(NamedTuple):
     def x(self, t: Tensors) -> Tensor:
         return t.activations(*self.size, self.c_in)
 
-    def weight(self, t: Tensors) -> Tensor:
-        taps = self.kernel * self.kernel
-        return t.weight(self.c_out, self.kernel, self.kernel, self.c_in, fan=taps * self.c_in)
+    def weight(self, t: Tensors, *, master: bool = False) -> Tensor:
+        shape = (self.c_out, self.kernel, self.kernel, self.c_in)
+        return t.weight(*shape, fan=math.prod(shape[1:]), master=master)
 
     def gradient(self, t: Tensors) -> Tensor:
         return t.activations(*self.output, self.c_out)
@@ -92,10 +92,16 @@ def conv_statistics(backend: Backend, t: Tensors, *, layer: Layer) -> Iterator[T
 
 
 def conv_input_grad(
-    backend: Backend, t: Tensors, *, layer: Layer, scaled: bool = True, added: bool = False
+    backend: Backend,
+    t: Tensors,
+    *,
+    layer: Layer,
+    scaled: bool,
+    added: bool,
+    master: bool = False,
 ) -> Iterator[Tensor]:
     """As between two layers, masked; ``added``: to the gradient in the slot, in place."""
-    g, weight, scale = layer.gradient(t), layer.weight(t), t.vector(layer.c_out)
+    g, weight, scale = layer.gradient(t), layer.weight(t, master=master), t.vector(layer.c_out)
     out, mask = layer.x(t), t.activations(*layer.size, layer.c_in, relu=True)
     backend.conv_input_grad(
         g, weight, scale if scaled else None, out, stride=layer.stride,
@@ -105,10 +111,10 @@ def conv_input_grad(
 
 
 def concat_input_grad(
-    backend: Backend, t: Tensors, *, layer: Layer, added: bool, masked: int
+    backend: Backend, t: Tensors, *, layer: Layer, added: bool, masked: int, master: bool = False
 ) -> Iterator[Tensor]:
     """Of the 1x1: the identity belongs to the first channels, the mask to the last ones."""
-    g, weight, scale = layer.gradient(t), layer.weight(t), t.vector(layer.c_out)
+    g, weight, scale = layer.gradient(t), layer.weight(t, master=master), t.vector(layer.c_out)
     add = t.activations(*layer.size, layer.c_out) if added else None
     mask = t.activations(*layer.size, masked, relu=True)
     out = t.output(*layer.size, layer.c_in)
@@ -117,9 +123,9 @@ def concat_input_grad(
 
 
 def conv_weight_grad(
-    backend: Backend, t: Tensors, *, layer: Layer, scaled: bool
+    backend: Backend, t: Tensors, *, layer: Layer, scaled: bool, master: bool = False
 ) -> Iterator[Tensor]:
-    x, g, weight = layer.x(t), layer.gradient(t), layer.weight(t)
+    x, g, weight = layer.x(t), layer.gradient(t), layer.weight(t, master=master)
     scale = t.vector(layer.c_out) if scaled else None
     found = backend.conv_weight_grad(x, g, weight, scale, stride=layer.stride)
     yield from (grad for grad in found if grad is not None)
@@ -212,21 +218,25 @@ def depthwise_weight_grad(
     yield backend.depthwise_weight_grad(layer.x(t), layer.gradient(t), stride=stride)
 
 
-def gates(backend: Backend, t: Tensors, *, channels: int, kind: Gate) -> Iterator[Tensor]:
+def gates(
+    backend: Backend, t: Tensors, *, channels: int, kind: Gate, master: bool = False
+) -> Iterator[Tensor]:
     """Means near one, and logits on either side of what saturates a gate."""
     c = channels
-    partials, weight = t.vector(2, 5, c, high=2), t.weight(c, c, fan=c // 16)
-    yield from backend.gates(partials, 6, weight, t.weight(c, fan=4), kind)
+    partials, weight = t.vector(2, 5, c, high=2), t.weight(c, c, fan=c // 16, master=master)
+    yield from backend.gates(partials, 6, weight, t.weight(c, fan=4, master=master), kind)
 
 
 def gate_sums(backend: Backend, t: Tensors, *, shape: Sequence[int]) -> Iterator[Tensor]:
     yield backend.gate_sums(t.activations(*shape), t.activations(*shape, relu=True))
 
 
-def gates_backward(backend: Backend, t: Tensors, *, channels: int, kind: Gate) -> Iterable[Tensor]:
+def gates_backward(
+    backend: Backend, t: Tensors, *, channels: int, kind: Gate, master: bool = False
+) -> Iterable[Tensor]:
     c = channels
     dgates, gates = t.vector(3, c, low=-1, high=1), t.vector(3, c, low=-0.25, high=1.25)
-    mean, weight = t.vector(3, c), t.weight(c, c, fan=c)
+    mean, weight = t.vector(3, c), t.weight(c, c, fan=c, master=master)
     grads: tuple[Tensor, ...] = backend.gates_backward(
         dgates, gates.clamp(0, 1), mean, 35, weight, kind
     )

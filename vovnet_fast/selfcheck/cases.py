@@ -78,17 +78,17 @@ def _options(options: dict[str, Any]) -> str:
     return "".join(f", {text}" for text in named.values())
 
 
-# Of the published networks: the stem, a layer and the 1x1 of a block of stage 2.
+# The stem of published networks, a layer of a block, and a 1x1 over a concat like theirs.
 _FIRST = Layer(3, 3, 64, (2, 10, 7), stride=2)
 _SECOND = Layer(3, 64, 64, (2, 9, 7))
 _THIRD = Layer(3, 64, 128, (1, 11, 8), stride=2)
 _INNER = Layer(3, 128, 128, (1, 6, 5))
-_CONCAT = Layer(1, 768, 256, (2, 5, 7))
+_CONCAT = Layer(1, 384, 256, (2, 5, 7))
 # Widths that fill no tile.
 _ODD = Layer(3, 80, 96, (1, 5, 11))
 _NARROW = Layer(1, 224, 112, (2, 5, 13))
 
-_STEM, _STAGE, _NEXT = (2, 5, 7, 64), (2, 5, 7, 256), (1, 3, 5, 512)
+_STEM, _STAGE = (2, 5, 7, 64), (2, 5, 7, 128)
 _MAP, _PIXELS, _LOW = (2, 5, 7, 48), (2, 1, 5, 56), (1, 8, 2, 56)
 
 _STRIDES = (1, 2)
@@ -104,13 +104,13 @@ def _convolutions() -> Iterator[Case]:
     yield from of_layers(calls.conv, _NARROW, pool=True)
     yield from slim(calls.conv_statistics, _FIRST, _SECOND, _THIRD, _CONCAT)
     yield from of_layers(calls.conv_statistics, _NARROW)
-    yield from slim(calls.conv_input_grad, _INNER, scaled=True, added=True)
-    yield from slim(calls.conv_input_grad, _THIRD, scaled=False, added=False)
-    yield from slim(calls.concat_input_grad, _CONCAT, added=True, masked=128)
+    yield from slim(calls.conv_input_grad, _INNER, scaled=True, added=True, master=True)
+    yield from slim(calls.conv_input_grad, _THIRD, scaled=False, added=False, master=True)
+    yield from slim(calls.concat_input_grad, _CONCAT, added=True, masked=128, master=True)
     yield from of_layers(calls.conv_input_grad, _ODD, _THIRD, scaled=True, added=True)
     yield from of_layers(calls.concat_input_grad, _NARROW, added=True, masked=112)
-    yield from slim(calls.conv_weight_grad, _FIRST, _CONCAT, scaled=True)
-    yield from slim(calls.conv_weight_grad, _SECOND, scaled=False)
+    yield from slim(calls.conv_weight_grad, _FIRST, _CONCAT, scaled=True, master=True)
+    yield from slim(calls.conv_weight_grad, _SECOND, scaled=False, master=True)
     yield from of_layers(calls.conv_weight_grad, _NARROW, scaled=True)
     yield from of_layers(calls.conv_weight_grad, _ODD, scaled=False)
 
@@ -119,9 +119,9 @@ def _norms() -> Iterator[Case]:
     yield from of_shapes(calls.normalize, _STEM, slim=True, pool=False)
     yield from of_shapes(calls.normalize, _STAGE, slim=True, pool=True)
     yield from of_shapes(calls.normalize, _MAP, _PIXELS, pool=True)
-    yield from of_channels(calls.batch_norm_merge, 256, slim=True)
+    yield from of_channels(calls.batch_norm_merge, 128, slim=True)
     yield from of_channels(calls.batch_norm_merge, 80)
-    yield from of_channels(calls.batch_norm_finish, 256, slim=True, affine=True)
+    yield from of_channels(calls.batch_norm_finish, 128, slim=True, affine=True)
     for affine in (True, False):
         yield from of_channels(calls.batch_norm_finish, 80, affine=affine)
     for call in (calls.batch_norm_sums, calls.batch_norm_input_grad):
@@ -138,14 +138,15 @@ def _depthwise() -> Iterator[Case]:
 
 
 def _gates() -> Iterator[Case]:
-    for kind in _KINDS:
+    for kind, master in zip(_KINDS, (False, True), strict=True):
+        yield from of_channels(calls.gates, 128, slim=True, kind=kind, master=master)
+        yield from of_channels(calls.gates_backward, 128, slim=True, kind=kind, master=True)
         for of_gates in (calls.gates, calls.gates_backward):
-            yield from of_channels(of_gates, 256, slim=True, kind=kind)
             yield from of_channels(of_gates, 80, kind=kind)
     yield from of_shapes(calls.gate_sums, _STAGE, slim=True)
     yield from of_shapes(calls.gate_sums, _MAP, _PIXELS)
     yield from of_shapes(calls.apply_gates, _STAGE, slim=True, gated=True, added=False)
-    yield from of_shapes(calls.apply_gates, _NEXT, slim=True, gated=True, added=True)
+    yield from of_shapes(calls.apply_gates, _STAGE, slim=True, gated=True, added=True)
     yield from of_shapes(calls.apply_gates, _STAGE, slim=True, gated=False, added=True)
     yield from of_shapes(calls.apply_gates, _MAP, gated=True, added=True)
     yield from of_shapes(calls.apply_gates, _PIXELS, gated=True, added=False)

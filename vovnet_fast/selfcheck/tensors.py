@@ -127,9 +127,13 @@ class Tensors:
         values = self._numbers(shape)
         return self.output(*shape).copy_(values.relu() if relu else values)
 
-    def weight(self, *shape: int, fan: int) -> Tensor:
-        """Packed, so that a sum over ``fan`` products with activations has variance one."""
-        return self._numbers(shape, fan**-0.5).to(self.device, self.dtype)
+    def weight(self, *shape: int, fan: int, master: bool = False) -> Tensor:
+        """Packed, so that a sum over ``fan`` products with activations has variance one.
+
+        ``master``: in fp32 (fp64 for fp64), as in training in mixed precision.
+        """
+        dtype = accumulator(self.dtype) if master else self.dtype
+        return self._numbers(shape, fan**-0.5).to(self.device, dtype)
 
     def vector(self, *shape: int, low: float = 0.5, high: float = 1.5) -> Tensor:
         """Uniformly distributed numbers in fp32, or fp64 for fp64."""

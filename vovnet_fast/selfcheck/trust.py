@@ -83,8 +83,13 @@ def _find_out(
     machine, names = tuning.machine(device), ", ".join(functions)
     name = str(dtype).removeprefix("torch.")
     _log.info("checking %s of the %s backend in %s on %s, once", names, backend, name, machine)
-    progress = device.type != "cpu"  # Where kernels may have to be compiled.
-    rows = runner.run(backend, device, [dtype], functions, slim=True, progress=progress)
+    compiles = device.type == "cuda"
+    if compiles and backend == "triton":
+        # Which imports the backends, and they this.
+        from ..compiling import first_use
+
+        first_use.of_self_check(functions, dtype, device)
+    rows = runner.run(backend, device, [dtype], functions, slim=True, progress=compiles)
     failures = [row for row in rows if not row.passed]
     failed = {row.function for row in failures}
     if failures:
