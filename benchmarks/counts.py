@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import functools
 import json
+import random
 from collections.abc import Iterable, Iterator
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,7 +21,10 @@ from vovnet_fast.plan import AtenRecorder, Work, launch_work, plan_forward
 from vovnet_fast.training_memory import training_memory
 
 from . import sass
-from .networks import Shape, operations
+from .networks import Shape, launches, operations
+
+if TYPE_CHECKING:
+    from vovnet_fast.kernels._common import Launch
 
 Numbers = dict[str, float]
 """One row: numbers by what they count."""
@@ -140,12 +144,14 @@ class Step(NamedTuple):
     """A training step on the Triton backend, in launches.
 
     Attributes:
+        launches: of both passes.
         forward, backward: the work of each launch.
         aten: of the ATen operations between them, both ways.
         ready: parameters, in the order in which their gradients are there, and after how
             many launches of the backward pass.
     """
 
+    launches: list[Launch]
     forward: list[Work]
     backward: list[Work]
     aten: list[Work]
@@ -168,18 +174,18 @@ def training_step(spec: str, shape: Shape, **options: Any) -> Step:
         model.to(memory_format=torch.channels_last).train()
         images = torch.empty(shape[0], 3, *shape[1:], dtype=torch.bfloat16)
         images = images.to(memory_format=torch.channels_last)
-        with recording() as launches, AtenRecorder() as recorder, backends.shapes_only("triton"):
+        with recording() as found, AtenRecorder() as recorder, backends.shapes_only("triton"):
             for parameter in model.parameters():
                 parameter.register_post_accumulate_grad_hook(
-                    lambda parameter: ready.append((parameter, len(launches)))
+                    lambda parameter: ready.append((parameter, len(found)))
                 )
             # Not the model itself, which wants images in the weights' dtype.
             features = model._run_modules(images)
-            forward = len(launches)
+            forward = len(found)
             torch.autograd.backward(features, [torch.empty_like(f) for f in features])
-    works = [launch_work(launch) for launch in launches]
+    works = [launch_work(launch) for launch in found]
     ready = [(parameter, count - forward) for parameter, count in ready]
-    return Step(works[:forward], works[forward:], recorder.works, ready)
+    return Step(found, works[:forward], works[forward:], recorder.works, ready)
 
 
 def moved(works: Iterable[Work]) -> int:
@@ -232,6 +238,61 @@ def frozen(spec: str) -> Numbers:
     }
 
 
+# --------------------------------------------------------------------------------------
+# Kernels that a network needs
+# --------------------------------------------------------------------------------------
+
+COMPILED_FOR = "V-99-eSE"
+CAMERAS: Shape = (6, 640, 1600)
+BATCHES = (1, 2, 4, 8, 16)
+IMAGE_SIZES = 24
+
+
+def image_sizes(number: int = IMAGE_SIZES) -> list[tuple[int, int]]:
+    """Heights and widths of a multi-scale training of a detector, always the same.
+
+    As mmdet makes them: of images of any proportion the shorter side becomes 480 to 800
+    pixels, in steps of 32, the longer one no more than 1333, and both are padded to 32.
+    """
+    chance = random.Random(0)
+    found: dict[tuple[int, int], None] = {}
+    while len(found) < number:
+        ratio = chance.uniform(1, 2)
+        short = min(chance.randrange(480, 801, 32), 1333 / ratio)
+        height, width = (32 * -(-int(side) // 32) for side in (short, short * ratio))
+        found[(width, height) if chance.random() < 0.25 else (height, width)] = None
+    return list(found)
+
+
+def compiled(found: Iterable[Launch]) -> set[str]:
+    """The different compiled kernels that launches need."""
+    from vovnet_fast.kernels._variants import variant
+
+    return {variant(launch).key for launch in found}
+
+
+def needed() -> dict[str, Numbers]:
+    """How many kernels Triton has to compile, at one size and over many of them."""
+    sizes = [compiled(training_step(COMPILED_FOR, (2, *size)).launches) for size in image_sizes()]
+    batches = []
+    for batch in BATCHES:
+        step = training_step(COMPILED_FOR, (batch, 320, 800))
+        batches.append(compiled(step.launches[: len(step.forward)]))
+    return {
+        f"inference, {title(COMPILED_FOR, CAMERAS)}": {
+            "kernels, with all that tuning may try": len(compiled(launches(COMPILED_FOR, CAMERAS)))
+        },
+        f"training steps, {COMPILED_FOR}, 2 images": {
+            "kernels, at most for one size": max(map(len, sizes)),
+            f"kernels, {len(sizes)} sizes": len(set().union(*sizes)),
+        },
+        f"forward pass, {COMPILED_FOR}, 320x800": {
+            "kernels, at most for one batch": max(map(len, batches)),
+            f"kernels, batches of {', '.join(map(str, BATCHES))}": len(set().union(*batches)),
+        },
+    }
+
+
 def count(*, compiling: bool = True) -> Counts:
     """Everything, in sections.
 
@@ -239,6 +300,8 @@ def count(*, compiling: bool = True) -> Counts:
         compiling: count what kernels compile to as well. Triton must not interpret.
     """
     found: Counts = {f"kernels for {a}": dict(kernels(a)) for a in HOT} if compiling else {}
+    if compiling:
+        found["compiled kernels"] = needed()
     found["forward pass"] = {title(*network): inference(*network) for network in NETWORKS}
     for words, norm_eval, networks in (
         ("fixed norms", True, NETWORKS),
@@ -258,7 +321,12 @@ def versions() -> dict[str, str]:
     return {"triton": triton.__version__, "torch": torch.__version__.partition("+")[0]}
 
 
-NEEDS = {"kernels": "triton", "operations of PyTorch": "torch", "training step": "torch"}
+NEEDS = {
+    "kernels": "triton",
+    "compiled kernels": "triton",
+    "operations of PyTorch": "torch",
+    "training step": "torch",
+}
 """What has to be of the same version for a section to be compared, by how its name begins."""
 
 

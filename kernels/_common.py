@@ -406,17 +406,22 @@ def within(c, channels, TAIL: tl.constexpr):
 
 
 @triton.jit
-def next_chunk(tap, c, c_in, KERNEL: tl.constexpr, BLOCK_K: tl.constexpr):
-    """(tap, first channel) of the step after this one: over all channels of a tap, then the next.
+def carry(major, minor, size):
+    """(major, minor) where minor may have reached its size: then the next major one, and 0.
 
-    Carried from step to step, because a division by a number that is not known when a kernel
-    is compiled takes longer than all else that a step computes besides its products.
+    Loops carry positions from step to step, because a division by a number that is not known
+    when a kernel is compiled takes longer than all else that a step computes for itself.
     """
+    past = minor >= size
+    return tl.where(past, major + 1, major), tl.where(past, 0, minor)
+
+
+@triton.jit
+def next_chunk(tap, c, c_in, KERNEL: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(tap, first channel) of the step after this one: a tap's channels, then the next tap's."""
     c += BLOCK_K
     if KERNEL > 1:
-        past = c >= c_in
-        tap = tl.where(past, tap + 1, tap)
-        c = tl.where(past, 0, c)
+        tap, c = carry(tap, c, c_in)
     return tap, c
 
 

@@ -19,6 +19,7 @@ from ._common import (
     PARTS,
     Launch,
     batch_offset,
+    carry,
     cdiv,
     inside_image,
     launched,
@@ -109,9 +110,10 @@ def conv_weight_grad_pointer_kernel(
         if BLOCK_2 > 0:
             acc_2 = tl.zeros((COLUMNS, BLOCK_2), dtype=ACC)
         last = tl.minimum((split + 1) * each, batch * tiles)
-        for step in tl.range(split * each, last):
-            n = step // tiles
-            pixel = (step % tiles) * BLOCK_P + tl.arange(0, BLOCK_P)
+        n = split * each // tiles
+        tile = split * each % tiles
+        for _ in tl.range(split * each, last):
+            pixel = tile * BLOCK_P + tl.arange(0, BLOCK_P)
             inside = pixel < out_height * out_width
             oh = pixel // out_width
             ow = pixel % out_width
@@ -138,6 +140,7 @@ def conv_weight_grad_pointer_kernel(
                     acc_2, x, g_image, g_offsets, inside, first + BLOCK_0 + BLOCK_1, c_out,
                     BLOCK_2, OUT_TAIL, PRECISION, SOFT_BF16,
                 )  # fmt: skip
+            n, tile = carry(n, tile + 1, tiles)
         products_ptr += batch_offset(split, k_total * c_out)
         _store(acc_0, products_ptr, column, first, k_total, c_out, BLOCK_0, IN_TAIL, OUT_TAIL)
         if BLOCK_1 > 0:

@@ -21,6 +21,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ._common import (
     Launch,
     batch_offset,
+    carry,
     cdiv,
     interpreted,
     launched,
@@ -120,10 +121,11 @@ def conv_weight_grad_tma_kernel(
             if BLOCK_1 > 0:
                 acc_21 = tl.zeros((COLUMNS, BLOCK_1), dtype=ACC)
         last = tl.minimum((split + 1) * each, batch * height * across)
-        for step in tl.range(split * each, last):
-            n = step // across // height
-            h = step // across % height
-            w = step % across * BLOCK_P
+        n = split * each // across // height
+        h = split * each // across % height
+        run = split * each % across
+        for _ in tl.range(split * each, last):
+            w = run * BLOCK_P
             g_0 = _gradient(g_desc_0, n, h, w, first, BLOCK_P, BLOCK_0, SOFT_BF16)
             if BLOCK_1 > 0:
                 g_1 = _gradient(g_desc_1, n, h, w, first + BLOCK_0, BLOCK_P, BLOCK_1, SOFT_BF16)
@@ -145,6 +147,8 @@ def conv_weight_grad_tma_kernel(
                 acc_20 = tl.dot(x_2, g_0, acc_20, out_dtype=ACC)
                 if BLOCK_1 > 0:
                     acc_21 = tl.dot(x_2, g_1, acc_21, out_dtype=ACC)
+            h, run = carry(h, run + 1, across)
+            n, h = carry(n, h, height)
         products_ptr += batch_offset(split, KERNEL * KERNEL * c_in * c_out)
         _store(acc_00, products_ptr, chunk, first, c_in, c_out, KERNEL, COLUMNS, BLOCK_0)
         if BLOCK_1 > 0:
