@@ -17,6 +17,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,6 +56,14 @@ EPILOGUE_INSTRUCTIONS = {"forward": 4, "statistics": 10, "gradient": 8, WEIGHT_G
 
 TIE = 0.1
 """Predictions that are nearer to the best than this count as equal: they know no better."""
+
+SIZES = (1 << 20, 1 << 16, 1 << 13, 1 << 11)
+"""Pixels of the maps whose choices stand for all: from a batch's largest to one image's least."""
+
+FAVOUR = 1.25
+"""By this factor another configuration must be faster than what :data:`SIZES` would take."""
+
+_ASPECT = 0.6  # Height over width of their maps.
 
 
 @dataclass(frozen=True)
@@ -482,22 +491,44 @@ def _canonical(config: ConvConfig | WeightGradConfig) -> tuple[Any, ...]:
 _MIDDLE = 128  # Pixels of a tile.
 
 
+def _tied(seconds: Sequence[float], order: Callable[[int], Any]) -> list[int]:
+    """Positions of what is within :data:`TIE` of the best, in some order, and of the others."""
+    limit = min(seconds) * (1 + TIE)
+    tied = [i for i, one in enumerate(seconds) if one <= limit]
+    others = [i for i, one in enumerate(seconds) if one > limit]
+    return sorted(tied, key=order) + sorted(others, key=lambda i: seconds[i])
+
+
+@functools.cache
+def _favourites(layer: Layer, device: Device) -> tuple[int, ...]:
+    """Positions in :func:`configurations` of what :data:`SIZES` would take."""
+    shipped = configurations(layer, device.capability)
+    found = []
+    for pixels in SIZES:
+        height = 1 if layer.height == 1 else round((pixels * _ASPECT) ** 0.5)
+        sized = dataclasses.replace(layer, height=height, width=round(pixels / height))
+        seconds = [predict(config, sized, device).seconds for config in shipped]
+        found.append(_tied(seconds, lambda i: (*_canonical(shipped[i]), i))[0])
+    return tuple(dict.fromkeys(found))
+
+
 @functools.cache
 def ranked(layer: Layer, device: Device) -> tuple[int, ...]:
-    """Positions in :func:`configurations`, the best by prediction first.
+    """Positions in :func:`configurations`, the best by prediction for the layer's size first.
 
-    Those within :data:`TIE` of the best come in one order for all layers and sizes, so that
-    similar ones share a configuration, unless another is worth a kernel more.
+    What :data:`SIZES` would take is favoured, so that images of many sizes share a few
+    compiled kernels.
     """
-    found = predictions(layer, device)
-    shipped = configurations(layer, device.capability)
-    limit = min(one.seconds for one in found) * (1 + TIE)
-
-    def order(i: int) -> tuple[Any, ...]:
-        tied = found[i].seconds <= limit
-        return (0, *_canonical(shipped[i])) if tied else (1, found[i].seconds)
-
-    return tuple(sorted(range(len(found)), key=order))
+    # The same for all sizes, but for what the width of the image decides of weight gradients.
+    width = layer.width if layer.kind == WEIGHT_GRAD else 2
+    any_size = dataclasses.replace(layer, batch=1, height=min(layer.height, 2), width=width)
+    favourites = _favourites(any_size, device)
+    seconds = [
+        one.seconds * (1.0 if i in favourites else FAVOUR)
+        for i, one in enumerate(predictions(layer, device))
+    ]
+    places = {i: place for place, i in enumerate(favourites)}
+    return tuple(_tied(seconds, lambda i: (places.get(i, len(places)), i)))
 
 
 def static_choice(layer: Layer, device: Device) -> Any:
@@ -506,7 +537,7 @@ def static_choice(layer: Layer, device: Device) -> Any:
     It is that of the very size, although measured choices are remembered by sizes up to a power
     of two (:func:`vovnet_fast.backends._engines.problem`): the last wave of a small image may be
     a third of its time, and what is good for one size of such a family may be half as
-    fast for another. What it costs in kernels, :data:`TIE` keeps small.
+    fast for another. What that costs in kernels, :data:`FAVOUR` and :data:`TIE` keep small.
     """
     return configurations(layer, device.capability)[ranked(layer, device)[0]]
 

@@ -417,17 +417,18 @@ def _backward_jobs() -> Iterator[Job]:
                 yield job("finish weight gradient", launch, f"products{library}")
 
 
-def _capability(arch: str) -> tuple[int, int]:
+def capability(arch: str) -> tuple[int, int]:
+    """``(9, 0)`` for ``sm_90``."""
     number = int(arch.removeprefix("sm_"))
     return number // 10, number % 10
 
 
 def conv_jobs(arch: str) -> Iterator[Job]:
     """The convolutions of :func:`jobs`."""
-    capability = _capability(arch)
-    yield from _conv_jobs(capability)
-    yield from _conv_training_jobs(capability)
-    yield from _conv_weight_grad_jobs(capability)
+    number = capability(arch)
+    yield from _conv_jobs(number)
+    yield from _conv_training_jobs(number)
+    yield from _conv_weight_grad_jobs(number)
 
 
 def jobs(arch: str) -> list[Job]:
@@ -500,7 +501,7 @@ def examine(job: Job, arch: str) -> tuple[Row, str]:
     compiled = compile_launch(job.launch, arch)
     registers, spilled, sass = disassemble(compiled.asm["cubin"])
     warps, shared = compiled.metadata.num_warps, compiled.metadata.shared
-    resident = Resources(warps, registers, shared).resident(_capability(arch))
+    resident = Resources(warps, registers, shared).resident(capability(arch))
     row = Row(
         job.kernel, job.layer, job.config,
         arch, warps, registers, spilled, shared, resident, _count(sass), job.essential,

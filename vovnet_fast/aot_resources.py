@@ -56,21 +56,23 @@ def jobs(arch: str) -> Iterator[tuple[tuple[str, str], aot.Job]]:
 
 
 def is_stale(job: aot.Job, row: aot.Row) -> bool:
-    """Whether what a job was compiled to is not what the table of its architecture says.
+    """Whether what a job was compiled to fits on a processor in other numbers than its table says.
 
+    A few registers more or less, which change nothing, are no reason to write tables anew.
     False for a job that another one of its name stands for there, and for another Triton's.
     """
     import triton
 
-    from .kernels.resources import tables
+    from .kernels.resources import Resources, tables
 
-    number = int(row.arch.removeprefix("sm_"))
-    known = tables().get((number // 10, number % 10), {"triton": ""})
+    capability = aot.capability(row.arch)
+    known = tables().get(capability, {"triton": ""})
     name = key(job)
     if known["triton"] != triton.__version__ or name is None or layers(row.arch)[name] != job.layer:
         return False
-    written = known["programs"].get(name[0], {}).get(name[1])
-    return written != [row.registers, row.shared, row.spilled]
+    registers, shared, spilled = known["programs"].get(name[0], {}).get(name[1], (0, 0, -1))
+    resident = Resources(row.warps, registers, shared).resident(capability) if registers else 0
+    return (resident, spilled) != (row.ctas, row.spilled)
 
 
 @functools.cache

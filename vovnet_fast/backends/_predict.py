@@ -25,7 +25,7 @@ MEASURED = 3
 """Of Triton's configurations, at most so many are measured: the best by prediction."""
 
 WORTH = 1.25
-"""And none that is predicted to take longer than the best of them by more than this factor."""
+"""And no other one that is predicted to take longer than the best by more than this factor."""
 
 LIBRARIES = (ATEN, cudnn_graph.NAME, conv_sm90.NAME)
 """How names of engines that are not Triton's begin. One of each kind is measured, its best."""
@@ -171,12 +171,12 @@ def predict(names: Iterable[str], layer: Layer, device: Device) -> dict[str, Pre
 def likely(predicted: dict[str, Prediction], layer: Layer, device: Device) -> list[str]:
     """Which engines are worth measuring, in the order of ``predicted``.
 
-    Of Triton's configurations the best :data:`MEASURED`, if they are within :data:`WORTH`;
-    of every library the best.
+    Of Triton's configurations that which is taken without measuring, and with it the best
+    :data:`MEASURED`, if they are within :data:`WORTH`; of every library the best.
     """
     own = [name for name in order(layer, device) if name in predicted]
-    limit = WORTH * predicted[own[0]].seconds if own else 0.0
-    found = {name for name in own[:MEASURED] if predicted[name].seconds <= limit}
+    limit = WORTH * min((predicted[name].seconds for name in own), default=0.0)
+    found = {name for name in own[1:MEASURED] if predicted[name].seconds <= limit} | {*own[:1]}
     for kind in LIBRARIES:
         of_kind = [name for name in predicted if family(name) == kind]
         # cuDNN ranks its own plans, and to the model they are all the same.
