@@ -282,6 +282,25 @@ def test_what_goes_wrong_at_first_use_is_said_once_and_stops_nothing(monkeypatch
     assert len(asked) == 2
 
 
+def test_what_is_noted_for_measuring_holds_without(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def notes(key):
+        plannings = (tuning.Planning(measured=measured) for measured in (False, True))
+        return (first_use.Note((key,), Setting(planning=planning)) for planning in plannings)
+
+    without, measuring = notes("one")
+    without.write({})
+    assert without.holds()
+    assert not measuring.holds()
+    without, measuring = notes("another")
+    measuring.write({"KEY": "kernel"})
+    assert not measuring.holds(), "its kernel is not there"
+    measuring.write({})
+    assert measuring.holds()
+    assert without.holds()
+
+
 def test_only_what_triton_will_run_is_compiled_at_first_use():
     device = torch.device("cuda", 0)
     with vovnet_fast.use_backend("reference"):

@@ -245,6 +245,8 @@ def compile_launches(launches: Iterable[Launch], setting: Setting) -> dict[str, 
 class Note:
     """A file in Triton's cache that says which kernels a network launches, and that they are there.
 
+    One for a machine that measures engines will do for one that does not.
+
     Args:
         key: of the network.
         setting: where it runs.
@@ -256,24 +258,26 @@ class Note:
         from . import cache
         from .jobs import cache_folder
 
-        parts = (
-            key,
-            setting.target.capability,
-            setting.planning.measured,
-            tuning.tf32_allowed(),
-            cache.sources(),
-            triton_key(),
-        )
-        digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
         self._folder = cache_folder()
-        self.path: Path = self._folder / f"{cache.MARKER}{digest}.json"
+        own = setting.planning.measured
+        parts = (key, setting.target.capability, tuning.tf32_allowed(), cache.sources())
+
+        def path(measured: bool) -> Path:
+            text = repr((*parts, measured, triton_key()))
+            digest = hashlib.sha256(text.encode()).hexdigest()[:24]
+            return self._folder / f"{cache.MARKER}{digest}.json"
+
+        self._path, self._paths = path(own), {path(own), path(True)}
 
     def holds(self) -> bool:
         """Whether the note is there, and all that it names."""
+        return any(map(self._names_what_is_there, self._paths))
+
+    def _names_what_is_there(self, path: Path) -> bool:
         from .jobs import is_compiled
 
         try:
-            found = json.loads(self.path.read_text())
+            found = json.loads(path.read_text())
         except (OSError, ValueError):
             return False
         return all(is_compiled(key, name, self._folder) for key, name in found.items())
@@ -285,5 +289,5 @@ class Note:
             OSError: the cache cannot be written.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as temporary:
+        with replacing(self._path) as temporary:
             Path(temporary).write_text(json.dumps(kernels, sort_keys=True))
