@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import _compile_log, _interpreter
+from . import _interpreter
 
 INT32_LIMIT = 2**31
 VECTOR_BYTES = 16
@@ -28,8 +28,6 @@ REDUCTION_PROGRAMS = 6
 """Programs of a reduction a processor: as many as its registers let be resident at once."""
 
 _INTERPRETED_PROCESSORS = 3  # Such runs are tiny: three programs make persistent ones loop.
-
-_compile_log.start()
 
 _SUM_ROWS = 64
 _SUM_COLUMNS = 32
@@ -111,10 +109,14 @@ class Target(NamedTuple):
     Attributes:
         capability: compute capability.
         processors: streaming multiprocessors.
+        name: of the card, a part of what torch calls it.
+        gpu: where it is, if it is here.
     """
 
     capability: tuple[int, int] = (9, 0)
     processors: int = 132
+    name: str = ""
+    gpu: torch.device | None = None
 
 
 _HOPPER = Target()
@@ -131,11 +133,16 @@ def planning_for(target: Target) -> Iterator[None]:
         _target.reset(token)
 
 
+def planned_for() -> Target:
+    """What :func:`planning_for` was given."""
+    return _target.get()
+
+
 @functools.cache
 def target_of(device: torch.device) -> Target:
     """What the GPU ``device`` is."""
     found = torch.cuda.get_device_properties(device)
-    return Target((found.major, found.minor), found.multi_processor_count)
+    return Target((found.major, found.minor), found.multi_processor_count, found.name, device)
 
 
 def capability(device: torch.device) -> tuple[int, int]:

@@ -231,6 +231,28 @@ def test_threads_wait_for_one_check(fake, checks):
     assert checks == checked(NEEDS, FP32)
 
 
+def test_kernels_are_compiled_side_by_side_before_a_check_on_a_gpu(monkeypatch):
+    pytest.importorskip("triton")
+    from vovnet_fast.compiling import first_use, rehearsal
+    from vovnet_fast.kernels import _common
+
+    done = []
+    monkeypatch.setattr(tuning, "machine", lambda device: "a GPU")
+    monkeypatch.setattr(_common, "interpreted", lambda: False)
+    monkeypatch.setattr(rehearsal.Setting, "here", lambda device: rehearsal.Setting())
+    monkeypatch.setattr(
+        first_use,
+        "compile_launches",
+        lambda launches, setting: done.extend(launch.kernel.fn.__name__ for launch in launches),
+    )
+    monkeypatch.setattr(runner, "run", lambda *_, **__: done.append("checked") or [])
+    assert selfcheck.trusted("triton", torch.device("cuda", 0), BF16, ["max_pool"])
+    assert done == ["max_pool_kernel", "max_pool_kernel", "checked"]
+    monkeypatch.setenv("VOVNET_FAST_COMPILE_WORKERS", "0")
+    assert selfcheck.trusted("triton", torch.device("cuda", 0), FP32, ["max_pool"])
+    assert done[3:] == ["checked"]
+
+
 def test_nothing_is_checked_during_a_capture(fake, checks, monkeypatch):
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(backends, "CANDIDATES", {"cuda": ("fake",)})
