@@ -12,6 +12,7 @@ import torch
 from vovnet_fast import VoVNet, backends, selfcheck, tuning
 from vovnet_fast.backends import reference
 
+from .fused import needs_traces
 from .tiny import TINY
 
 CPU = torch.device("cpu")
@@ -324,11 +325,6 @@ def test_other_devices_have_the_reference(checks, monkeypatch):
 # --------------------------------------------------------------------------------------
 # Compilation and export
 # --------------------------------------------------------------------------------------
-
-
-needs_traces = pytest.mark.skipif(
-    not backends.COMPILES, reason=f"torch {torch.__version__} compiles plain modules under auto"
-)
 
 
 @pytest.mark.versions
