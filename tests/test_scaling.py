@@ -51,6 +51,7 @@ def test_tables_are_those_of_the_file():
 
 
 def test_every_section_has_a_table():
+    pytest.importorskip("triton", minversion="3.6", reason="launches are planned with Triton")
     from benchmarks import scaling, scaling_tables
 
     assert set(scaling_tables.TABLES) == set(scaling.SECTIONS) == set(WRITTEN) - {"compile seconds"}

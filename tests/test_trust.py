@@ -17,6 +17,7 @@ from vovnet_fast.layers import OSABlock
 from vovnet_fast.ops.features import needs
 from vovnet_fast.selfcheck import runner, sources
 
+from .fused import needs_traces
 from .stand_in import forget, stand_in
 from .tiny import TINY
 
@@ -313,6 +314,7 @@ def test_other_devices_have_the_reference(checks, monkeypatch):
 # --------------------------------------------------------------------------------------
 
 
+@needs_traces
 @pytest.mark.parametrize("right", [True, False])
 def test_the_decision_is_made_before_a_graph_is_traced(fake, checks, right, caplog):
     """With real tensors, whether the first to ask is an eager call or torch.compile."""
@@ -331,6 +333,7 @@ def test_the_decision_is_made_before_a_graph_is_traced(fake, checks, right, capl
     assert checks == checked(NEEDS, FP32)
 
 
+@needs_traces
 def test_a_network_compiles_without_a_graph_break(fake, checks):
     model, x = VoVNet(TINY["detectron2"]).eval(), torch.randn(1, 3, 40, 40)
     with torch.no_grad():
@@ -342,6 +345,7 @@ def test_a_network_compiles_without_a_graph_break(fake, checks):
     assert checks == checked(needs(model.spec), FP32)
 
 
+@needs_traces
 def test_a_training_step_compiles_without_a_graph_break(fake, checks):
     model = VoVNet(TINY["depthwise"], norm_eval=False).train()
     block = next(module for module in model.modules() if isinstance(module, OSABlock))
