@@ -20,27 +20,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._any_size import launched, next_chunk, strides, vector, within
 from ._common import (
     PARTS,
     Launch,
     batch_offset,
     cdiv,
     inside_image,
-    launched,
     narrow,
     needs_int64,
-    next_chunk,
     pixel_offsets,
     program_tile,
     relu_gradient,
     scale_shift_relu,
     soft_bf16,
     store_statistics,
-    strides,
     tile_statistics,
     triton_accumulator,
-    vector,
-    within,
 )
 from .conv_config import ConvConfig, Epilogue
 
