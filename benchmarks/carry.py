@@ -45,7 +45,7 @@ def build_wheel(out: Path, arch: str) -> Path:
     Raises:
         subprocess.CalledProcessError: it cannot be built.
     """
-    digits = arch.removeprefix("sm_")
+    digits, tag = arch.removeprefix("sm_"), carried.build_tag()
     variables = {
         "VOVNET_FAST_EXTENSION": "1",
         "VOVNET_FAST_CUDA": "1",
@@ -59,7 +59,7 @@ def build_wheel(out: Path, arch: str) -> Path:
         name, version, *tags = built.name.split("-")
         for old in out.glob(f"{name}-*.whl"):
             old.unlink()
-        wheel = out / "-".join([name, version, carried.build_tag(), *tags])
+        wheel = out / "-".join([name, version, tag, *tags])
         wheel.write_bytes(built.read_bytes())
     return wheel
 
