@@ -1,7 +1,8 @@
 """What is checked: every function of the backends, in two levels.
 
 The *slim* check has each function in each of its forms, on layers of the published networks
-wherever they have one: the kernels that it needs are then those that a network needs anyway.
+wherever they have one, and on a GPU on maps large enough to be tiled as theirs are: the kernels
+that it needs are then those that a network needs anyway.
 The *thorough* one adds widths that fill no tile, single rows, and more combinations of options.
 """
 
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ..specs import Gate, Pool
 from . import calls
-from .calls import Backend, Layer, words
+from .calls import Backend, Layer, Size, words
 from .tensors import Tensors
 
 
@@ -40,11 +41,32 @@ class Case(NamedTuple):
 def of_layers(
     call: Callable[..., Iterable[Tensor]], *layers: Layer, slim: bool = False, **options: Any
 ) -> Iterator[Case]:
-    """A case of a convolution for each layer."""
+    """A case of a convolution for each layer; slim ones have large maps on a GPU."""
     name = call.__name__.replace("concat_", "conv_")
     for layer in layers:
         bound = functools.partial(call, layer=layer, **options)
-        yield Case(name, f"{layer}{_options(options)}", bound, slim, products=True)
+        text = f"{layer}{_options(options)}"
+        if slim:
+            bound = functools.partial(_sized, call, layer, options)
+            text += f", on a GPU {words(_LARGE)}"
+        yield Case(name, text, bound, slim, products=True)
+
+
+_LARGE: Size = (24, 32, 32)
+"""Enough pixels for the tiles, and so for the kernels, that networks have on a GPU."""
+
+
+def _sized(
+    call: Callable[..., Iterable[Tensor]],
+    layer: Layer,
+    options: dict[str, Any],
+    backend: Backend,
+    t: Tensors,
+) -> Iterable[Tensor]:
+    """A call for a layer, whose maps are large where it is for a GPU, or planned for one."""
+    if t.device.type in ("cuda", "meta"):
+        layer = layer._replace(size=_LARGE)
+    return call(backend, t, layer=layer, **options)
 
 
 def of_shapes(

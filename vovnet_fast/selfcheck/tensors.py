@@ -111,7 +111,9 @@ class Tensors:
         cut: bool = False,
     ) -> None:
         self.rounding, self.dtype, self.device, self.cut = rounding, dtype, device, cut
-        self._random = torch.Generator().manual_seed(0)  # The user's numbers stay as they are.
+        # Its own, so that the user's numbers stay as they are.
+        self._source = device if device.type == "cuda" else torch.device("cpu")
+        self._random = torch.Generator(self._source).manual_seed(0)
         self._slots: list[Slot] = []
 
     def output(self, *shape: int) -> Tensor:
@@ -137,7 +139,7 @@ class Tensors:
 
     def vector(self, *shape: int, low: float = 0.5, high: float = 1.5) -> Tensor:
         """Uniformly distributed numbers in fp32, or fp64 for fp64."""
-        values = torch.rand(shape, generator=self._random, dtype=torch.float32)
+        values = torch.rand(shape, generator=self._random, dtype=torch.float32, device=self._source)
         return (values * (high - low) + low).to(self.device, accumulator(self.dtype))
 
     def untouched(self) -> bool:
@@ -145,8 +147,10 @@ class Tensors:
         return all(slot.untouched() for slot in self._slots)
 
     def _numbers(self, shape: Sequence[int], deviation: float = 1.0) -> Tensor:
-        values = torch.randn(tuple(shape), generator=self._random, dtype=torch.float32) * deviation
-        values = values.to(self.rounding)
+        values = torch.randn(
+            tuple(shape), generator=self._random, dtype=torch.float32, device=self._source
+        )
+        values = (values * deviation).to(self.rounding)
         if self.cut:
             values = (values.float().view(torch.int32) & ~0x1FFF).view(torch.float32)
         return values.to(self.dtype)
