@@ -214,6 +214,14 @@ def test_the_command_lists_what_is_needed(monkeypatch, capsys):
 
 
 @compiles
+def test_inference_of_v99_needs_few_kernels():
+    """With what tuning would measure on any card, and the self-check."""
+    network = Run("V-99-eSE", (6, 640, 1600))
+    found = needed.by_run([network], needed.settings("sm_90", tuning.Planning()))
+    assert 20 < len(found[network]) <= 45
+
+
+@compiles
 def test_every_architecture_that_is_known_can_be_named():
     assert command.ARCHITECTURES == needed.ARCHITECTURES
 
