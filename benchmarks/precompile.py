@@ -51,22 +51,22 @@ def different(networks: Iterable[tuple[str, Shape]], *, training: bool = False) 
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry of ``python benchmarks/precompile.py``; 1 if a kernel could not be compiled."""
+    from vovnet_fast import tuning
     from vovnet_fast.compiling import cache, first_use, needed
     from vovnet_fast.compiling.filling import fill
     from vovnet_fast.compiling.jobs import cache_folder, compiled
     from vovnet_fast.compiling.jobs import different as kernels
-    from vovnet_fast.compiling.rehearsal import Setting
     from vovnet_fast.compiling.workers import count
 
     parser = argparse.ArgumentParser(prog="python benchmarks/precompile.py", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--arch", choices=needed.TARGETS, default="sm_90")
+    parser.add_argument("--arch", choices=needed.ARCHITECTURES, default="sm_90")
     parser.add_argument("--out", type=Path, metavar="FILE.tar.xz", help="file of the kernels")
     parser.add_argument("--workers", type=int, default=count() or 1, help="processes")
     parser.add_argument("--list", action="store_true", help="count, and compile nothing")
     options = parser.parse_args(arguments)
-    setting = Setting(needed.TARGETS[options.arch])
-    by_run = needed.by_run(runs(), setting)
+    settings = needed.settings(options.arch, tuning.Planning())
+    by_run = needed.by_run(runs(), settings)
     watched = kernels(sanitize.launches(few=True), options.arch)
     jobs = {job.key: job for found in (*by_run.values(), watched) for job in found}
     if options.list:
@@ -78,7 +78,7 @@ def main(arguments: list[str] | None = None) -> int:
     outcome = fill(list(jobs.values()), options.workers, progress=True)
     print(outcome)
     for run, found in by_run.items():
-        first_use.note(run, found, setting)
+        first_use.note(run, found, settings[0])
     if options.out is not None:
         print(cache.pack(cache_folder(), options.out, compiled(jobs.values())))
     return 1 if outcome.failed else 0

@@ -197,7 +197,9 @@ def _convolution(launch: Launch) -> dict[str, Any]:
     if c_in < c["BLOCK_K"]:  # The taps of the first layer are one step.
         steps = -(-(c["KERNEL"] ** 2) * c_in // c["BLOCK_K"])
     step_bytes = (pixels + sum(blocks)) * c["BLOCK_K"] * 2
-    programs, work = _programs(launch), launch_work(launch)
+    # Persistent programs loop over tiles.
+    programs = launch.args["tiles"] if c.get("PERSISTENT") else _programs(launch)
+    work = launch_work(launch)
     out = launch.args.get("out_ptr", launch.args.get("out_desc_0"))
     n, height, width, _ = getattr(out, "base", out).shape
     covered = programs * pixels * sum(blocks)

@@ -24,3 +24,7 @@ up, in :mod:`vovnet_fast.ops`.
 Importing these modules needs Triton and no GPU. With ``TRITON_INTERPRET=1`` set
 before Triton is imported, every kernel runs on the CPU.
 """
+
+from . import _compile_log
+
+_compile_log.start()

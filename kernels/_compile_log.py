@@ -10,8 +10,6 @@ import json
 import os
 from typing import Any
 
-import triton
-
 ENVIRONMENT = "VOVNET_FAST_COMPILE_LOG"
 
 
@@ -20,6 +18,8 @@ def start() -> None:
     path = os.environ.get(ENVIRONMENT)
     if not path:
         return
+    import triton
+
     before = triton.knobs.compilation.listener
 
     def note(*, src: Any, times: Any, cache_hit: bool, **rest: Any) -> None:

@@ -54,7 +54,7 @@ COPY_INSTRUCTIONS = 15
 EPILOGUE_INSTRUCTIONS = {"forward": 4, "statistics": 10, "gradient": 8, WEIGHT_GRAD: 2}
 """For one sum. From the compiled epilogues, roughly."""
 
-TIE = 0.1
+TIE = 0.05
 """Predictions that are nearer to the best than this count as equal: they know no better."""
 
 SIZES = (1 << 20, 1 << 16, 1 << 13, 1 << 11)

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import torch
 
-from ._common import capability, processors
+from ._common import capability, planned_for, processors
 from .resources import nearest
 
 Precision = Literal["half", "tf32", "exact"]
@@ -98,7 +98,7 @@ def _sheet(
     )  # fmt: skip
 
 
-_CARDS = (
+CARDS = (
     # A100: of the 5120 bytes a clock that NVIDIA's white paper gives its L2, two thirds.
     _sheet("A100", (8, 0), 108, 312, 19.5, 1.94, 4.7, 40, 1.4e9),
     _sheet("RTX 3090", (8, 6), 82, 71, 35.6, 0.936, 2.5, 6, 1.7e9),
@@ -112,8 +112,8 @@ _CARDS = (
 
 def known(name: str, capability: tuple[int, int]) -> Device:
     """The card of that name, or the one whose architecture is nearest."""
-    family = nearest(capability, {card.capability for card in _CARDS})
-    found = [card for card in _CARDS if card.capability == family]
+    family = nearest(capability, {card.capability for card in CARDS})
+    found = [card for card in CARDS if card.capability == family]
     named = [card for card in found if card.name in name]
     return (named or found)[0]
 
@@ -159,9 +159,20 @@ def derive(properties: Any) -> Device:
     )
 
 
-@functools.cache
 def of(device: torch.device) -> Device:
-    """Rates of ``device``; those of an H100 where no GPU is involved."""
-    if device.type == "cuda":
-        return derive(torch.cuda.get_device_properties(device))
-    return scaled(known("", capability(device)), processors(device))
+    """Rates of ``device``; for meta tensors of what ``planning_for`` names, by default an H100."""
+    target = planned_for()
+    gpu = device if device.type == "cuda" else target.gpu if device.type == "meta" else None
+    if gpu is not None:
+        return _of_gpu(gpu)
+    return _of_card(target.name, capability(device), processors(device))
+
+
+@functools.cache
+def _of_gpu(device: torch.device) -> Device:
+    return derive(torch.cuda.get_device_properties(device))
+
+
+@functools.cache
+def _of_card(name: str, number: tuple[int, int], count: int) -> Device:
+    return scaled(known(name, number), count)

@@ -42,6 +42,7 @@ def build(folder, flags=()):
 
 def build_module(folder, name, bindings, kernels=(), flags=()):
     """The same with other bindings, which define a module of that name, and other kernels."""
+    program = compiler()
     import pybind11
 
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
@@ -52,13 +53,13 @@ def build_module(folder, name, bindings, kernels=(), flags=()):
     def compiled(source):
         target = folder / f"{source.name}.o"
         words = [*_FLAGS, *_PRAGMAS, sources[source], *flags, "-DVF_CUDA_ON_CPU", *includes]
-        _run([compiler(), *words, "-x", "c++", "-c", str(source), "-o", str(target)])
+        _run([program, *words, "-x", "c++", "-c", str(source), "-o", str(target)])
         return str(target)
 
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compiled, sources))
     module = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    _run([compiler(), *flags, "-shared", *objects, "-o", str(module)])
+    _run([program, *flags, "-shared", *objects, "-o", str(module)])
     return module
 
 

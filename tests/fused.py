@@ -7,8 +7,13 @@ backend: what is tested is everything above the kernels, which have tests of the
 import contextlib
 
 import pytest
+import torch
 
 from vovnet_fast import backends
+
+needs_traces = pytest.mark.skipif(
+    not backends.COMPILES, reason=f"torch {torch.__version__} traces no op of a fused path"
+)
 
 
 @contextlib.contextmanager

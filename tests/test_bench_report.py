@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from vovnet_fast import _optional, cli
-from vovnet_fast.bench import report, rows
+from vovnet_fast.bench import plots, report, rows
 
 PROVENANCE = {
     "date": "2001-02-03T04:05:06+00:00",
@@ -246,7 +246,6 @@ def test_an_interval_of_few_rounds_is_not_taken_for_more(tmp_path):
 
 
 def test_pictures_say_how_sure_an_interval_is(tmp_path):
-    plots = pytest.importorskip("vovnet_fast.bench.plots")
     pytest.importorskip("matplotlib")
     for sure, said in ((0.9375, True), (0.96, False)):
         found = section_of(
@@ -358,7 +357,6 @@ UNKNOWN = {"device_ms": 1.0}
 
 
 def test_a_roofline_needs_its_ceilings(tmp_path):
-    plots = pytest.importorskip("vovnet_fast.bench.plots")
     made = Rows()
     made.operations()
     section = section_of(tmp_path / "rows.json", made.rows)
@@ -376,7 +374,7 @@ def test_without_matplotlib_there_are_tables(tmp_path, monkeypatch):
 
 
 def test_many_networks_fill_several_pages(tmp_path):
-    plots = pytest.importorskip("vovnet_fast.bench.plots")
+    pytest.importorskip("matplotlib")
     found = [
         network(provider, ratio, batch=batch, peak_mib=5)
         for batch in range(1, plots.MOST_PANELS + 3)
@@ -388,7 +386,7 @@ def test_many_networks_fill_several_pages(tmp_path):
 
 
 def test_nothing_is_told_apart_by_colour_alone():
-    plots = pytest.importorskip("vovnet_fast.bench.plots")
+    pytest.importorskip("matplotlib")
 
     def lightness(color):
         r, g, b, _ = color

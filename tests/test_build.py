@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("setuptools", reason="native_build takes it")
+
 from native_build import architectures, plan, toolchain
 from native_build.architectures import Architecture
 from vovnet_fast import __version__

@@ -14,7 +14,7 @@ pytest.importorskip("triton", reason="the Triton backend is optional")
 import vovnet_fast
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, cli, tuning
-from vovnet_fast.compiling import cache, first_use, rehearsal, workers
+from vovnet_fast.compiling import cache, command, first_use, needed, rehearsal, workers
 from vovnet_fast.compiling.jobs import Job
 from vovnet_fast.compiling.needed import MODES, Run, plan
 from vovnet_fast.compiling.rehearsal import Setting
@@ -186,7 +186,7 @@ def test_known_choices_are_planned_and_no_others(monkeypatch, tmp_path):
     problems = {}
 
     def choose(device, problem, candidates, static, run):
-        problems[problem] = next(name for name in candidates if name != static)
+        problems[problem] = tuning.Choice(next(n for n in candidates if n != static))
         return static
 
     with monkeypatch.context() as patch:
@@ -211,6 +211,11 @@ def test_the_command_lists_what_is_needed(monkeypatch, capsys):
     assert cli.main([*words, "--train"]) == 0
     more = capsys.readouterr().out.splitlines()
     assert len(more) > len(lines) + 20
+
+
+@compiles
+def test_every_architecture_that_is_known_can_be_named():
+    assert command.ARCHITECTURES == needed.ARCHITECTURES
 
 
 @compiles
@@ -275,6 +280,25 @@ def test_what_goes_wrong_at_first_use_is_said_once_and_stops_nothing(monkeypatch
     monkeypatch.setenv(workers.ENVIRONMENT, "0")
     first_use._once(("a third",), device, torch.float16, fail)
     assert len(asked) == 2
+
+
+def test_what_is_noted_for_measuring_holds_without(monkeypatch, tmp_path):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+
+    def notes(key):
+        plannings = (tuning.Planning(measured=measured) for measured in (False, True))
+        return (first_use.Note((key,), Setting(planning=planning)) for planning in plannings)
+
+    without, measuring = notes("one")
+    without.write({})
+    assert without.holds()
+    assert not measuring.holds()
+    without, measuring = notes("another")
+    measuring.write({"KEY": "kernel"})
+    assert not measuring.holds(), "its kernel is not there"
+    measuring.write({})
+    assert measuring.holds()
+    assert without.holds()
 
 
 def test_only_what_triton_will_run_is_compiled_at_first_use():

@@ -12,6 +12,7 @@ from vovnet_fast.backends import _extension, cpu_conv
 
 from . import straight_line
 from .extension_cases import require
+from .fused import needs_traces
 from .test_cpu_backend import threads
 from .tiny import TINY
 
@@ -122,6 +123,7 @@ def test_what_is_not_finite_stays_so():
 
 
 @pytest.mark.versions
+@needs_traces
 def test_compiles_without_a_graph_break():
     frozen, x = freeze(network("depthwise")), torch.randn(1, 3, 40, 40)
     expected = run(frozen, x)

@@ -11,6 +11,8 @@ from typing import NamedTuple
 
 import pytest
 
+pytest.importorskip("setuptools", reason="native_build takes it")
+
 from native_build import architectures
 
 from .cuda_on_cpu import kernel_files

@@ -97,8 +97,8 @@ def test_the_doctor_names_what_is_broken(package):
 
 OPTIONAL = (
     "cudnn", "matplotlib", "mmcv", "mmdet", "mmengine", "ninja", "onnx", "onnxruntime",
-    "onnxscript", "pybind11", "pytest_benchmark", "skimage", "sklearn", "timm", "torchvision",
-    "triton", "xdist",
+    "onnxscript", "pybind11", "pytest_benchmark", "setuptools", "skimage", "sklearn", "timm",
+    "torchvision", "triton", "xdist",
 )  # fmt: skip
 
 _WITHOUT = f"""

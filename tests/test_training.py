@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tests import straight_line
-from tests.fused import fused
+from tests.fused import fused, needs_traces
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, backends, ops
 from vovnet_fast.layers import OSABlock
@@ -381,6 +381,7 @@ def test_deterministic_algorithms(monkeypatch):
         assert torch.equal(p.grad, q.grad)
 
 
+@needs_traces
 @pytest.mark.parametrize("mode", ["fixed", "batch", "recomputed batch", "partly frozen"])
 @pytest.mark.parametrize("name", ["detectron2", "depthwise"])
 def test_compiles_without_a_graph_break(name, mode):

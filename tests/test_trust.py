@@ -17,6 +17,7 @@ from vovnet_fast.layers import OSABlock
 from vovnet_fast.ops.features import needs
 from vovnet_fast.selfcheck import runner, sources
 
+from .fused import needs_traces
 from .stand_in import forget, stand_in
 from .tiny import TINY
 
@@ -231,6 +232,28 @@ def test_threads_wait_for_one_check(fake, checks):
     assert checks == checked(NEEDS, FP32)
 
 
+def test_kernels_are_compiled_side_by_side_before_a_check_on_a_gpu(monkeypatch):
+    pytest.importorskip("triton")
+    from vovnet_fast.compiling import first_use, rehearsal
+    from vovnet_fast.kernels import _common
+
+    done = []
+    monkeypatch.setattr(tuning, "machine", lambda device: "a GPU")
+    monkeypatch.setattr(_common, "interpreted", lambda: False)
+    monkeypatch.setattr(rehearsal.Setting, "here", lambda device: rehearsal.Setting())
+    monkeypatch.setattr(
+        first_use,
+        "compile_launches",
+        lambda launches, setting: done.extend(launch.kernel.fn.__name__ for launch in launches),
+    )
+    monkeypatch.setattr(runner, "run", lambda *_, **__: done.append("checked") or [])
+    assert selfcheck.trusted("triton", torch.device("cuda", 0), BF16, ["max_pool"])
+    assert done == ["max_pool_kernel", "max_pool_kernel", "checked"]
+    monkeypatch.setenv("VOVNET_FAST_COMPILE_WORKERS", "0")
+    assert selfcheck.trusted("triton", torch.device("cuda", 0), FP32, ["max_pool"])
+    assert done[3:] == ["checked"]
+
+
 def test_nothing_is_checked_during_a_capture(fake, checks, monkeypatch):
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(backends, "CANDIDATES", {"cuda": ("fake",)})
@@ -291,6 +314,7 @@ def test_other_devices_have_the_reference(checks, monkeypatch):
 # --------------------------------------------------------------------------------------
 
 
+@needs_traces
 @pytest.mark.parametrize("right", [True, False])
 def test_the_decision_is_made_before_a_graph_is_traced(fake, checks, right, caplog):
     """With real tensors, whether the first to ask is an eager call or torch.compile."""
@@ -309,6 +333,7 @@ def test_the_decision_is_made_before_a_graph_is_traced(fake, checks, right, capl
     assert checks == checked(NEEDS, FP32)
 
 
+@needs_traces
 def test_a_network_compiles_without_a_graph_break(fake, checks):
     model, x = VoVNet(TINY["detectron2"]).eval(), torch.randn(1, 3, 40, 40)
     with torch.no_grad():
@@ -320,6 +345,7 @@ def test_a_network_compiles_without_a_graph_break(fake, checks):
     assert checks == checked(needs(model.spec), FP32)
 
 
+@needs_traces
 def test_a_training_step_compiles_without_a_graph_break(fake, checks):
     model = VoVNet(TINY["depthwise"], norm_eval=False).train()
     block = next(module for module in model.modules() if isinstance(module, OSABlock))

@@ -91,8 +91,9 @@ def test_what_computes_a_function_is_what_runs(function, name):
     package = Path(sources.__file__).parents[1]
     folders = [(package / folder).resolve() for folder in ("backends", "kernels")]
     ours = {path for path in map(Path, ran) if path.resolve().parent in folders}
-    reference = package / "backends" / "reference.py"  # It is what they are held against.
-    assert {path.resolve() for path in ours} - {reference.resolve()} <= files
+    # What they are held against, and what offers or ranks engines and computes nothing here.
+    others = {"reference", "_predict", "conv_sm90", "cudnn_graph"}
+    assert {path.resolve() for path in ours if path.stem not in others} <= files
     assert backend.__file__ in map(str, ours) or name == "cpu"
 
 
@@ -114,7 +115,7 @@ def test_the_slim_check_needs_few_kernels_that_a_network_does_not_need():
     assert run.functions == set(needs(specs.get("V-99-eSE")))
     launched = {variant(launch).key for launch in run.launches}
     checked = {
-        variant(launch).key for launch in selfcheck.launches(run.functions, run.dtype, "meta")
+        variant(launch).key for launch in selfcheck.launches(run.functions, torch.bfloat16, "meta")
     }
     assert len(checked - launched) <= 5
     assert len(checked) <= 12

@@ -305,8 +305,8 @@ def _exporting() -> bool:
 
 
 COMPILES = torch.__version__ >= "2.10"  # As versions: it is no plain string.
-"""Whether torch.compile traces the ops under ``auto``. Older versions, which come without a Triton
-for the kernels, cannot look at properties of named tuples, and compile plain modules."""
+"""Whether torch.compile traces the ops. Older versions, which come without a Triton for the
+kernels, do not know properties of named tuples: under ``auto`` they compile plain modules."""
 
 if COMPILES:
     # As above. Up to torch 2.11 torch.compile itself takes is_exporting() for true.

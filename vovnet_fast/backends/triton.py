@@ -24,7 +24,7 @@ MIN_CAPABILITY = (8, 0)
 
 
 _SOURCES = {
-    "conv": "backends.conv_sm90 backends.cudnn_graph kernels.conv kernels.epilogue",
+    "conv": "kernels.conv kernels.epilogue",
     "conv_statistics": "kernels.conv kernels.epilogue",
     "conv_input_grad": "kernels.accumulate kernels.conv kernels.pack",
     "conv_weight_grad": "kernels.conv_weight_grad",
@@ -49,7 +49,8 @@ _SOURCES = {
 def sources(function: str) -> tuple[str, ...]:
     """Modules of this package that compute a function with static choices.
 
-    What kernels import from each other is not named (:mod:`vovnet_fast.selfcheck.sources`).
+    What kernels import from each other is not named (:mod:`vovnet_fast.selfcheck.sources`), nor
+    what only offers and ranks engines.
     """
     return ("backends.triton", "backends._engines", *_SOURCES[function].split())
 

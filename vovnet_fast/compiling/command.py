@@ -95,8 +95,8 @@ def run(args: argparse.Namespace) -> int:
     from .jobs import cache_folder
     from .workers import WorkersError, count
 
-    setting, runs = _setting(args.arch), list(_runs(args))
-    by_run = needed.by_run(runs, setting)
+    settings, runs = _settings(args.arch), list(_runs(args))
+    by_run = needed.by_run(runs, settings)
     jobs = list({job.key: job for found in by_run.values() for job in found}.values())
     if args.list:
         for job in jobs:
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
             raise backends.BackendError(str(error)) from error
         print(f"{outcome}: {cache_folder()}")
         for network, found in by_run.items():
-            first_use.note(network, found, setting)
+            first_use.note(network, found, settings[0])
         if args.pack is not None:
             made = {job.key for job in jobs} & set(cache.kernels(cache_folder()))
             print(f"{args.pack}: {cache.pack(cache_folder(), args.pack, made)}")
@@ -130,21 +130,21 @@ def _check_triton() -> None:
         )
 
 
-def _setting(arch: str | None) -> Setting:
-    """Of the GPU that is here, or of one of ``arch``."""
-    from .needed import TARGETS
+def _settings(arch: str | None) -> list[Setting]:
+    """The GPU that is here, or the cards of ``arch``."""
+    from . import needed
     from .rehearsal import Setting, arch_of
 
     if torch.cuda.is_available() and torch.version.hip is None:
         here = Setting.here(torch.device("cuda", torch.cuda.current_device()))
-        if arch in (None, arch_of(here.target)):
-            return here
+        if arch in (None, arch_of(here.target.capability)):
+            return [here]
     if arch is None:
         raise ValueError(
             "torch sees no NVIDIA GPU here: name the one that the kernels are for with --arch, "
             f"one of {', '.join(ARCHITECTURES)}"
         )
-    return Setting(TARGETS[arch], tuning.Planning(measured=tuning.enabled()))
+    return needed.settings(arch, tuning.Planning(measured=tuning.enabled()))
 
 
 def _runs(args: argparse.Namespace) -> Iterator[Run]:

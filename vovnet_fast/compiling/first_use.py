@@ -85,15 +85,16 @@ def of_frozen(model: Any, x: Tensor) -> None:
 def of_self_check(functions: Collection[str], dtype: torch.dtype, device: torch.device) -> None:
     """Compile what the self-check of functions of Triton's backend will launch on a GPU.
 
-    Where a network is used for the first time that is done already; an op may stand alone.
+    For a network that has been done before; its blocks and the ops are used alone, too.
 
     Raises:
         ValueError: ``VOVNET_FAST_COMPILE_WORKERS`` is no number.
     """
+    from ..kernels._common import interpreted
     from . import workers
     from .rehearsal import Setting, self_check
 
-    if workers.count() == 0:
+    if interpreted() or workers.count() == 0:
         return
     try:
         setting = Setting.here(device)
@@ -229,7 +230,7 @@ def compile_launches(launches: Iterable[Launch], setting: Setting) -> dict[str, 
     from .rehearsal import arch_of
     from .workers import count
 
-    jobs = different(launches, arch_of(setting.target))
+    jobs = different(launches, arch_of(setting.target.capability))
     wanted = missing(jobs, cache_folder())
     processes = count()
     if len(wanted) > FEW and processes > 0:
@@ -244,6 +245,8 @@ def compile_launches(launches: Iterable[Launch], setting: Setting) -> dict[str, 
 class Note:
     """A file in Triton's cache that says which kernels a network launches, and that they are there.
 
+    One for a machine that measures engines will do for one that does not.
+
     Args:
         key: of the network.
         setting: where it runs.
@@ -255,24 +258,26 @@ class Note:
         from . import cache
         from .jobs import cache_folder
 
-        parts = (
-            key,
-            setting.target.capability,
-            setting.planning.measured,
-            tuning.tf32_allowed(),
-            cache.sources(),
-            triton_key(),
-        )
-        digest = hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
         self._folder = cache_folder()
-        self.path: Path = self._folder / f"{cache.MARKER}{digest}.json"
+        own = setting.planning.measured
+        parts = (key, setting.target.capability, tuning.tf32_allowed(), cache.sources())
+
+        def path(measured: bool) -> Path:
+            text = repr((*parts, measured, triton_key()))
+            digest = hashlib.sha256(text.encode()).hexdigest()[:24]
+            return self._folder / f"{cache.MARKER}{digest}.json"
+
+        self._path, self._paths = path(own), {path(own), path(True)}
 
     def holds(self) -> bool:
         """Whether the note is there, and all that it names."""
+        return any(map(self._names_what_is_there, self._paths))
+
+    def _names_what_is_there(self, path: Path) -> bool:
         from .jobs import is_compiled
 
         try:
-            found = json.loads(self.path.read_text())
+            found = json.loads(path.read_text())
         except (OSError, ValueError):
             return False
         return all(is_compiled(key, name, self._folder) for key, name in found.items())
@@ -284,5 +289,5 @@ class Note:
             OSError: the cache cannot be written.
         """
         self._folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as temporary:
+        with replacing(self._path) as temporary:
             Path(temporary).write_text(json.dumps(kernels, sort_keys=True))

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import specs
+from .. import specs, tuning
 from ..kernels._common import Target
+from ..kernels.device import CARDS
 from ..model import STAGE_NAMES, VoVNet
 from ..ops.features import check_size
 from ..plan import DTYPES, IMAGE_CHANNELS, check_input
@@ -20,16 +21,8 @@ from .rehearsal import Plan, Setting
 
 Shape = tuple[int, int, int]
 
-TARGETS = {
-    "sm_80": Target((8, 0), 108),
-    "sm_86": Target((8, 6), 82),
-    "sm_89": Target((8, 9), 128),
-    "sm_90": Target((9, 0), 132),
-    "sm_100": Target((10, 0), 148),
-    "sm_120": Target((12, 0), 170),
-}
-"""The largest usual card of an architecture. How many processors there are decides how some
-work is shared out, which leaves kernels as they are."""
+ARCHITECTURES = tuple(dict.fromkeys(rehearsal.arch_of(card.capability) for card in CARDS))
+"""What kernels can be compiled for."""
 
 MODES = ("inference", "training", "training-batch")
 """Forward passes without gradients; training steps with fixed statistics, and with the batch's."""
@@ -92,20 +85,33 @@ def plan(run: Run, setting: Setting) -> Plan:
         return rehearsal.of_model(model, images, setting)
 
 
-def by_run(runs: Iterable[Run], setting: Setting) -> dict[Run, list[Job]]:
+def settings(arch: str, planning: tuning.Planning) -> list[Setting]:
+    """All known cards of an architecture: what is worth measuring differs between them."""
+    return [
+        Setting(Target(card.capability, card.processors, card.name), planning)
+        for card in CARDS
+        if rehearsal.arch_of(card.capability) == arch
+    ]
+
+
+def by_run(runs: Iterable[Run], settings: Sequence[Setting]) -> dict[Run, list[Job]]:
     """The kernels that each run needs, each once, with those of the self-check.
 
     Args:
         runs: what will run.
-        setting: where.
+        settings: where, on cards of one architecture.
 
     Raises:
         UnknownSpecError, ValueError: as :func:`plan`.
     """
-    arch = rehearsal.arch_of(setting.target)
-    found = {}
-    for run in runs:
-        planned = plan(run, setting)
-        checked = rehearsal.self_check(planned.functions, DTYPES[run.dtype], setting.target)
-        found[run] = different([*planned.launches, *checked], arch)
-    return found
+    return {run: list(_of_run(run, settings)) for run in runs}
+
+
+def _of_run(run: Run, settings: Sequence[Setting]) -> Iterable[Job]:
+    found: dict[str, Job] = {}
+    for setting in settings:
+        planned, dtype = plan(run, setting), DTYPES[run.dtype]
+        checked = rehearsal.self_check(planned.functions, dtype, setting.target)
+        arch = rehearsal.arch_of(setting.target.capability)
+        found |= {job.key: job for job in different([*planned.launches, *checked], arch)}
+    return found.values()

@@ -23,9 +23,9 @@ from ..ops.features import run as run_features
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def arch_of(target: Target) -> str:
+def arch_of(capability: tuple[int, int]) -> str:
     """``sm_90`` for compute capability 9.0."""
-    return f"sm_{target.capability[0]}{target.capability[1]}"
+    return f"sm_{capability[0]}{capability[1]}"
 
 
 class Setting(NamedTuple):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 from .calls import backend_module
 
 _PACKAGE = Path(__file__).parents[1]
-_IMPORTS = re.compile(r"^\s*from \.(?:(\w+) import|\s+import ([\w, ]+)$)", re.MULTILINE)
+_IMPORTS = re.compile(r"^\s*from \.(?:(\w+) import| import \(?([^()\n]+)|)", re.MULTILINE)
 
 
 @functools.cache
@@ -59,6 +59,6 @@ class _File(NamedTuple):
 def _read(path: Path) -> _File:
     content = path.read_bytes()
     found = _IMPORTS.findall(content.decode()) if path.parent.name == "kernels" else []
-    names = [name.strip() for one, several in found for name in (one or several).split(",")]
-    imported = tuple(path.with_name(f"{name}.py") for name in names)
+    parts = [part.split() for one, several in found for part in (one or several).split(",")]
+    imported = tuple(path.with_name(f"{words[0]}.py") for words in parts if words)
     return _File(hashlib.sha256(content).digest(), imported)
