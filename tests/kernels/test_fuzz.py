@@ -38,6 +38,8 @@ def drawn(case, chance):
         elif layer.kernel == 1:  # Of a concat buffer, whose identity is the first channels.
             c_in = c_out + channels(chance)
         given["layer"] = layer._replace(c_in=c_in, c_out=c_out, size=(n, h, w))
+        if "masked" in given:
+            given["masked"] = 8 * chance.randint(1, (c_in - c_out) // 8)
     found = given.get("shape") or given["layer"]
     call = functools.partial(case.call.func, *case.call.args, **given)
     return case._replace(words=f"{found}", call=call)
