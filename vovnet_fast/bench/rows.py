@@ -34,7 +34,7 @@ _HOW = (
     "make one with: pytest benchmarks/ --benchmark-only --benchmark-json=FILE, or with: "
     "vovnet-fast bench --json FILE"
 )
-_MOVING = ("date", "clocks", "dry_run")  # What may differ between runs of the same thing.
+_MOVING = ("date", "clocks", "rehearsal")  # What may differ between runs of the same thing.
 
 
 class ReportError(ValueError):
