@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -15,10 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-INT32_LIMIT = 2**31
-VECTOR_BYTES = 16
-"""Of the widest load and store of a thread."""
+from ._any_size import launched, strides, vector
 
+INT32_LIMIT = 2**31
 PARTS = 3
 """A CTA computes its output channels in at most this many accumulators."""
 
@@ -197,28 +195,6 @@ def needs_int64(*tensors: Tensor) -> bool:
     return False
 
 
-def vector(*views: Tensor) -> int:
-    """Elements of 16 bytes where all views consist of such vectors, else 1.
-
-    Their addresses, their strides and their numbers of channels are multiples of it then.
-    Kernels are told strides and channels in vectors, and multiply them: so they know without
-    a proof what they may load and store at once, whatever the sizes are.
-    """
-    size = VECTOR_BYTES // views[0].itemsize
-    for view in views:
-        if view.shape[-1] % size or view.data_ptr() % VECTOR_BYTES:
-            return 1
-        # Nothing is ever multiplied by the stride of a single image, row or column but 0.
-        if any(s % size and n > 1 for s, n in zip(view.stride()[:-1], view.shape, strict=False)):
-            return 1
-    return size
-
-
-def strides(name: str, tensor: Tensor, size: int) -> dict[str, int]:
-    """Batch, row and pixel stride in vectors, as kernel arguments ``<name>_stride_[nhw]``."""
-    return {f"{name}_stride_{axis}": tensor.stride(i) // size for i, axis in enumerate("nhw")}
-
-
 def channel_block(channels: int) -> int:
     """Channels of a tile in the elementwise kernels: a power of two, 16 to 128.
 
@@ -329,19 +305,6 @@ def pixelwise(
     )
 
 
-def launched(function: Callable[..., None]) -> Any:
-    """``triton.jit`` for a kernel that is compiled once for all sizes.
-
-    By itself Triton compiles another for each integer that is 1 or becomes a multiple of 16.
-    """
-    numbers = [
-        name
-        for name, parameter in inspect.signature(function).parameters.items()
-        if not name.endswith("_ptr") and "constexpr" not in str(parameter.annotation)
-    ]
-    return triton.jit(function, do_not_specialize=numbers)
-
-
 @triton.jit
 def program_tile(tiles, channels, BLOCK_C: tl.constexpr):
     """(image, tile, first channel) of this program, of ``tiles`` an image.
@@ -353,32 +316,6 @@ def program_tile(tiles, channels, BLOCK_C: tl.constexpr):
     image_tile = tl.program_id(0) // groups
     first = (tl.program_id(0) % groups) * BLOCK_C
     return image_tile // tiles, image_tile % tiles, first
-
-
-@triton.jit
-def within(c, channels, TAIL: tl.constexpr):
-    """Whether channels exist. Without a TAIL, blocks end where the channels do, and all do."""
-    return c < channels if TAIL else c >= 0
-
-
-@triton.jit
-def carry(major, minor, size):
-    """(major, minor) where minor may have reached its size: then the next major one, and 0.
-
-    Loops carry positions from step to step, because a division by a number that is not known
-    when a kernel is compiled takes longer than all else that a step computes for itself.
-    """
-    past = minor >= size
-    return tl.where(past, major + 1, major), tl.where(past, 0, minor)
-
-
-@triton.jit
-def next_chunk(tap, c, c_in, KERNEL: tl.constexpr, BLOCK_K: tl.constexpr):
-    """(tap, first channel) of the step after this one: a tap's channels, then the next tap's."""
-    c += BLOCK_K
-    if KERNEL > 1:
-        tap, c = carry(tap, c, c_in)
-    return tap, c
 
 
 @triton.jit

@@ -5,12 +5,12 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
+from ._any_size import launched
 from ._common import (
     Launch,
     assert_nhwc,
     assert_same,
     batch_offset,
-    launched,
     narrow,
     pixel_offsets,
     pixelwise,

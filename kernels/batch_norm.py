@@ -26,6 +26,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._any_size import launched, strides, vector
 from ._common import (
     REDUCTION_PROGRAMS,
     Launch,
@@ -36,7 +37,6 @@ from ._common import (
     batch_offset,
     cdiv,
     collapse_rows,
-    launched,
     narrow,
     needs_int64,
     pixel_offsets,
@@ -44,10 +44,8 @@ from ._common import (
     processors,
     program_tile,
     soft_bf16,
-    strides,
     sweep,
     triton_accumulator,
-    vector,
 )
 
 STATISTICS = 3

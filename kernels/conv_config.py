@@ -243,20 +243,18 @@ _POINTER_SHAPES: dict[str, tuple[tuple[int, int, int, int], ...]] = {
 }
 
 
-def _pointer_limit(kernel: int, precision: str, kind: Kind) -> int:
+def _pointer_limit(precision: str, kind: Kind) -> int:
     """Output channels of a program: with more of them some layer spills registers on sm_80."""
     narrow = {"gradient": "tf32", "statistics": "exact"}
     if narrow.get(kind) == precision:
         return 64
-    if kind == "gradient" and kernel == 1:  # Few steps, which are unrolled.
+    if kind == "gradient":
         return 128
     return POINTER_LIMIT if precision == "half" else 128
 
 
-def _pointer_candidates(
-    c_in: int, c_out: int, kernel: int, precision: str, kind: Kind
-) -> list[ConvConfig]:
-    blocks = pointer_blocks(c_out, _pointer_limit(kernel, precision, kind))
+def _pointer_candidates(c_in: int, c_out: int, precision: str, kind: Kind) -> list[ConvConfig]:
+    blocks = pointer_blocks(c_out, _pointer_limit(precision, kind))
     if precision == "half" and c_in < 32:
         precision = "half, few channels"
     shapes = _POINTER_SHAPES[precision]
@@ -307,7 +305,7 @@ def _candidates(
     kind: Kind,
 ) -> tuple[ConvConfig, ...]:
     precision = "half" if dtype.itemsize == 2 else "tf32" if tf32 else "exact"
-    found = _pointer_candidates(c_in, c_out, kernel, precision, kind)
+    found = _pointer_candidates(c_in, c_out, precision, kind)
     if capability >= (9, 0):
         found = [c for c in found if c.block_k == max(f.block_k for f in found)]
     if tma and precision != "exact" and capability >= (9, 0):

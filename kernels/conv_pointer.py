@@ -20,27 +20,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._any_size import launched, next_chunk, strides, vector, within
 from ._common import (
     PARTS,
     Launch,
     batch_offset,
     cdiv,
     inside_image,
-    launched,
     narrow,
     needs_int64,
-    next_chunk,
     pixel_offsets,
     program_tile,
     relu_gradient,
     scale_shift_relu,
     soft_bf16,
     store_statistics,
-    strides,
     tile_statistics,
     triton_accumulator,
-    vector,
-    within,
 )
 from .conv_config import ConvConfig, Epilogue
 
@@ -108,8 +104,8 @@ def _finish(
     acc, scale_ptr, shift_ptr, pool_ptr, add_ptr, add_offsets, mask_ptr, mask_offsets,
     out_ptr, out_offsets, statistics_ptr, inside, count, first, c_out, added, masked,
     BLOCK: tl.constexpr, OUT_TAIL: tl.constexpr, SCALE: tl.constexpr, RELU: tl.constexpr,
-    POOL: tl.constexpr, ADD: tl.constexpr, MASK: tl.constexpr, STATISTICS: tl.constexpr,
-    SOFT_BF16: tl.constexpr,
+    POOL: tl.constexpr, ADD: tl.constexpr, MASK: tl.constexpr, PARTIAL: tl.constexpr,
+    STATISTICS: tl.constexpr, SOFT_BF16: tl.constexpr,
 ):  # fmt: skip
     """Store the tile after its epilogue; :class:`.conv_config.Epilogue` says what that may be.
 
@@ -128,12 +124,15 @@ def _finish(
         tl.store(pool_ptr + oc, sums, mask=exist)
     if ADD:
         pointers = add_ptr + add_offsets[:, None] + oc[None, :]
-        mask = inside[:, None] & (oc < added)[None, :]
+        mask = inside[:, None] & (oc < added if PARTIAL else exist)[None, :]
         y += tl.load(pointers, mask=mask, other=0.0).to(y.dtype)
     if MASK:
-        channel = oc - (c_out - masked)
+        channel, there = oc, exist
+        if PARTIAL:
+            channel = oc - (c_out - masked)
+            there = (channel >= 0) & (channel < masked)
         pointers = mask_ptr + mask_offsets[:, None] + channel[None, :]
-        mask = inside[:, None] & ((channel >= 0) & (channel < masked))[None, :]
+        mask = inside[:, None] & there[None, :]
         y = relu_gradient(y, tl.load(pointers, mask=mask, other=1.0).to(y.dtype))
     y = narrow(y, out_ptr.dtype.element_ty, SOFT_BF16)
     mask = inside[:, None] & exist[None, :]
@@ -154,12 +153,13 @@ def conv_pointer_kernel(
     BLOCK_P: tl.constexpr, BLOCK_0: tl.constexpr, BLOCK_1: tl.constexpr, BLOCK_2: tl.constexpr,
     BLOCK_K: tl.constexpr, ACROSS: tl.constexpr, TAIL: tl.constexpr, OUT_TAIL: tl.constexpr,
     SCALE: tl.constexpr, RELU: tl.constexpr, POOL: tl.constexpr, ADD: tl.constexpr,
-    MASK: tl.constexpr, STATISTICS: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
-    SOFT_BF16: tl.constexpr, WIDE: tl.constexpr,
+    MASK: tl.constexpr, PARTIAL: tl.constexpr, STATISTICS: tl.constexpr,
+    PRECISION: tl.constexpr, ACC: tl.constexpr, SOFT_BF16: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_P pixels of an image by BLOCK_0 + BLOCK_1 + BLOCK_2 channels.
 
-    ACROSS is the number of input channels where steps run across taps, else 0.
+    ACROSS is the number of input channels where steps run across taps, else 0; with PARTIAL
+    not all channels are added to or masked.
     """
     BLOCK: tl.constexpr = BLOCK_0 + BLOCK_1 + BLOCK_2
     c_out = out_vectors * OUT_VECTOR
@@ -267,21 +267,21 @@ def conv_pointer_kernel(
     _finish(
         acc_0, scale_ptr, shift_ptr, pool_ptr, add_ptr, add_offsets, mask_ptr, mask_offsets,
         out_ptr, out_offsets, statistics_ptr, inside, count, first, c_out, added, masked,
-        BLOCK_0, OUT_TAIL, SCALE, RELU, POOL, ADD, MASK, STATISTICS, SOFT_BF16,
+        BLOCK_0, OUT_TAIL, SCALE, RELU, POOL, ADD, MASK, PARTIAL, STATISTICS, SOFT_BF16,
     )  # fmt: skip
     if BLOCK_1 > 0:
         _finish(
             acc_1, scale_ptr, shift_ptr, pool_ptr, add_ptr, add_offsets, mask_ptr, mask_offsets,
             out_ptr, out_offsets, statistics_ptr, inside, count, first + BLOCK_0,
-            c_out, added, masked, BLOCK_1, OUT_TAIL, SCALE, RELU, POOL, ADD, MASK, STATISTICS,
-            SOFT_BF16,
+            c_out, added, masked, BLOCK_1, OUT_TAIL, SCALE, RELU, POOL, ADD, MASK,
+            PARTIAL, STATISTICS, SOFT_BF16,
         )  # fmt: skip
     if BLOCK_2 > 0:
         _finish(
             acc_2, scale_ptr, shift_ptr, pool_ptr, add_ptr, add_offsets, mask_ptr, mask_offsets,
             out_ptr, out_offsets, statistics_ptr, inside, count, first + BLOCK_0 + BLOCK_1,
-            c_out, added, masked, BLOCK_2, OUT_TAIL, SCALE, RELU, POOL, ADD, MASK, STATISTICS,
-            SOFT_BF16,
+            c_out, added, masked, BLOCK_2, OUT_TAIL, SCALE, RELU, POOL, ADD, MASK,
+            PARTIAL, STATISTICS, SOFT_BF16,
         )  # fmt: skip
 
 
@@ -352,6 +352,7 @@ def plan(
             TAIL=(across * kernel * kernel or c_in) % config.block_k != 0,
             OUT_TAIL=c_out % sum(blocks) != 0,
             **epilogue.constants(),
+            PARTIAL=any(view.shape[3] < c_out for view in epilogue.views()),
             PRECISION="tf32" if tf32 else "ieee",
             ACC=triton_accumulator(x.dtype),
             SOFT_BF16=soft_bf16(x.dtype),

@@ -22,14 +22,13 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ._any_size import launched, next_chunk
 from ._common import (
     Launch,
     batch_offset,
     cdiv,
     interpreted,
-    launched,
     narrow,
-    next_chunk,
     processors,
     relu_gradient,
     scale_shift_relu,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._any_size import launched, strides, vector, within
 from ._common import (
     Launch,
     accumulator,
@@ -22,16 +23,12 @@ from ._common import (
     batch_offset,
     cdiv,
     channel_block,
-    launched,
     needs_int64,
     pixel_offsets,
     plan_sum_rows,
     processors,
-    strides,
     sum_rows,
     triton_accumulator,
-    vector,
-    within,
 )
 
 _SUM_ELEMENTS = tl.constexpr(4096)  # Loaded at a time; as many are in flight as is pipelined.

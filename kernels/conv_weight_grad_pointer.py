@@ -15,21 +15,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._any_size import carry, launched, strides, vector, within
 from ._common import (
     PARTS,
     Launch,
     batch_offset,
-    carry,
     cdiv,
     inside_image,
-    launched,
     needs_int64,
     pixel_offsets,
     soft_bf16,
-    strides,
     triton_accumulator,
-    vector,
-    within,
 )
 from .conv_weight_grad_config import WeightGradConfig, column_groups
 from .conv_weight_grad_finish import sum_channels

@@ -18,18 +18,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ._any_size import carry, launched, strides, vector
 from ._common import (
     Launch,
     batch_offset,
-    carry,
     cdiv,
     interpreted,
-    launched,
     needs_int64,
     soft_bf16,
-    strides,
     triton_accumulator,
-    vector,
 )
 from .conv_tma import ALIGNMENT
 from .conv_weight_grad_config import WeightGradConfig, column_groups

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._any_size import launched, strides, vector
 from ._common import (
     Launch,
     accumulator,
@@ -20,7 +21,6 @@ from ._common import (
     cdiv,
     channel_block,
     inside_image,
-    launched,
     narrow,
     needs_int64,
     pixel_offsets,
@@ -29,9 +29,7 @@ from ._common import (
     program_tile,
     relu_gradient,
     soft_bf16,
-    strides,
     triton_accumulator,
-    vector,
 )
 from .conv import output_size
 

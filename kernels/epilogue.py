@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
+from ._any_size import launched
 from ._common import (
     Launch,
     accumulator,
@@ -13,7 +14,6 @@ from ._common import (
     assert_same,
     batch_offset,
     cdiv,
-    launched,
     narrow,
     pixel_offsets,
     pixelwise,

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._any_size import launched, strides, vector
 from ._common import (
     INT32_LIMIT,
     REDUCTION_PROGRAMS,
@@ -30,7 +31,6 @@ from ._common import (
     batch_offset,
     cdiv,
     collapse_rows,
-    launched,
     narrow,
     needs_int64,
     pixel_offsets,
@@ -38,11 +38,9 @@ from ._common import (
     program_tile,
     relu,
     relu_gradient,
-    strides,
     sum_rows,
     sweep,
     triton_accumulator,
-    vector,
 )
 
 GateKind = Literal["hard_sigmoid", "sigmoid"]

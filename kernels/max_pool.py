@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, uint8
 
+from ._any_size import launched, strides, vector
 from ._common import (
     Launch,
     assert_nhwc,
@@ -23,15 +24,12 @@ from ._common import (
     cdiv,
     channel_block,
     inside_image,
-    launched,
     narrow,
     needs_int64,
     pixel_offsets,
     program_tile,
     soft_bf16,
-    strides,
     triton_accumulator,
-    vector,
 )
 
 Mode = Literal["ceil", "padded"]

@@ -5,15 +5,14 @@ from __future__ import annotations
 import triton.language as tl
 from torch import Tensor
 
+from ._any_size import launched, vector
 from ._common import (
     INT32_LIMIT,
     Launch,
     cdiv,
-    launched,
     narrow,
     soft_bf16,
     triton_accumulator,
-    vector,
 )
 
 _BLOCK = 32  # A tile of a tap: small ones, because a layer has few weights and many taps.
