@@ -51,6 +51,9 @@ LOOP_INSTRUCTIONS = 110
 COPY_INSTRUCTIONS = 15
 """For 16 bytes that a thread of the pointer form copies: addresses and masks. Seen there too."""
 
+SPILLS = 1.5
+"""By this factor a program that spills registers takes longer. Assumed: it shall not be chosen."""
+
 EPILOGUE_INSTRUCTIONS = {"forward": 4, "statistics": 10, "gradient": 8, WEIGHT_GRAD: 2}
 """For one sum. From the compiled epilogues, roughly."""
 
@@ -273,6 +276,8 @@ def predict_work(
         seconds = full * wave(capacity) + (wave(rest) if rest else 0.0)
         # Where a processor has other programs, they work while one fills its pipeline.
         seconds += fill * (cdiv(work.programs, capacity) if resident == 1 else 1)
+    if resources.spilled:
+        seconds *= SPILLS
     shares = work.programs * work.steps / device.processors
     parts = {name: shares * value for name, value in step(1, device.processors).items()}
     parts["dram"] = work.compulsory / device.dram
@@ -474,7 +479,7 @@ def configurations(layer: Layer, capability: tuple[int, int]) -> tuple[Any, ...]
     return tuple(candidates(capability, layer.c_in, layer.c_out, **options))
 
 
-@functools.cache
+@functools.lru_cache(256)  # What is made of them is kept, which is less.
 def predictions(layer: Layer, device: Device) -> tuple[Prediction, ...]:
     """Of all :func:`configurations`, in their order."""
     return tuple(predict(c, layer, device) for c in configurations(layer, device.capability))

@@ -198,6 +198,12 @@ def test_what_does_not_fit_takes_for_ever():
     assert found.seconds == math.inf
 
 
+def test_what_spills_takes_longer():
+    spilling = dataclasses.replace(TWO, spilled=8)
+    seconds = [cost.predict(TILE, rows_of(525), H200, r).seconds for r in (TWO, spilling)]
+    assert seconds[1] > 1.3 * seconds[0]
+
+
 def test_more_work_never_takes_less():
     for kind in KINDS:
         layer = Layer(1, 50, 84, 192, 192, kind=kind)

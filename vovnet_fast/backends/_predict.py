@@ -146,7 +146,7 @@ def family(name: str) -> str:
     return next((found for found in LIBRARIES if name.startswith(found)), "triton")
 
 
-@functools.cache
+@functools.lru_cache(256)
 def order(layer: Layer, device: Device) -> dict[str, Prediction]:
     """Triton's configurations by name; that which is taken without measuring comes first."""
     from ..kernels import cost
@@ -184,7 +184,7 @@ def likely(predicted: dict[str, Prediction], layer: Layer, device: Device) -> li
     return [name for name in predicted if name in found]
 
 
-@functools.cache  # Asked for at every launch.
+@functools.lru_cache(1 << 13)  # Asked for at every launch; a hundred sizes of a network.
 def _candidates(layer: Layer, device: Device, libraries: tuple[str, ...]) -> tuning.Candidates:
     from ..kernels import cost
 
