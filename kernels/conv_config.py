@@ -258,6 +258,8 @@ def _pointer_candidates(c_in: int, c_out: int, precision: str, kind: Kind) -> li
     if precision == "half" and c_in < 32:
         precision = "half, few channels"
     shapes = _POINTER_SHAPES[precision]
+    if precision == "exact" and c_in < MIN_SPLIT and kind == "forward":  # An image.
+        shapes = shapes[:1]  # The other spills a few bytes on sm_80.
     if kind == "statistics":  # Of the others some spill a few bytes on sm_80.
         shapes = shapes[1:] if precision == "exact" else shapes
         shapes = tuple(shape for shape in shapes if shape[1] == shapes[0][1])
