@@ -219,6 +219,8 @@ def test_inference_of_v99_needs_few_kernels():
     network = Run("V-99-eSE", (6, 640, 1600))
     found = needed.by_run([network], needed.settings("sm_90", tuning.Planning()))
     assert 20 < len(found[network]) <= 45
+    said = " ".join((ROOT / "README.md").read_text().split())
+    assert f"For V-99 in inference there are {len(found[network])}, tuning and self-check" in said
 
 
 @compiles
