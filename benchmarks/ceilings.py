@@ -7,7 +7,6 @@ copy is far larger than any cache: what fits into one, as small ops on a CPU do,
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,11 +16,6 @@ from vovnet_fast.bench.stopwatch import Stopwatch, interleaved
 
 COPY = "copy"
 _SIDE = {"cuda": 8192, "cpu": 1536}
-_LEAST_SIDE = 192
-_CALL_SECONDS = 0.2
-"""A matrix multiplication may take so long. One in 16 bits that a processor has no instructions
-for runs at a hundredth of the speed of fp32, and is measured on smaller matrices."""
-
 _COPY_BYTES = {"cuda": 2**30, "cpu": 2**28}
 _ROUNDS = 20
 _SECONDS = 3.0
@@ -118,26 +112,10 @@ class Ceilings:
             target = torch.zeros_like(source)
             text = f"copy of {self._copied / 2**20:.0f} MiB"
             return Ceiling(text, lambda: target.copy_(source), 0, 2 * self._copied, [])
-        dtype = getattr(torch, name)
-        n = self._affordable(dtype) if device.type == "cpu" else self._side
-        a, b, out = _matrices(n, dtype, device)
+        n, dtype = self._side, getattr(torch, name)
+        # Zeros would need less power, and so run at higher clocks.
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        out = torch.empty_like(a)
         text = f"{n}x{n} times {n}x{n} in {name}"
         moved = 3 * n * n * out.itemsize
         return Ceiling(text, lambda: torch.mm(a, b, out=out), 2 * n**3, moved, [])
-
-    def _affordable(self, dtype: torch.dtype) -> int:
-        """The largest side whose multiplication is expected to take no longer than it may."""
-        n = min(_LEAST_SIDE, self._side)
-        while 2 * n <= self._side:
-            a, b, out = _matrices(n, dtype, self._watch.device)
-            torch.mm(a, b, out=out)
-            if 8 * self._watch.time(functools.partial(torch.mm, a, b, out=out)) > _CALL_SECONDS:
-                break
-            n *= 2
-        return n
-
-
-def _matrices(n: int, dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
-    """Two to multiply, and one for the result."""
-    # Zeros would need less power, and so run at higher clocks.
-    return [torch.randn(n, n, device=device).to(dtype) for _ in range(3)]

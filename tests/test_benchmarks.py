@@ -144,18 +144,6 @@ def test_ceilings(watch):
     assert "of_matmul" not in ceilings.fractions(1, 1, 1.0, torch.float16)
 
 
-def test_what_a_processor_is_slow_at_is_measured_on_less():
-    class Slow(Stopwatch):
-        def time(self, work):
-            super().time(work)
-            return 0.1
-
-    ceiling = Ceilings(Slow(torch.device("cpu")), copied=2**16)["bfloat16"]
-    assert ceiling.name.startswith("192x192 times ")
-    assert ceiling.flop == 2 * 192**3
-    assert ceiling.rates()["tflops"] == pytest.approx(ceiling.flop / 0.1 / 1e12)
-
-
 # --------------------------------------------------------------------------------------
 # Ops
 # --------------------------------------------------------------------------------------
