@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="the Triton backend is optional")
+pytest.importorskip("triton", minversion="3.6", reason="the Triton backend is optional")
 
 import vovnet_fast
 from tests.tiny import TINY

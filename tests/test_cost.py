@@ -13,7 +13,7 @@ import types
 import pytest
 import torch
 
-pytest.importorskip("triton", reason="predictions are of Triton's configurations")
+pytest.importorskip("triton", minversion="3.6", reason="predictions are of Triton's configurations")
 
 from vovnet_fast import cli, regret, specs, tuning
 from vovnet_fast.backends import _predict

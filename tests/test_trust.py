@@ -233,7 +233,7 @@ def test_threads_wait_for_one_check(fake, checks):
 
 
 def test_kernels_are_compiled_side_by_side_before_a_check_on_a_gpu(monkeypatch):
-    pytest.importorskip("triton")
+    pytest.importorskip("triton", minversion="3.6")
     from vovnet_fast.compiling import first_use, rehearsal
     from vovnet_fast.kernels import _common
 

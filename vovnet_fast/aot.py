@@ -539,13 +539,16 @@ def rows(
         raise ValueError(f"arch must be one of {', '.join(ARCHITECTURES)}, got {arch!r}")
     for job in jobs(arch):
         if job.essential or all_layers:
-            found = known.get(key(job, arch)) if known else None
-            yield compile_job(job, arch) if found is None else _named(found, job)
+            yield look_up(job, arch, known or {})
 
 
-def _named(row: Row, job: Job) -> Row:
+def look_up(job: Job, arch: str, known: Mapping[str, Row]) -> Row:
+    """What ``job`` compiles to: compiled, if no known row is of the same key."""
+    found = known.get(key(job, arch))
+    if found is None:
+        return compile_job(job, arch)
     return dataclasses.replace(
-        row, kernel=job.kernel, layer=job.layer, config=job.config, essential=job.essential
+        found, kernel=job.kernel, layer=job.layer, config=job.config, essential=job.essential
     )
 
 
