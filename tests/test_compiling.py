@@ -27,6 +27,19 @@ ROOT = Path(vovnet_fast.__file__).parent.parent
 compiles = pytest.mark.skipif(interpreted(), reason="Triton interprets in this process")
 
 
+@pytest.mark.skipif(not interpreted(), reason="they run in this one")
+def test_in_a_process_of_their_own():
+    """The tests of this file, where tests of kernels have chosen the interpreter before them."""
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")}
+    environment.pop("TRITON_INTERPRET", None)
+    words = ["-m", "pytest", "-q", "-rs", "-p", "no:xdist", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        [sys.executable, *words], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert "Triton interprets" not in done.stdout
+
+
 def run(*words, **variables):
     """Start Python in a process where Triton compiles, and read the JSON that it prints."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_CACHE_DIR": "", **variables}
