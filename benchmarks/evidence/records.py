@@ -68,9 +68,9 @@ class Records:
             try:
                 end = os.fstat(handle).st_size - len(_TAIL)
                 if os.pread(handle, len(_TAIL), end) != _TAIL:  # Its writer died on a full disk.
-                    os.close(handle)
                     self._rewrite(*self.read())
-                    handle = os.open(self.path, os.O_RDWR)
+                    stale, handle = handle, os.open(self.path, os.O_RDWR)
+                    os.close(stale)
                     end = os.fstat(handle).st_size - len(_TAIL)
                 first = os.pread(handle, 1, end - 1) == b"["
                 _replace_tail(handle, end, (b"\n" if first else b",\n") + line + _TAIL)
