@@ -51,7 +51,7 @@ HOT = {
         ("conv", "768>256 1x1/1 float16", "tma-256x128-k64-w8-s3"),
         ("conv statistics", "128>128 3x3/1 float16", "tma-256x128-k64-w8-s3"),
         ("conv input gradient", "128>128 3x3/1 float16", "tma-256x128-k64-w8-s3"),
-        ("conv weight gradient", "128>128 3x3/1 float16", "tma-1x128-128-w8"),
+        ("conv weight gradient", "128>128 3x3/1 float16", "tma-1x128-128-w8-p32-s6"),
         ("epilogue", "112 float16", "pool"),
         ("accumulate", "112 float16", "add, mask"),
         ("ese apply", "112 float16", "identity"),

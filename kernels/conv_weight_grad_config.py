@@ -48,14 +48,12 @@ class WeightGradConfig:
 
     @functools.cached_property
     def name(self) -> str:
-        """Short and unique, for tables: ``pointer-1x128-128+64-w8-p32-s4``.
-
-        The pixels of a step of the ``tma`` form follow from the width of the image, and are
-        left out: a choice by name holds for images of other sizes.
-        """
+        """Short and unique, for tables: ``pointer-1x128-128+64-w8-p32-s4``."""
         blocks = "+".join(map(str, self.block_out))
-        name = f"{self.form}-{self.groups}x{self.columns}-{blocks}-w{self.num_warps}"
-        return name if self.form == "tma" else f"{name}-p{self.pixels}-s{self.num_stages}"
+        return (
+            f"{self.form}-{self.groups}x{self.columns}-{blocks}"
+            f"-w{self.num_warps}-p{self.pixels}-s{self.num_stages}"
+        )
 
 
 def column_groups(config: WeightGradConfig, c_in: int, kernel: int) -> int:
@@ -121,15 +119,19 @@ def _padded(config: WeightGradConfig, c_in: int, c_out: int, kernel: int) -> int
     return columns * cdiv(c_out, block) * block
 
 
-def row_tile(width: int) -> int:
-    """Pixels of a step in one row: the longest run that leaves least of the last one empty."""
-    return min(_TMA_STAGES, key=lambda pixels: (-width % pixels, -pixels))
+def row_tile(kernel: int) -> int:
+    """Pixels of a step in one row, the same for all images: each is a kernel to compile.
+
+    A detector's maps are 21 to 400 pixels wide, of which runs of 64 leave up to two thirds
+    of the last step empty. A 1x1 convolution sees the image as one row of thousands.
+    """
+    return 64 if kernel == 1 else 32
 
 
 def _tma_candidates(
-    capability: tuple[int, int], c_in: int, c_out: int, kernel: int, width: int
+    capability: tuple[int, int], c_in: int, c_out: int, kernel: int
 ) -> list[WeightGradConfig]:
-    pixels = row_tile(width)
+    pixels = row_tile(kernel)
     found = [
         WeightGradConfig("tma", columns, groups, blocks, pixels, warps, _TMA_STAGES[pixels])
         for (groups, columns), shapes in _TMA_SHAPES.items()
@@ -161,7 +163,6 @@ def candidates(
     kernel: int = 3,
     dtype: torch.dtype = torch.float16,
     tf32: bool = False,
-    width: int = 336,
     tma: bool = True,
 ) -> list[WeightGradConfig]:
     """The shipped configurations for a layer: the preferred form first, and its largest tiles.
@@ -173,10 +174,9 @@ def candidates(
         kernel: 3 or 1.
         dtype: of the activations.
         tf32: fp32 products may be rounded to TF32.
-        width: of the output. It decides the pixels of a step.
         tma: whether the tensors allow it; false for stride 2.
     """
-    return list(_candidates(capability, c_in, c_out, kernel, dtype, tf32, width, tma))
+    return list(_candidates(capability, c_in, c_out, kernel, dtype, tf32, tma))
 
 
 @functools.cache  # Asked for at every launch.
@@ -187,7 +187,6 @@ def _candidates(
     kernel: int,
     dtype: torch.dtype,
     tf32: bool,
-    width: int,
     tma: bool,
 ) -> tuple[WeightGradConfig, ...]:
     kind = "half" if dtype.itemsize == 2 else "tf32" if tf32 else "exact"
@@ -203,5 +202,5 @@ def _candidates(
     ]
     found = list(dict.fromkeys(found))
     if tma and kind == "half" and capability >= (9, 0):
-        found = _tma_candidates(capability, c_in, c_out, kernel, width) + found
+        found = _tma_candidates(capability, c_in, c_out, kernel) + found
     return tuple(found)

@@ -57,14 +57,18 @@ SPILLS = 1.5
 EPILOGUE_INSTRUCTIONS = {"forward": 4, "statistics": 10, "gradient": 8, WEIGHT_GRAD: 2}
 """For one sum. From the compiled epilogues, roughly."""
 
-TIE = 0.05
-"""Predictions that are nearer to the best than this count as equal: they know no better."""
+TIE = 1.05
+"""By a smaller factor predictions do not differ: they know no better."""
 
 SIZES = (1 << 20, 1 << 16, 1 << 13, 1 << 11)
 """Pixels of the maps whose choices stand for all: from a batch's largest to one image's least."""
 
-FAVOUR = 1.25
-"""By this factor another configuration must be faster than what :data:`SIZES` would take."""
+STEADY = 1.25
+"""By this factor a configuration must be faster than the favourites before it: at one of
+:data:`SIZES` to become one, and at a layer's size to be taken instead."""
+
+FAVOUR = 2.0
+"""By this factor any other must be faster than a favourite, to be taken in its place."""
 
 _ASPECT = 0.6  # Height over width of their maps.
 
@@ -473,7 +477,6 @@ def configurations(layer: Layer, capability: tuple[int, int]) -> tuple[Any, ...]
         kernel=layer.kernel, dtype=layer.dtype, tf32=layer.tf32, tma=layer.tma
     )
     if layer.kind == WEIGHT_GRAD:
-        options["width"] = layer.width
         return tuple(weight_grad_candidates(capability, layer.c_in, layer.c_out, **options))
     options["kind"] = layer.kind
     return tuple(candidates(capability, layer.c_in, layer.c_out, **options))
@@ -496,44 +499,46 @@ def _canonical(config: ConvConfig | WeightGradConfig) -> tuple[Any, ...]:
 _MIDDLE = 128  # Pixels of a tile.
 
 
-def _tied(seconds: Sequence[float], order: Callable[[int], Any]) -> list[int]:
-    """Positions of what is within :data:`TIE` of the best, in some order, and of the others."""
-    limit = min(seconds) * (1 + TIE)
+def _tied(seconds: Sequence[float], factor: float, order: Callable[[int], Any]) -> list[int]:
+    """Positions of what takes up to ``factor`` as long as the best, in some order; the others."""
+    limit = min(seconds) * factor
     tied = [i for i, one in enumerate(seconds) if one <= limit]
     others = [i for i, one in enumerate(seconds) if one > limit]
     return sorted(tied, key=order) + sorted(others, key=lambda i: seconds[i])
 
 
+def _sized(layer: Layer, pixels: int) -> Layer:
+    """The same layer of one image of so many pixels."""
+    height = 1 if layer.height == 1 else round((pixels * _ASPECT) ** 0.5)
+    return dataclasses.replace(layer, batch=1, height=height, width=round(pixels / height))
+
+
 @functools.cache
 def _favourites(layer: Layer, device: Device) -> tuple[int, ...]:
-    """Positions in :func:`configurations` of what :data:`SIZES` would take."""
+    """Positions in :func:`configurations` of a few that are good for all :data:`SIZES`."""
     shipped = configurations(layer, device.capability)
-    found = []
+    found: list[int] = []
     for pixels in SIZES:
-        height = 1 if layer.height == 1 else round((pixels * _ASPECT) ** 0.5)
-        sized = dataclasses.replace(layer, height=height, width=round(pixels / height))
+        sized = _sized(layer, pixels)
         seconds = [predict(config, sized, device).seconds for config in shipped]
-        found.append(_tied(seconds, lambda i: (*_canonical(shipped[i]), i))[0])
-    return tuple(dict.fromkeys(found))
+        if not found or min(seconds[i] for i in found) > STEADY * min(seconds):
+            found.append(_tied(seconds, TIE, lambda i: (*_canonical(shipped[i]), i))[0])
+    return tuple(found)
 
 
 @functools.cache
 def ranked(layer: Layer, device: Device) -> tuple[int, ...]:
     """Positions in :func:`configurations`, the best by prediction for the layer's size first.
 
-    What :data:`SIZES` would take is favoured, so that images of many sizes share a few
-    compiled kernels.
+    A few that are good for all sizes are favoured, the first of them most, so that images of
+    many sizes share compiled kernels.
     """
-    # The same for all sizes, but for what the width of the image decides of weight gradients.
-    width = layer.width if layer.kind == WEIGHT_GRAD else 2
-    any_size = dataclasses.replace(layer, batch=1, height=min(layer.height, 2), width=width)
-    favourites = _favourites(any_size, device)
-    seconds = [
-        one.seconds * (1.0 if i in favourites else FAVOUR)
-        for i, one in enumerate(predictions(layer, device))
-    ]
-    places = {i: place for place, i in enumerate(favourites)}
-    return tuple(_tied(seconds, lambda i: (places.get(i, len(places)), i)))
+    favourites = _favourites(_sized(layer, SIZES[0]), device)
+    seconds = [one.seconds for one in predictions(layer, device)]
+    favoured = [favourites[i] for i in _tied([seconds[i] for i in favourites], STEADY, lambda i: i)]
+    others = sorted(set(range(len(seconds))) - set(favourites), key=lambda i: (seconds[i], i))
+    faster = [i for i in others if FAVOUR * seconds[i] < seconds[favoured[0]]]
+    return (*faster, *favoured, *others[len(faster) :])
 
 
 def static_choice(layer: Layer, device: Device) -> Any:
@@ -542,7 +547,7 @@ def static_choice(layer: Layer, device: Device) -> Any:
     It is that of the very size, although measured choices are remembered by sizes up to a power
     of two (:func:`vovnet_fast.backends._engines.problem`): the last wave of a small image may be
     a third of its time, and what is good for one size of such a family may be half as
-    fast for another. What that costs in kernels, :data:`FAVOUR` and :data:`TIE` keep small.
+    fast for another. What that costs in kernels, :data:`STEADY` and :data:`FAVOUR` keep small.
     """
     return configurations(layer, device.capability)[ranked(layer, device)[0]]
 

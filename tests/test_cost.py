@@ -235,12 +235,15 @@ def test_choices_are_near_the_best_and_spill_nothing():
             assert taken.resources.spilled == 0
             assert taken.resident >= 1
             assert taken.resources.source == f"compiled for sm_{card.capability[0]}0", layer
-        assert max(excess) <= (1 + cost.TIE) * cost.FAVOUR
-        assert math.exp(sum(map(math.log, excess)) / len(excess)) < 1.05
+        assert max(excess) <= max(cost.STEADY, cost.FAVOUR) * cost.TIE
+        assert math.exp(sum(map(math.log, excess)) / len(excess)) < 1.06
 
 
 def test_many_sizes_share_few_kernels():
-    """Over 24 sizes of a multi-scale training: not twice what one size needs."""
+    """Over 24 sizes of a multi-scale training: forward, at most a quarter more.
+
+    A training step of V-99 needs a tenth more, which ``benchmarks/guard.py`` counts.
+    """
 
     def kernels(sides):
         found = set()
@@ -251,7 +254,7 @@ def test_many_sizes_share_few_kernels():
         return found
 
     one, many = kernels([800]), kernels(range(480, 800, 14))
-    assert len(many | one) < 2 * len(one)
+    assert len(many | one) <= 1.25 * len(one)
 
 
 def test_the_choice_is_steady_under_small_changes_of_size():

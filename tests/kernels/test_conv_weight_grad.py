@@ -127,12 +127,11 @@ def shipped():
     """Every configuration; without a GPU those that differ in more than warps and stages."""
     found = {}
     for capability in (HOPPER, AMPERE):
-        for width in (64, 84):
-            for c_in, c_out, kernel in [*LAYERS, (3, 64, 3)]:
-                for config in candidates(capability, c_in, c_out, kernel=kernel, width=width):
-                    tile = (config.form, config.columns, config.groups, config.block_out)
-                    key = config if torch.cuda.is_available() else tile
-                    found.setdefault(key, pytest.param(config, id=config.name))
+        for c_in, c_out, kernel in [*LAYERS, (3, 64, 3)]:
+            for config in candidates(capability, c_in, c_out, kernel=kernel):
+                tile = (config.form, config.columns, config.groups, config.block_out)
+                key = config if torch.cuda.is_available() else tile
+                found.setdefault(key, pytest.param(config, id=config.name))
     return list(found.values())
 
 
@@ -345,7 +344,7 @@ def test_uneven_columns_are_refused(device):
 @pytest.mark.parametrize("batch", [1, 8])
 def test_splits_fill_the_device_and_cover_all_steps(batch, size, capability):
     for c_in, c_out, kernel in LAYERS:
-        for config in candidates(capability, c_in, c_out, kernel=kernel, width=size[1]):
+        for config in candidates(capability, c_in, c_out, kernel=kernel):
             steps = -(-batch * size[0] * size[1] // config.pixels)
             options = dict(steps=steps, processors=132, itemsize=4)
             splits, each = split(config, c_in, c_out, kernel, **options)
@@ -357,10 +356,12 @@ def test_splits_fill_the_device_and_cover_all_steps(batch, size, capability):
                 assert splits * tiles >= 0.5 * 132
 
 
-def test_row_tiles():
-    assert {width: row_tile(width) for width in (336, 168, 84, 42, 67200)} == {
-        336: 32, 168: 64, 84: 32, 42: 64, 67200: 64
-    }  # fmt: skip
+def test_a_size_of_an_image_is_no_kernel_of_its_own():
+    """Steps are as long for all images, so that multi-scale training compiles once."""
+    assert (row_tile(3), row_tile(1)) == (32, 64)
+    for kernel in (1, 3):
+        found = candidates(HOPPER, 128, 128, kernel=kernel)
+        assert {c.pixels for c in found if c.form == "tma"} == {row_tile(kernel)}
 
 
 def test_choice_of_form():
