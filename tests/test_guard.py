@@ -30,6 +30,17 @@ def test_counts_are_the_committed_ones():
     assert not differences, "\n" + guard.report(differences)
 
 
+def test_few_kernels_are_compiled():
+    """What a change may not give up, whatever else it counts anew."""
+    found = json.loads((ROOT / "docs" / "counts.json").read_text())["counts"]["compiled kernels"]
+    [inference], sizes = (
+        numbers.values() for row, numbers in found.items() if not row.startswith("forward pass")
+    )
+    assert inference <= 45
+    one, many = sizes
+    assert many <= 1.1 * one
+
+
 # --------------------------------------------------------------------------------------
 # Comparing
 # --------------------------------------------------------------------------------------

@@ -61,8 +61,8 @@ def test_figures_in_the_text():
     conv = row("convolutions", layer="3x3 128>128, 200x336")
     assert f"At {conv['tile']} that is {conv['FLOP a byte']} FLOP a byte" in DOCUMENT
     assert f"the floor asks for {conv['L2 TB/s']} TB/s from L2" in DOCUMENT
-    assert f"128>128 makes {conv['programs']} programs of {conv['tile']}, two of" in DOCUMENT
-    assert f"share a processor: {conv['programs'] / 264:.2f} waves" in DOCUMENT
+    assert f"128>128 makes {conv['programs']} programs of {conv['tile']}, one on" in DOCUMENT
+    assert f"a processor: {conv['programs'] / 132:.2f} waves" in DOCUMENT
     small = row("convolutions", layer="3x3 224>224, 25x42")
     assert f"(25x42): {small['programs']} programs for 132 processors" in DOCUMENT
     sm_90, sm_80 = COUNTS["kernels for sm_90"], COUNTS["kernels for sm_80"]

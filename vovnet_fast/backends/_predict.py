@@ -176,7 +176,8 @@ def likely(predicted: dict[str, Prediction], layer: Layer, device: Device) -> li
     """
     own = [name for name in order(layer, device) if name in predicted]
     limit = WORTH * min((predicted[name].seconds for name in own), default=0.0)
-    found = {name for name in own[1:MEASURED] if predicted[name].seconds <= limit} | {*own[:1]}
+    fastest = sorted(own[1:], key=lambda name: predicted[name].seconds)[: MEASURED - 1]
+    found = {name for name in fastest if predicted[name].seconds <= limit} | {*own[:1]}
     for kind in LIBRARIES:
         of_kind = [name for name in predicted if family(name) == kind]
         # cuDNN ranks its own plans, and to the model they are all the same.
