@@ -11,7 +11,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 
-from vovnet_fast.compiling import cache, first_use, jobs, launchers, workers
+from vovnet_fast.compiling import cache, first_use, jobs, launchers, side_by_side, workers
 from vovnet_fast.compiling.needed import Run, plan
 from vovnet_fast.compiling.rehearsal import Plan, Setting
 from vovnet_fast.tuning import Planning
@@ -32,7 +32,7 @@ def ahead(folder):
     wanted = jobs.different(some(SETTING).launches, "sm_90")
     lost = wanted[0]._replace(key="ELSEWHERE", name="max_pool_kernels")
     results = list(workers.compile_all([lost, *wanted], 2))
-    first_use.FEW = 0
+    side_by_side.FEW = 0
 
     def asked():
         return first_use.ahead(("some",), SETTING, some, None)

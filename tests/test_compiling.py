@@ -14,7 +14,15 @@ pytest.importorskip("triton", minversion="3.6", reason="the Triton backend is op
 import vovnet_fast
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, cli, tuning
-from vovnet_fast.compiling import cache, command, first_use, needed, rehearsal, workers
+from vovnet_fast.compiling import (
+    cache,
+    command,
+    first_use,
+    needed,
+    rehearsal,
+    side_by_side,
+    workers,
+)
 from vovnet_fast.compiling.jobs import Job
 from vovnet_fast.compiling.needed import MODES, Run, plan
 from vovnet_fast.compiling.rehearsal import Setting
@@ -290,7 +298,7 @@ def test_what_goes_wrong_at_first_use_is_said_once_and_stops_nothing(monkeypatch
     monkeypatch.setattr(first_use, "_will_run_triton", lambda device, dtype: True)
     monkeypatch.setattr(Setting, "here", classmethod(lambda kind, device: STATIC))
     monkeypatch.setattr(first_use, "_met", set())
-    first_use._say.cache_clear()
+    side_by_side.say_once.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     first_use._once(("one",), device, torch.float16, fail)
     assert not asked, "not while a graph is captured, but afterwards"

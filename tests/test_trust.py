@@ -234,17 +234,17 @@ def test_threads_wait_for_one_check(fake, checks):
 
 def test_kernels_are_compiled_side_by_side_before_a_check_on_a_gpu(monkeypatch):
     pytest.importorskip("triton", minversion="3.6")
-    from vovnet_fast.compiling import first_use, rehearsal
+    from vovnet_fast.compiling import side_by_side
     from vovnet_fast.kernels import _common
 
     done = []
     monkeypatch.setattr(tuning, "machine", lambda device: "a GPU")
     monkeypatch.setattr(_common, "interpreted", lambda: False)
-    monkeypatch.setattr(rehearsal.Setting, "here", lambda device: rehearsal.Setting())
+    monkeypatch.setattr(_common, "target_of", lambda device: _common.Target())
     monkeypatch.setattr(
-        first_use,
+        side_by_side,
         "compile_launches",
-        lambda launches, setting: done.extend(launch.kernel.fn.__name__ for launch in launches),
+        lambda launches, capability: done.extend(launch.kernel.fn.__name__ for launch in launches),
     )
     monkeypatch.setattr(runner, "run", lambda *_, **__: done.append("checked") or [])
     assert selfcheck.trusted("triton", torch.device("cuda", 0), BF16, ["max_pool"])

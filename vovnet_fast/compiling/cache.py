@@ -20,8 +20,8 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .. import __version__
 from .._files import replacing
+from .._version import __version__
 from ..bench import provenance
 from . import jobs
 

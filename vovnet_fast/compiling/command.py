@@ -133,7 +133,8 @@ def _check_triton() -> None:
 def _settings(arch: str | None) -> list[Setting]:
     """The GPU that is here, or the cards of ``arch``."""
     from . import needed
-    from .rehearsal import Setting, arch_of
+    from .jobs import arch_of
+    from .rehearsal import Setting
 
     if torch.cuda.is_available() and torch.version.hip is None:
         here = Setting.here(torch.device("cuda", torch.cuda.current_device()))

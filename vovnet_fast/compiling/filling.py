@@ -6,9 +6,6 @@ import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from rich.console import Console
-from rich.progress import Progress
-
 from .._files import locked
 from .jobs import Job, cache_folder, missing
 from .workers import Result, compile_all
@@ -52,6 +49,9 @@ def fill(jobs: Sequence[Job], workers: int, *, progress: bool = False) -> Outcom
         ValueError, WorkersError: as :func:`.workers.compile_all`.
         OSError: the cache cannot be written.
     """
+    from rich.console import Console
+    from rich.progress import Progress
+
     begin, folder = time.perf_counter(), cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):  # Whoever waited here may find everything done.

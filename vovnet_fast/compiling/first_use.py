@@ -8,13 +8,10 @@ once, and Triton compiles each kernel when it meets it.
 from __future__ import annotations
 
 import concurrent.futures
-import functools
 import hashlib
 import json
-import logging
-import os
 import threading
-from collections.abc import Callable, Collection, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +20,8 @@ from torch import Tensor
 
 from .. import backends, selfcheck, tuning
 from .._files import replacing
+from . import side_by_side
+from .side_by_side import say_once
 
 if TYPE_CHECKING:
     from ..kernels._common import Launch
@@ -30,10 +29,6 @@ if TYPE_CHECKING:
     from .needed import Run
     from .rehearsal import Plan, Setting
 
-FEW = 4
-"""So many kernels are compiled as they are met: processes take seconds to start."""
-
-_log = logging.getLogger("vovnet_fast.compiling")
 _lock = threading.Lock()
 _met: set[Hashable] = set()
 
@@ -80,27 +75,6 @@ def of_frozen(model: Any, x: Tensor) -> None:
         return rehearsal.of_params(params, images, model.out_features, setting)
 
     _once(key_of_frozen(model, x, model.dtype), x.device, model.dtype, plan)
-
-
-def of_self_check(functions: Collection[str], dtype: torch.dtype, device: torch.device) -> None:
-    """Compile what the self-check of functions of Triton's backend will launch on a GPU.
-
-    For a network that has been done before; its blocks and the ops are used alone, too.
-
-    Raises:
-        ValueError: ``VOVNET_FAST_COMPILE_WORKERS`` is no number.
-    """
-    from ..kernels._common import interpreted
-    from . import workers
-    from .rehearsal import Setting, self_check
-
-    if interpreted() or workers.count() == 0:
-        return
-    try:
-        setting = Setting.here(device)
-        compile_launches(self_check(functions, dtype, setting.target), setting)
-    except Exception as error:
-        _say(f"{type(error).__name__}: {error}")
 
 
 def key_of_frozen(model: Any, x: Tensor, dtype: torch.dtype) -> tuple[Hashable, ...]:
@@ -158,13 +132,7 @@ def _once(
             check = dtype if backends.chosen() == "auto" else None
             ahead(key, Setting.here(device), plan, check)
         except Exception as error:
-            _say(f"{type(error).__name__}: {error}")
-
-
-@functools.cache
-def _say(problem: str) -> None:
-    """Once in a process."""
-    _log.warning("kernels could not be compiled ahead, and will be one by one: %s", problem)
+            say_once(f"{type(error).__name__}: {error}")
 
 
 def ahead(
@@ -203,7 +171,8 @@ def ahead(
 
     # A thread of its own knows nothing of the caller's modes.
     with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        noted.write(compile_launches(thread.submit(launches).result(), setting))
+        found = thread.submit(launches).result()
+        noted.write(side_by_side.compile_launches(found, setting.target.capability))
     return True
 
 
@@ -214,32 +183,6 @@ def _will_run_triton(device: torch.device, dtype: torch.dtype) -> bool:
     from ..kernels._common import interpreted
 
     return not interpreted() and (name == "triton" or dtype in selfcheck.DTYPES)
-
-
-def compile_launches(launches: Iterable[Launch], setting: Setting) -> dict[str, str]:
-    """Compile the kernels of these launches side by side, unless they are few.
-
-    Returns:
-        those that are compiled now, names by key.
-
-    Raises:
-        WorkersError, OSError, ValueError: as :func:`.filling.fill`.
-    """
-    from .filling import fill
-    from .jobs import cache_folder, compiled, different, missing
-    from .rehearsal import arch_of
-    from .workers import count
-
-    jobs = different(launches, arch_of(setting.target.capability))
-    wanted = missing(jobs, cache_folder())
-    processes = count()
-    if len(wanted) > FEW and processes > 0:
-        _log.info("compiling %d kernels in %d processes", len(wanted), processes)
-        first = os.environ.get("LOCAL_RANK", "0") == "0"  # One of torchrun's processes shows it.
-        outcome = fill(wanted, processes, progress=first)
-        if outcome.failed:
-            _log.warning("%s", outcome)
-    return compiled(jobs)
 
 
 class Note:

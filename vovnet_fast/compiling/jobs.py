@@ -21,6 +21,11 @@ from ..kernels._variants import Variant, variant
 _POINTED = re.compile(r"(?:\*|tensordesc<)(\w+)")
 
 
+def arch_of(capability: tuple[int, int]) -> str:
+    """``sm_90`` for compute capability 9.0."""
+    return f"sm_{capability[0]}{capability[1]}"
+
+
 class Job(NamedTuple):
     """One kernel to compile, in a form that another process can be given.
 

@@ -16,12 +16,12 @@ from ..ops.features import check_size
 from ..plan import DTYPES, IMAGE_CHANNELS, check_input
 from ..specs import VoVNetSpec
 from . import rehearsal
-from .jobs import Job, different
+from .jobs import Job, arch_of, different
 from .rehearsal import Plan, Setting
 
 Shape = tuple[int, int, int]
 
-ARCHITECTURES = tuple(dict.fromkeys(rehearsal.arch_of(card.capability) for card in CARDS))
+ARCHITECTURES = tuple(dict.fromkeys(arch_of(card.capability) for card in CARDS))
 """What kernels can be compiled for."""
 
 MODES = ("inference", "training", "training-batch")
@@ -90,7 +90,7 @@ def settings(arch: str, planning: tuning.Planning) -> list[Setting]:
     return [
         Setting(Target(card.capability, card.processors, card.name), planning)
         for card in CARDS
-        if rehearsal.arch_of(card.capability) == arch
+        if arch_of(card.capability) == arch
     ]
 
 
@@ -112,6 +112,6 @@ def _of_run(run: Run, settings: Sequence[Setting]) -> Iterable[Job]:
     for setting in settings:
         planned, dtype = plan(run, setting), DTYPES[run.dtype]
         checked = rehearsal.self_check(planned.functions, dtype, setting.target)
-        arch = rehearsal.arch_of(setting.target.capability)
+        arch = arch_of(setting.target.capability)
         found |= {job.key: job for job in different([*planned.launches, *checked], arch)}
     return found.values()

@@ -23,11 +23,6 @@ from ..ops.features import run as run_features
 Module = TypeVar("Module", bound=nn.Module)
 
 
-def arch_of(capability: tuple[int, int]) -> str:
-    """``sm_90`` for compute capability 9.0."""
-    return f"sm_{capability[0]}{capability[1]}"
-
-
 class Setting(NamedTuple):
     """Where and how a network will run.
 

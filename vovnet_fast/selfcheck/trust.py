@@ -85,10 +85,7 @@ def _find_out(
     _log.info("checking %s of the %s backend in %s on %s, once", names, backend, name, machine)
     compiles = device.type == "cuda"
     if compiles and backend == "triton":
-        # Which imports the backends, and they this.
-        from ..compiling import first_use
-
-        first_use.of_self_check(functions, dtype, device)
+        _compile(functions, dtype, device)
     rows = runner.run(backend, device, [dtype], functions, slim=True, progress=compiles)
     failures = [row for row in rows if not row.passed]
     failed = {row.function for row in failures}
@@ -106,6 +103,28 @@ def _find_out(
             "\n  ".join(map(str, failures[:5])),
         )
     return failed
+
+
+def _compile(functions: Collection[str], dtype: torch.dtype, device: torch.device) -> None:
+    """Compile what the check will launch on a GPU on all cores.
+
+    For a network that has been done before; its blocks and the ops are used alone, too.
+
+    Raises:
+        ValueError: ``VOVNET_FAST_COMPILE_WORKERS`` is no number.
+    """
+    from ..compiling import side_by_side, workers
+    from ..kernels._common import interpreted, planning_for, target_of
+
+    if interpreted() or workers.count() == 0:
+        return
+    try:
+        target = target_of(device)
+        with planning_for(target):
+            launches = runner.launches(functions, dtype, "meta")
+        side_by_side.compile_launches(launches, target.capability)
+    except Exception as error:
+        side_by_side.say_once(f"{type(error).__name__}: {error}")
 
 
 def _keep(keys: Iterable[_Key]) -> None:
