@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vovnet_fast.bench import provenance
+from vovnet_fast import _provenance as provenance
 
 from .ceilings import Ceilings
 from .op_rows import ALL, ENGINES

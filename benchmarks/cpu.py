@@ -20,8 +20,8 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
+from vovnet_fast import _provenance as provenance
 from vovnet_fast import backends, use_backend
-from vovnet_fast.bench import provenance
 from vovnet_fast.bench.stopwatch import Interval, Stopwatch, interleaved, ratio_interval, spread
 
 from .peers import EAGER, PEERS, Case, Missing, Peer

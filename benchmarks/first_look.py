@@ -25,8 +25,8 @@ import torch
 from torch import Tensor, nn
 
 from vovnet_fast import VoVNet, backends, use_backend
+from vovnet_fast import _provenance as provenance
 from vovnet_fast.backends import reference
-from vovnet_fast.bench import provenance
 from vovnet_fast.bench.stopwatch import Stopwatch, spread
 from vovnet_fast.bench.training import Shape, image
 from vovnet_fast.specs import VoVNetSpec

@@ -87,7 +87,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _provenance() -> dict[str, Any]:
-    """What :mod:`vovnet_fast.bench.provenance` says in another process.
+    """What :mod:`vovnet_fast._provenance` says in another process.
 
     This one shall not hold a CUDA context.
     """

@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from vovnet_fast import BackendError, cli
-from vovnet_fast.bench import command, provenance, quick, rows
+from vovnet_fast import _provenance as provenance
+from vovnet_fast.bench import command, quick, rows
 from vovnet_fast.bench.stopwatch import (
     CONFIDENCE,
     Interval,

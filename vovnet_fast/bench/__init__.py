@@ -1,7 +1,6 @@
 """Measuring, and what is made of measurements: ``vovnet-fast bench`` and its report.
 
 * :mod:`~vovnet_fast.bench.stopwatch`: times calls in turn, and says how sure a ratio is,
-* :mod:`~vovnet_fast.bench.provenance`: sources, machine and versions of a measurement,
 * :mod:`~vovnet_fast.bench.quick`: a table in a minute,
 * :mod:`~vovnet_fast.bench.training`: images, and a training step on them,
 * :mod:`~vovnet_fast.bench.rows`: the rows of pytest-benchmark's files, checked,

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from .. import _provenance as provenance
 from .. import backends, specs
 from .._files import replacing
 from ..freeze import freeze
 from ..model import VoVNet
 from ..ops.features import needs
 from ..plan import DTYPES, check_input
-from . import provenance
 from .rows import EAGER
 from .stopwatch import Stopwatch, interleaved, ratio_interval, spread
 from .training import Shape, TrainingStep, image

@@ -20,9 +20,9 @@ from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from .. import _provenance as provenance
 from .._files import replacing
 from .._version import __version__
-from ..bench import provenance
 from . import jobs
 
 FORMAT = 1

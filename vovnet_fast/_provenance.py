@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from .._version import __version__
+from ._version import __version__
 
 COMMIT_ENVIRONMENT = "VOVNET_FAST_COMMIT"
 """Names the commit of sources that do not lie in a git checkout."""
@@ -75,7 +75,7 @@ def collect(device: torch.device, folder: Path | None = None) -> dict[str, Any]:
 
 def sources(folder: Path | None = None) -> dict[str, Any]:
     """The commit, and whether the tree has changes besides results; ``unknown`` outside git."""
-    folder = folder or Path(__file__).resolve().parents[2]
+    folder = folder or Path(__file__).resolve().parents[1]
     given = os.environ.get(COMMIT_ENVIRONMENT)
     if given:
         return {"commit": given, "dirty": None}
