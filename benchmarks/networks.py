@@ -16,7 +16,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 from vovnet_fast import VoVNet, _optional, backends, use_backend
 from vovnet_fast.backends import _passes, conv_sm90, cpu_conv
 from vovnet_fast.bench.training import Shape, image
-from vovnet_fast.fusing import Fusable
+from vovnet_fast.network.fusing import Fusable
 from vovnet_fast.ops._checks import nhwc
 from vovnet_fast.ops.features import run
 from vovnet_fast.plan import AtenRecorder, plan_forward

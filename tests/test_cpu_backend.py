@@ -9,9 +9,10 @@ import sys
 import pytest
 import torch
 
-from vovnet_fast import VoVNet, backends, fusing, ops, selfcheck, specs
+from vovnet_fast import VoVNet, backends, ops, selfcheck, specs
 from vovnet_fast.backends import _extension, cpu
-from vovnet_fast.layers import OSABlock
+from vovnet_fast.network import fusing
+from vovnet_fast.network.layers import OSABlock
 from vovnet_fast.ops.features import needs
 
 from . import straight_line

@@ -7,7 +7,7 @@ from torch import nn
 
 import vovnet_fast
 from vovnet_fast import VoVNet, specs
-from vovnet_fast.norms import FrozenBatchNorm2d
+from vovnet_fast.network.norms import FrozenBatchNorm2d
 
 from . import straight_line
 from .tiny import TINY

@@ -50,7 +50,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         "vovnet_fast",
         f"vovnet_fast-{__version__}.dist-info",
     }
-    for needed in ("vovnet_fast/py.typed", "vovnet_fast/model.py", "vovnet_fast/mmdet.py"):
+    for needed in ("vovnet_fast/py.typed", "vovnet_fast/network/model.py", "vovnet_fast/mmdet.py"):
         assert needed in names
     assert set(tracked("vovnet_fast/*.py")) <= set(names)
     tables = tracked("kernels/resources/*.json")

@@ -13,7 +13,7 @@ import torch
 
 from vovnet_fast import VoVNet, backends, selfcheck, tuning
 from vovnet_fast.backends import _extension, reference
-from vovnet_fast.layers import OSABlock
+from vovnet_fast.network.layers import OSABlock
 from vovnet_fast.ops.features import needs
 from vovnet_fast.selfcheck import runner, sources
 

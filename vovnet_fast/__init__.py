@@ -9,7 +9,7 @@ from . import checkpoints, ops, specs
 from ._version import __version__
 from .backends import BackendError, available_backends, use_backend
 from .freeze import FrozenVoVNet, freeze
-from .model import VoVNet
+from .network.model import VoVNet
 from .specs import VoVNetSpec
 
 __all__ = [

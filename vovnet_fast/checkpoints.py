@@ -34,7 +34,7 @@ from torch import Tensor
 
 from . import specs
 from ._files import replacing
-from .model import VoVNet
+from .network.model import VoVNet
 from .specs import Dialect, VoVNetSpec
 
 Layout = Literal["native", "detectron2", "timm", "seed"]

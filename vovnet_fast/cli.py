@@ -19,7 +19,7 @@ from .backends import BackendError
 from .bench import command as bench
 from .checkpoints import LAYOUTS, CheckpointError
 from .compiling import command as compiling
-from .model import VoVNet
+from .network.model import VoVNet
 
 _REPORTED = (BackendError, CheckpointError, specs.UnknownSpecError, OSError, ValueError)
 _SAFE_ENDINGS = (".pth", ".pt", ".bin", ".safetensors")

@@ -26,7 +26,7 @@ from .backends import cpu
 from .backends.cpu_replay import Replay
 from .compiling import first_use
 from .folded import folded_forward
-from .model import VoVNet
+from .network.model import VoVNet
 from .ops import BlockParams, ConvParams, NetworkParams, _checks
 from .ops import features as run_op
 from .ops.conv import unflatten

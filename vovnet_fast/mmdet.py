@@ -29,8 +29,8 @@ except ImportError as error:
     ) from error
 
 from . import checkpoints
-from .model import STAGE_NAMES, VoVNet
-from .norms import NormCfg
+from .network.model import STAGE_NAMES, VoVNet
+from .network.norms import NormCfg
 from .specs import VoVNetSpec
 
 

@@ -25,8 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from . import _optional, backends
-from .layers import ESE
-from .model import VoVNet
+from .network.layers import ESE
+from .network.model import VoVNet
 from .ops._checks import nhwc
 from .ops.features import run as run_features
 from .specs import VoVNetSpec

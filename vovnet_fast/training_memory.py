@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from . import backends, specs
-from .model import VoVNet
+from .network.model import VoVNet
 from .plan import DTYPES, IMAGE_CHANNELS, check_input
 from .specs import VoVNetSpec
 

@@ -23,7 +23,7 @@ from .. import _provenance as provenance
 from .. import backends, specs
 from .._files import replacing
 from ..freeze import freeze
-from ..model import VoVNet
+from ..network.model import VoVNet
 from ..ops.features import needs
 from ..plan import DTYPES, check_input
 from .rows import EAGER

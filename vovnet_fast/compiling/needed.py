@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import specs, tuning
 from ..kernels._common import Target
 from ..kernels.device import CARDS
-from ..model import STAGE_NAMES, VoVNet
+from ..network.model import STAGE_NAMES, VoVNet
 from ..ops.features import check_size
 from ..plan import DTYPES, IMAGE_CHANNELS, check_input
 from ..specs import VoVNetSpec

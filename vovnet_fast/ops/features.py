@@ -81,7 +81,7 @@ def features(x: Tensor, params: NetworkParams, out_features: tuple[str, ...]) ->
     Raises:
         ValueError, TypeError: an argument does not fit; the message names it.
         NotImplementedError: a gradient is needed, or statistics of the batch: the modules of
-            :mod:`vovnet_fast.layers` have both.
+            :mod:`vovnet_fast.network.layers` have both.
         BackendError: the backend that was asked for cannot run.
     """
     op = "features"

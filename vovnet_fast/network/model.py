@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from . import backends, ops, specs
-from .compiling import first_use
+from .. import backends, ops, specs
+from ..compiling import first_use
+from ..ops.features import check_size
+from ..ops.features import needs as features_need
+from ..specs import FIRST_STAGE, NUM_STAGES, VoVNetSpec
 from .fusing import compute_dtype, faster_plain, fused, has_hooks, needs_gradient
 from .layers import OSABlock, OSAStage, Stem
 from .norms import NormCfg
-from .ops.features import check_size
-from .ops.features import needs as features_need
-from .specs import FIRST_STAGE, NUM_STAGES, VoVNetSpec
 
 STAGE_NAMES = tuple(f"stage{FIRST_STAGE + i}" for i in range(NUM_STAGES))
 

@@ -16,18 +16,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from . import reference
+from .. import reference
+from ..ops import BlockParams, ConvParams, max_pool
+from ..ops.chain import conv_chain
+from ..ops.chain import needs as chain_needs
+from ..ops.conv import Kinds
+from ..ops.max_pool import needs as pool_needs
+from ..ops.max_pool import output_size as pooled_size
+from ..ops.osa import needs as block_needs
+from ..ops.osa import osa_block_with_statistics
+from ..specs import BlockPlan, Gate, Pool
 from .fusing import Fusable, Parts, compute_dtype, conv_params, fused, update_running_statistics
 from .norms import NormCfg, build_norm
-from .ops import BlockParams, ConvParams, max_pool
-from .ops.chain import conv_chain
-from .ops.chain import needs as chain_needs
-from .ops.conv import Kinds
-from .ops.max_pool import needs as pool_needs
-from .ops.max_pool import output_size as pooled_size
-from .ops.osa import needs as block_needs
-from .ops.osa import osa_block_with_statistics
-from .specs import BlockPlan, Gate, Pool
 
 
 def _add_conv_norm_relu(

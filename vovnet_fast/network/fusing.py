@@ -1,6 +1,6 @@
 """From modules to ops: the parameters of the fused path, and who can take it.
 
-The modules of :mod:`vovnet_fast.layers` hold parameters under their published names. What
+The modules of :mod:`vovnet_fast.network.layers` hold parameters under their published names. What
 the ops take is made of them at every call, differentiably, so that optimisers, DDP and
 FSDP see nothing but the modules' own parameters.
 """
@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import backends
-from ._dtypes import accumulator
+from .. import backends
+from .._dtypes import accumulator
+from ..ops import ConvParams, batch_norm
+from ..ops.batch_norm import FixedNorm
+from ..ops.conv import Kinds, channels_last, depthwise_last
 from .norms import FrozenBatchNorm2d
-from .ops import ConvParams, batch_norm
-from .ops.batch_norm import FixedNorm
-from .ops.conv import Kinds, channels_last, depthwise_last
 
 CPU_PIXELS, CPU_PIXELS_TRAINING = 1600, 6400
 """Pixels of a map, N * H * W, from which ``auto`` runs a module as one op on a CPU: in fp32 without

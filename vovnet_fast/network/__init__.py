@@ -1,0 +1,9 @@
+"""The network as modules: they hold parameters under their published names, and call ops.
+
+=================  ====================================================================
+:mod:`.norms`      batch norms, frozen ones too, from mmdet's ``norm_cfg``
+:mod:`.fusing`     from modules to ops: the parameters of the fused path, who can take it
+:mod:`.layers`     stem, One-Shot-Aggregation block, stage
+:mod:`.model`      :class:`vovnet_fast.VoVNet`
+=================  ====================================================================
+"""
