@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vovnet_fast import reference, specs
 from vovnet_fast.backends import reference as plain
-from vovnet_fast.folded import NO_EPS
+from vovnet_fast.deploy.folded import NO_EPS
 from vovnet_fast.ops.features import sizes
 from vovnet_fast.ops.max_pool import output_size
 from vovnet_fast.plan import IMAGE_CHANNELS

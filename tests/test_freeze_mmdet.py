@@ -14,7 +14,7 @@ from mmdet.utils import register_all_modules
 from mmengine.config import ConfigDict
 
 import vovnet_fast.mmdet  # noqa: F401  (registers VoVNetFast)
-from vovnet_fast.freeze import freeze
+from vovnet_fast.deploy.freeze import freeze
 
 from . import straight_line
 from .tiny import TINY

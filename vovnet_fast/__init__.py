@@ -8,7 +8,7 @@
 from . import checkpoints, ops, specs
 from ._version import __version__
 from .backends import BackendError, available_backends, use_backend
-from .freeze import FrozenVoVNet, freeze
+from .deploy.freeze import FrozenVoVNet, freeze
 from .network.model import VoVNet
 from .specs import VoVNetSpec
 

@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests import straight_line
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, backends
-from vovnet_fast.freeze import FrozenVoVNet, freeze
+from vovnet_fast.deploy.freeze import FrozenVoVNet, freeze
 from vovnet_fast.ops.memory import Arena
 
-module = importlib.import_module("vovnet_fast.freeze")  # Not the function of that name.
+module = importlib.import_module("vovnet_fast.deploy.freeze")  # Not the function of that name.
 
 
 @pytest.fixture(params=["reference", "triton"])

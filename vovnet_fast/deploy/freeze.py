@@ -20,18 +20,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from . import backends
-from ._dtypes import accumulator
-from .backends import cpu
-from .backends.cpu_replay import Replay
-from .compiling import first_use
+from .. import backends
+from .._dtypes import accumulator
+from ..backends import cpu
+from ..backends.cpu_replay import Replay
+from ..compiling import first_use
+from ..network.model import VoVNet
+from ..ops import BlockParams, ConvParams, NetworkParams, _checks
+from ..ops import features as run_op
+from ..ops.conv import unflatten
+from ..ops.features import check_size, needs, plan, rebuild, run
+from ..ops.memory import Arena, Memory
 from .folded import folded_forward
-from .network.model import VoVNet
-from .ops import BlockParams, ConvParams, NetworkParams, _checks
-from .ops import features as run_op
-from .ops.conv import unflatten
-from .ops.features import check_size, needs, plan, rebuild, run
-from .ops.memory import Arena, Memory
 
 KEPT_SHAPES = 8
 """How many arenas, or graphs, are kept. Detection has many shapes; memory is finite."""

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import reference
-from .network.model import STAGE_NAMES
-from .ops import BlockParams, ConvParams, NetworkParams
-from .specs import FIRST_STAGE
+from .. import reference
+from ..network.model import STAGE_NAMES
+from ..ops import BlockParams, ConvParams, NetworkParams
+from ..specs import FIRST_STAGE
 
 Statistics = tuple[Tensor, Tensor]
 
