@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ._files import locked, replacing
+from .._files import locked, replacing
 
 FORMAT = 2
 _READABLE = (1, FORMAT)

@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ._tables import Choice, Choices, Table, export, load, merge, read
+from .tables import Choice, Choices, Table, export, load, merge, read
 
 __all__ = ["Choice", "Choices", "Table", "choose", "export", "load", "merge", "read", "table"]
 
