@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from vovnet_fast.bench.stopwatch import Stopwatch, interleaved
+from vovnet_fast.tools.bench.stopwatch import Stopwatch, interleaved
 
 COPY = "copy"
 _SIDE = {"cuda": 8192, "cpu": 1536}

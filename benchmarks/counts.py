@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from vovnet_fast import VoVNet, aot, aot_resources, backends, freeze
-from vovnet_fast.plan import AtenRecorder, Work, launch_work, plan_forward
-from vovnet_fast.training_memory import training_memory
+from vovnet_fast.tools.memory import training_memory
+from vovnet_fast.tools.plan import AtenRecorder, Work, launch_work, plan_forward
 
 from . import sass
 from .networks import Shape, launches, operations

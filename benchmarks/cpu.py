@@ -22,7 +22,13 @@ from torch import Tensor
 
 from vovnet_fast import _provenance as provenance
 from vovnet_fast import backends, use_backend
-from vovnet_fast.bench.stopwatch import Interval, Stopwatch, interleaved, ratio_interval, spread
+from vovnet_fast.tools.bench.stopwatch import (
+    Interval,
+    Stopwatch,
+    interleaved,
+    ratio_interval,
+    spread,
+)
 
 from .peers import EAGER, PEERS, Case, Missing, Peer
 

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 from vovnet_fast import VoVNet, backends, use_backend
 from vovnet_fast import _provenance as provenance
 from vovnet_fast.backends import reference
-from vovnet_fast.bench.stopwatch import Stopwatch, spread
-from vovnet_fast.bench.training import Shape, image
 from vovnet_fast.specs import VoVNetSpec
+from vovnet_fast.tools.bench.stopwatch import Stopwatch, spread
+from vovnet_fast.tools.bench.training import Shape, image
 
 from .ceilings import COPY, Ceilings
 from .evidence.records import Sink

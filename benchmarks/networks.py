@@ -15,11 +15,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from vovnet_fast import VoVNet, _optional, backends, use_backend
 from vovnet_fast.backends import _passes, conv_sm90, cpu_conv
-from vovnet_fast.bench.training import Shape, image
 from vovnet_fast.network.fusing import Fusable
 from vovnet_fast.ops._checks import nhwc
 from vovnet_fast.ops.features import run
-from vovnet_fast.plan import AtenRecorder, plan_forward
+from vovnet_fast.tools.bench.training import Shape, image
+from vovnet_fast.tools.plan import AtenRecorder, plan_forward
 
 if TYPE_CHECKING:
     from vovnet_fast.kernels._common import Launch
@@ -128,7 +128,7 @@ def _conv_and_norm(conv: nn.Conv2d, norm: Any, x: Tensor) -> Tensor:
 
 @functools.cache
 def counted(spec: str, shape: Shape, dtype: str) -> dict[str, Any]:
-    """What a forward pass has to do and to move (:mod:`vovnet_fast.plan`); nothing without Triton.
+    """What a forward pass has to do and move (:mod:`vovnet_fast.tools.plan`), if there is Triton.
 
     Returns:
         ``flop`` and ``bytes`` of the fused path, and ``launches`` by path, fused and eager.

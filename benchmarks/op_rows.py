@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vovnet_fast import backends, tuning
 from vovnet_fast.backends import cpu_conv
-from vovnet_fast.bench.stopwatch import Stopwatch, interleaved
+from vovnet_fast.tools.bench.stopwatch import Stopwatch, interleaved
 
 from .ceilings import Ceilings
 from .evidence.summary import form_of

@@ -22,7 +22,7 @@ from vovnet_fast.backends import reference as plain
 from vovnet_fast.deploy.folded import NO_EPS
 from vovnet_fast.ops.features import sizes
 from vovnet_fast.ops.max_pool import output_size
-from vovnet_fast.plan import IMAGE_CHANNELS
+from vovnet_fast.tools.plan import IMAGE_CHANNELS
 
 from .networks import Layer, Shape
 

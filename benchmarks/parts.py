@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from vovnet_fast.bench.stopwatch import Stopwatch
+from vovnet_fast.tools.bench.stopwatch import Stopwatch
 
 ROUNDS = 5
 _HEAD_START = 40  # Overwrites of the L2 cache: some milliseconds.

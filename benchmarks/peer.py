@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from vovnet_fast import _optional, backends
-from vovnet_fast.bench.training import Shape, image
-from vovnet_fast.plan import DTYPES
+from vovnet_fast.tools.bench.training import Shape, image
+from vovnet_fast.tools.plan import DTYPES
 
 from .networks import build, counted, extension_launches, operations, text
 

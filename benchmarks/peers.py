@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vovnet_fast import backends, freeze
-from vovnet_fast.bench.training import image
+from vovnet_fast.tools.bench.training import image
 
 from . import runtimes
 from .networks import TIMM, build, build_timm, fold_ahead

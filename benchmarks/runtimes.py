@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vovnet_fast import use_backend
-from vovnet_fast.bench.training import image
+from vovnet_fast.tools.bench.training import image
 
 from .networks import build
 from .peer import Case, Missing, Model, imported, only

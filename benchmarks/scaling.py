@@ -27,8 +27,8 @@ from torch import nn
 
 from vovnet_fast import VoVNet, tuning
 from vovnet_fast.ops.features import run as run_features
-from vovnet_fast.plan import Rates, conv_weight, launch_work, plan_forward
-from vovnet_fast.training_memory import training_memory
+from vovnet_fast.tools.memory import training_memory
+from vovnet_fast.tools.plan import Rates, conv_weight, launch_work, plan_forward
 
 from . import communication as comm
 from .counts import moved, title, training_step

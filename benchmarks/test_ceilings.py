@@ -7,7 +7,7 @@ session (``gbs``, ``tflops``), and the times of all of them.
 import pytest
 import torch
 
-from vovnet_fast.bench.stopwatch import spread
+from vovnet_fast.tools.bench.stopwatch import spread
 
 from .ceilings import COPY, Ceilings
 

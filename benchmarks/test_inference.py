@@ -11,7 +11,7 @@ the processor multiplies that. :mod:`benchmarks.timing` says what is timed, and
 * ``peak_mib``: memory that the provider took from the driver, weights and results included
   (reserved, so that the pools of CUDA graphs count; without what choosing engines took),
 * ``distance``: of the last feature from eager's, relative, in norms,
-* ``flop``, ``bytes``: counted, not measured (:mod:`vovnet_fast.plan`),
+* ``flop``, ``bytes``: counted, not measured (:mod:`vovnet_fast.tools.plan`),
 * ``launches``: counted too (:meth:`benchmarks.peers.Peer.launches`), or ``launches_why`` not.
 """
 

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from vovnet_fast import backends, use_backend
-from vovnet_fast.bench.training import TrainingStep
+from vovnet_fast.tools.bench.training import TrainingStep
 
 from .networks import (
     HEADLINE,

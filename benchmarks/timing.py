@@ -4,7 +4,7 @@ A round runs the baseline and what is measured, one right after the other, each 
 device whose L2 cache has just been overwritten; which of them comes first changes from round
 to round. A ratio is that of the two times of a round, so that what slows the whole machine
 down for a while does not count, and its interval is one of the median over the rounds, of at
-least 95 % (:mod:`vovnet_fast.bench.stopwatch`).
+least 95 % (:mod:`vovnet_fast.tools.bench.stopwatch`).
 
 pytest-benchmark's own table shows what a caller who waits sees, launches and wait included.
 ``extra_info["device_ms"]`` is the median between two events around the call: without the wait,
@@ -19,7 +19,13 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from vovnet_fast.bench.stopwatch import Interval, Stopwatch, interleaved, ratio_interval, spread
+from vovnet_fast.tools.bench.stopwatch import (
+    Interval,
+    Stopwatch,
+    interleaved,
+    ratio_interval,
+    spread,
+)
 
 __all__ = ["Measured", "Stopwatch", "burst", "measure", "warm_ms"]
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 
 from vovnet_fast import tuning, use_backend
-from vovnet_fast.bench.training import Shape, TrainingStep, image
+from vovnet_fast.tools.bench.training import Shape, TrainingStep, image
 
 from .networks import HEADLINE, build, build_training, text
 

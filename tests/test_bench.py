@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 import torch
 
-from vovnet_fast import BackendError, cli
+from vovnet_fast import BackendError
 from vovnet_fast import _provenance as provenance
-from vovnet_fast.bench import command, quick, rows
-from vovnet_fast.bench.stopwatch import (
+from vovnet_fast.tools import cli
+from vovnet_fast.tools.bench import command, quick, rows
+from vovnet_fast.tools.bench.stopwatch import (
     CONFIDENCE,
     Interval,
     Stopwatch,
@@ -24,7 +25,7 @@ from vovnet_fast.bench.stopwatch import (
     ratio_interval,
     spread,
 )
-from vovnet_fast.bench.training import TrainingStep
+from vovnet_fast.tools.bench.training import TrainingStep
 
 CPU = torch.device("cpu")
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from vovnet_fast import _optional, cli
-from vovnet_fast.bench import plots, report, rows
+from vovnet_fast import _optional
+from vovnet_fast.tools import cli
+from vovnet_fast.tools.bench import plots, report, rows
 
 PROVENANCE = {
     "date": "2001-02-03T04:05:06+00:00",

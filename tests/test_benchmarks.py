@@ -20,9 +20,9 @@ from benchmarks.networks import build, build_training, counted, fold_ahead, laye
 from benchmarks.timing import FEWEST, ROUNDS, burst, measure, warm_ms
 from vovnet_fast import backends, specs, tuning, use_backend
 from vovnet_fast.backends import _extension, cpu_conv, reference
-from vovnet_fast.bench.rows import KINDS, load
-from vovnet_fast.bench.stopwatch import CONFIDENCE, Stopwatch, ratio_interval
-from vovnet_fast.bench.training import TrainingStep, image
+from vovnet_fast.tools.bench.rows import KINDS, load
+from vovnet_fast.tools.bench.stopwatch import CONFIDENCE, Stopwatch, ratio_interval
+from vovnet_fast.tools.bench.training import TrainingStep, image
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

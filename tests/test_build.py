@@ -73,7 +73,7 @@ def install(wheel, folder):
 
 def doctor(site, *options, python=sys.executable):
     """What the doctor says of an installed package, checked to be that one."""
-    words = [python, "-m", "vovnet_fast.cli", "doctor", "--json", *options]
+    words = [python, "-m", "vovnet_fast.tools.cli", "doctor", "--json", *options]
     done = run(*words, cwd=site, PYTHONPATH=site, VOVNET_FAST_CACHE=site / "cache")
     print(done.stdout)
     assert done.returncode == 0, done.stdout

@@ -5,7 +5,8 @@ import sys
 import pytest
 import torch
 
-from vovnet_fast import VoVNet, __version__, checkpoints, cli, specs, tuning
+from vovnet_fast import VoVNet, __version__, checkpoints, specs, tuning
+from vovnet_fast.tools import cli
 from vovnet_fast.tuning import Choice
 
 from . import straight_line
@@ -159,7 +160,7 @@ def test_a_broken_tuning_file_is_refused(tuned, tmp_path, capsys, content):
 def test_help_and_version():
     def run(*words):
         return subprocess.run(
-            [sys.executable, "-m", "vovnet_fast.cli", *words], capture_output=True, text=True
+            [sys.executable, "-m", "vovnet_fast.tools.cli", *words], capture_output=True, text=True
         )
 
     assert run("--version").stdout.strip() == f"vovnet-fast {__version__}"

@@ -13,7 +13,7 @@ pytest.importorskip("triton", minversion="3.6", reason="the Triton backend is op
 
 import vovnet_fast
 from tests.tiny import TINY
-from vovnet_fast import VoVNet, cli, tuning
+from vovnet_fast import VoVNet, tuning
 from vovnet_fast.compiling import (
     cache,
     command,
@@ -28,6 +28,7 @@ from vovnet_fast.compiling.needed import MODES, Run, plan
 from vovnet_fast.compiling.rehearsal import Setting
 from vovnet_fast.kernels._common import Target, interpreted, processors
 from vovnet_fast.kernels._variants import variant
+from vovnet_fast.tools import cli
 
 STATIC = Setting(planning=tuning.Planning(measured=False))
 ROOT = Path(vovnet_fast.__file__).parent.parent

@@ -15,14 +15,15 @@ import torch
 
 pytest.importorskip("triton", minversion="3.6", reason="predictions are of Triton's configurations")
 
-from vovnet_fast import cli, regret, specs, tuning
+from vovnet_fast import specs, tuning
 from vovnet_fast.backends import _predict
 from vovnet_fast.kernels import cost, device, resources
 from vovnet_fast.kernels.conv_config import ConvConfig
 from vovnet_fast.kernels.cost import WEIGHT_GRAD, Layer
 from vovnet_fast.kernels.device import H100, H200
 from vovnet_fast.kernels.resources import Resources
-from vovnet_fast.plan import Rates
+from vovnet_fast.tools import cli, regret
+from vovnet_fast.tools.plan import Rates
 
 KINDS = ("forward", "statistics", "gradient", WEIGHT_GRAD)
 NETWORKS = [
@@ -266,7 +267,7 @@ def test_the_choice_is_steady_under_small_changes_of_size():
 
 
 def test_never_below_the_floor(monkeypatch):
-    """Of every launch of a forward and a backward pass, as :mod:`vovnet_fast.plan` has it."""
+    """Of every launch of a forward and a backward pass, as :mod:`vovnet_fast.tools.plan` has it."""
     counts = pytest.importorskip("benchmarks.counts")
     rates = Rates(H100.half / 1e12, H100.dram / 1e12)
     asked = []

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 import vovnet_fast
-from vovnet_fast import __version__, backends, cli, doctor, selfcheck
+from vovnet_fast import __version__, backends, selfcheck
 from vovnet_fast.backends import _extension, reference
 from vovnet_fast.selfcheck import runner
+from vovnet_fast.tools import cli, doctor
 
 
 @pytest.fixture(autouse=True)

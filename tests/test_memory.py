@@ -1,4 +1,4 @@
-"""vovnet_fast.training_memory and ``vovnet-fast bench --memory``: what training keeps."""
+"""vovnet_fast.tools.memory and ``vovnet-fast bench --memory``: what training keeps."""
 
 import json
 
@@ -10,8 +10,9 @@ from torch.utils._pytree import tree_leaves
 
 from tests.fused import fused
 from tests.tiny import TINY
-from vovnet_fast import VoVNet, backends, cli
-from vovnet_fast.training_memory import MODES, training_memory
+from vovnet_fast import VoVNet, backends
+from vovnet_fast.tools import cli
+from vovnet_fast.tools.memory import MODES, training_memory
 
 SHAPE = (2, 96, 64)
 

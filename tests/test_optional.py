@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from benchmarks import cpu, peers
-from vovnet_fast import _optional, backends, doctor
+from vovnet_fast import _optional, backends
+from vovnet_fast.tools import doctor
 
 ROOT = Path(__file__).parent.parent
 CASE = peers.Case("V-19-slim-dw-eSE", (1, 64, 64), torch.float32, torch.device("cpu"))

@@ -84,7 +84,7 @@ def test_wheel_works_where_it_is_installed(wheel, tmp_path):
 
 def test_importing_needs_neither_mmdet_nor_a_gpu_stack():
     code = (
-        "import sys, vovnet_fast, vovnet_fast.cli; "
+        "import sys, vovnet_fast, vovnet_fast.tools.cli; "
         "heavy = {'mmdet', 'mmcv', 'mmengine', 'triton', 'torchvision', 'matplotlib', 'onnx'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )

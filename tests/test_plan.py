@@ -14,8 +14,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vovnet_fast import VoVNet, _optional, backends, cli, plan, specs
-from vovnet_fast.plan import Plan, Rates, Row, Tally, plan_forward
+from vovnet_fast import VoVNet, _optional, backends, specs
+from vovnet_fast.tools import cli, plan
+from vovnet_fast.tools.plan import Plan, Rates, Row, Tally, plan_forward
 
 _MISSING = _optional.why_not("triton")
 needs_triton = pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING))

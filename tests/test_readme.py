@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from vovnet_fast.plan import plan_forward
-from vovnet_fast.training_memory import training_memory
+from vovnet_fast.tools.memory import training_memory
+from vovnet_fast.tools.plan import plan_forward
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

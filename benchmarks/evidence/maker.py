@@ -221,7 +221,7 @@ class Maker:
         """Tables and pictures of all rows. They can be made later too: a run is good without."""
         rows, out = self.folder.out / "rows.json", self.folder.rest / "report"
         title = "Benchmarks of a rehearsal" if self.rehearsal else "Benchmarks on a GPU"
-        words = ["-m", "vovnet_fast.cli", "bench", "report", str(rows), "-o", str(out)]
+        words = ["-m", "vovnet_fast.tools.cli", "bench", "report", str(rows), "-o", str(out)]
         words += ["--title", title]
 
         def read(code: int, output: str, tests: Any) -> Outcome:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from .. import backends, tuning
-from ..bench.command import parse_shape
-from ..plan import DTYPES
+from ..tools.bench.command import parse_shape
+from ..tools.plan import DTYPES
 
 if TYPE_CHECKING:
     from .needed import Run

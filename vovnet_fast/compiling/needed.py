@@ -13,8 +13,8 @@ from ..kernels._common import Target
 from ..kernels.device import CARDS
 from ..network.model import STAGE_NAMES, VoVNet
 from ..ops.features import check_size
-from ..plan import DTYPES, IMAGE_CHANNELS, check_input
 from ..specs import VoVNetSpec
+from ..tools.plan import DTYPES, IMAGE_CHANNELS, check_input
 from . import rehearsal
 from .jobs import Job, arch_of, different
 from .rehearsal import Plan, Setting
@@ -34,7 +34,7 @@ class Run(NamedTuple):
     Attributes:
         spec: the architecture, or its name.
         shape: N, H, W of the images, which have three channels and are ``channels_last``.
-        dtype: of activations, a key of :data:`~vovnet_fast.plan.DTYPES`. In inference of the
+        dtype: of activations, a key of :data:`~vovnet_fast.tools.plan.DTYPES`. In inference of the
             weights too; in training these are in fp32.
         mode: one of :data:`MODES`. A training step ends with the backward pass from all stages.
     """

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .. import _provenance as provenance
-from .. import backends, specs
-from .._files import replacing
-from ..deploy.freeze import freeze
-from ..network.model import VoVNet
-from ..ops.features import needs
+from ... import _provenance as provenance
+from ... import backends, specs
+from ..._files import replacing
+from ...deploy.freeze import freeze
+from ...network.model import VoVNet
+from ...ops.features import needs
 from ..plan import DTYPES, check_input
 from .rows import EAGER
 from .stopwatch import Stopwatch, interleaved, ratio_interval, spread
@@ -52,7 +52,7 @@ class Options:
     Attributes:
         spec: an architecture's name.
         shape: N, H, W of the images.
-        dtype: of the activations, a key of :data:`vovnet_fast.plan.DTYPES`.
+        dtype: of the activations, a key of :data:`vovnet_fast.tools.plan.DTYPES`.
         device: where.
         backend: this library's; ``auto`` takes what a user gets.
         train: a training step too.

@@ -15,9 +15,9 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from .. import backends
+from ... import backends
+from ..memory import TrainingMemory, training_memory
 from ..plan import DTYPES, H200_TBS, H200_TFLOPS, Plan, Rates, Row, plan_forward
-from ..training_memory import TrainingMemory, training_memory
 from . import quick, report
 from .rows import EAGER, device_name
 from .stopwatch import Interval

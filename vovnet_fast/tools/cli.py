@@ -14,12 +14,13 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from . import __version__, checkpoints, doctor, regret, specs, tuning
-from .backends import BackendError
+from .. import __version__, checkpoints, specs, tuning
+from ..backends import BackendError
+from ..checkpoints import LAYOUTS, CheckpointError
+from ..compiling import command as compiling
+from ..network.model import VoVNet
+from . import doctor, regret
 from .bench import command as bench
-from .checkpoints import LAYOUTS, CheckpointError
-from .compiling import command as compiling
-from .network.model import VoVNet
 
 _REPORTED = (BackendError, CheckpointError, specs.UnknownSpecError, OSError, ValueError)
 _SAFE_ENDINGS = (".pth", ".pt", ".bin", ".safetensors")

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from . import backends, specs
-from .network.model import VoVNet
+from .. import backends, specs
+from ..network.model import VoVNet
+from ..specs import VoVNetSpec
 from .plan import DTYPES, IMAGE_CHANNELS, check_input
-from .specs import VoVNetSpec
 
 
 class Mode(NamedTuple):
@@ -69,7 +69,7 @@ class TrainingMemory:
     Attributes:
         spec: canonical name of the architecture.
         shape: N, H, W of the images.
-        dtype: a key of :data:`~vovnet_fast.plan.DTYPES`.
+        dtype: a key of :data:`~vovnet_fast.tools.plan.DTYPES`.
         norm_eval: batch norms keep their statistics.
         rows: in the order of :data:`MODES`.
         device: name of the GPU on which peaks were measured, or None.
@@ -110,7 +110,7 @@ def training_memory(
     Args:
         spec: an architecture or its name.
         shape: N, H, W of the images, which have three channels.
-        dtype: of images and parameters, a key of :data:`~vovnet_fast.plan.DTYPES`.
+        dtype: of images and parameters, a key of :data:`~vovnet_fast.tools.plan.DTYPES`.
         norm_eval: batch norms keep their statistics, instead of taking the batch's.
         measure: run training steps on the current GPU, and note their peaks.
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import _optional
-from .._files import replacing
+from ... import _optional
+from ..._files import replacing
 from . import rows
 from .rows import KINDS, Interval, ReportError, Row, Section
 from .stopwatch import CONFIDENCE

@@ -23,8 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import __version__, _optional, backends, selfcheck, tuning
-from .backends import _extension
+from .. import __version__, _optional, backends, selfcheck, tuning
+from ..backends import _extension
 
 
 class Fact(NamedTuple):
@@ -133,7 +133,7 @@ def _section(section: str, found: _Found) -> Iterator[Fact]:
 
 
 def _versions() -> _Found:
-    yield "vovnet_fast", f"{__version__} in {Path(__file__).parent}"
+    yield "vovnet_fast", f"{__version__} in {Path(__file__).parents[1]}"
     yield "python", f"{platform.python_version()}, {platform.platform()}"
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     yield "torch", f"{torch.__version__}, {build}, {torch.get_num_threads()} threads"

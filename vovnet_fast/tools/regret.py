@@ -12,8 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from .backends import BackendError
-from .tuning import Choice, Choices
+from ..backends import BackendError
+from ..tuning import Choice, Choices
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def predicted(choice: Choice) -> dict[str, float]:
     if not choice.layer:
         return {}
     layer, device = _recall(choice)
-    from .backends import _predict
+    from ..backends import _predict
 
     found = _predict.predict(choice.seconds, layer, device)
     return {name: prediction.seconds for name, prediction in found.items()}
@@ -86,7 +86,7 @@ def _recall(choice: Choice) -> Any:
             "predictions are made for Triton's configurations, and Triton is not installed: "
             "pip install triton"
         )
-    from .backends import _predict
+    from ..backends import _predict
 
     return _predict.recall(choice.layer)
 
@@ -106,7 +106,7 @@ def rows(choices: Choices) -> Iterator[Row]:
 
 
 def _row(machine: str, problem: str, choice: Choice) -> Row | None:
-    from .backends import _predict
+    from ..backends import _predict
 
     layer, device = _recall(choice)
     found = _predict.predict(choice.seconds, layer, device)

@@ -24,15 +24,15 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from . import _optional, backends
-from .network.layers import ESE
-from .network.model import VoVNet
-from .ops._checks import nhwc
-from .ops.features import run as run_features
-from .specs import VoVNetSpec
+from .. import _optional, backends
+from ..network.layers import ESE
+from ..network.model import VoVNet
+from ..ops._checks import nhwc
+from ..ops.features import run as run_features
+from ..specs import VoVNetSpec
 
 if TYPE_CHECKING:
-    from .kernels._common import Launch
+    from ..kernels._common import Launch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -370,8 +370,8 @@ def launch_work(launch: Launch) -> Work:
 
 def _fused_work(model: VoVNet, image: Tensor) -> list[Work]:
     """The launches of the Triton backend, and any ATen operation between them."""
-    from .backends import triton
-    from .kernels._common import recording
+    from ..backends import triton
+    from ..kernels._common import recording
 
     params = model.fold(image.dtype).packed(image.dtype)
     with AtenRecorder() as recorder, recording() as launches:

@@ -1,0 +1,11 @@
+"""What is run from a shell: ``vovnet-fast`` and what its commands show.
+
+=================  ====================================================================
+:mod:`.cli`        the command's arguments
+:mod:`.doctor`     ``vovnet-fast doctor``: what there is, and whether it is right
+:mod:`.plan`       ``vovnet-fast bench --plan``: launches, FLOP and bytes of a network
+:mod:`.memory`     ``vovnet-fast bench --memory``: what a training step keeps
+:mod:`.regret`     ``vovnet-fast tuning regret``: what choices have cost
+:mod:`.bench`      ``vovnet-fast bench``, and its report
+=================  ====================================================================
+"""
