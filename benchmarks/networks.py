@@ -296,7 +296,7 @@ def launches(spec: str, shape: Shape, *, training: bool = False) -> list[Launch]
     Activations are in bf16; weights too, and in training, which is then forward and backward
     pass, in fp32.
     """
-    from vovnet_fast.compiling import needed
+    from vovnet_fast.tools.compile import needed
 
     run = needed.Run(spec, shape, mode="training" if training else "inference")
     return needed.plan(run, needed.Setting()).launches

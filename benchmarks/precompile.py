@@ -20,13 +20,13 @@ from benchmarks import sanitize
 from benchmarks.networks import HEADLINE, Shape, launches
 
 if TYPE_CHECKING:
-    from vovnet_fast.compiling.needed import Run
     from vovnet_fast.kernels._common import Launch
+    from vovnet_fast.tools.compile.needed import Run
 
 
 def runs() -> list[Run]:
     """Networks of the headline: inference in both half precisions, and training steps."""
-    from vovnet_fast.compiling.needed import Run
+    from vovnet_fast.tools.compile.needed import Run
 
     modes = (("bf16", "inference"), ("bf16", "training"), ("fp16", "inference"))
     return [Run(*network, *mode) for mode in modes for network in HEADLINE]
@@ -52,11 +52,12 @@ def different(networks: Iterable[tuple[str, Shape]], *, training: bool = False) 
 def main(arguments: list[str] | None = None) -> int:
     """Entry of ``python benchmarks/precompile.py``; 1 if a kernel could not be compiled."""
     from vovnet_fast import tuning
-    from vovnet_fast.compiling import cache, first_use, needed
+    from vovnet_fast.compiling import cache
     from vovnet_fast.compiling.filling import fill
     from vovnet_fast.compiling.jobs import cache_folder, compiled
     from vovnet_fast.compiling.jobs import different as kernels
     from vovnet_fast.compiling.workers import count
+    from vovnet_fast.tools.compile import needed
 
     parser = argparse.ArgumentParser(prog="python benchmarks/precompile.py", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
     outcome = fill(list(jobs.values()), options.workers, progress=True)
     print(outcome)
     for run, found in by_run.items():
-        first_use.note(run, found, settings[0])
+        needed.note(run, found, settings[0])
     if options.out is not None:
         print(cache.pack(cache_folder(), options.out, compiled(jobs.values())))
     return 1 if outcome.failed else 0

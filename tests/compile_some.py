@@ -11,9 +11,10 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 
-from vovnet_fast.compiling import cache, first_use, jobs, launchers, side_by_side, workers
-from vovnet_fast.compiling.needed import Run, plan
-from vovnet_fast.compiling.rehearsal import Plan, Setting
+from vovnet_fast import first_use
+from vovnet_fast.compiling import cache, jobs, launchers, side_by_side, workers
+from vovnet_fast.first_use.rehearsal import Plan, Setting
+from vovnet_fast.tools.compile.needed import Run, plan
 from vovnet_fast.tuning import Planning
 
 SETTING = Setting(planning=Planning(measured=False))

@@ -13,22 +13,16 @@ pytest.importorskip("triton", minversion="3.6", reason="the Triton backend is op
 
 import vovnet_fast
 from tests.tiny import TINY
-from vovnet_fast import VoVNet, tuning
-from vovnet_fast.compiling import (
-    cache,
-    command,
-    first_use,
-    needed,
-    rehearsal,
-    side_by_side,
-    workers,
-)
+from vovnet_fast import VoVNet, first_use, tuning
+from vovnet_fast.compiling import cache, side_by_side, workers
 from vovnet_fast.compiling.jobs import Job
-from vovnet_fast.compiling.needed import MODES, Run, plan
-from vovnet_fast.compiling.rehearsal import Setting
+from vovnet_fast.first_use import rehearsal
+from vovnet_fast.first_use.rehearsal import Setting
 from vovnet_fast.kernels._common import Target, interpreted, processors
 from vovnet_fast.kernels._variants import variant
 from vovnet_fast.tools import cli
+from vovnet_fast.tools.compile import command, needed
+from vovnet_fast.tools.compile.needed import MODES, Run, plan
 
 STATIC = Setting(planning=tuning.Planning(measured=False))
 ROOT = Path(vovnet_fast.__file__).parent.parent

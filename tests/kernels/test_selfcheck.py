@@ -10,12 +10,12 @@ import torch
 from tests.extension_cases import require
 from vovnet_fast import selfcheck, specs, tuning
 from vovnet_fast.backends import triton as backend
-from vovnet_fast.compiling.needed import Run, plan
-from vovnet_fast.compiling.rehearsal import Setting
+from vovnet_fast.first_use.rehearsal import Setting
 from vovnet_fast.kernels import _common
 from vovnet_fast.kernels._variants import variant
 from vovnet_fast.ops.features import needs
 from vovnet_fast.selfcheck import runner, sources
+from vovnet_fast.tools.compile.needed import Run, plan
 
 FUNCTIONS = sorted({case.function for case in selfcheck.CASES})
 

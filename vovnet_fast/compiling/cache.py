@@ -28,7 +28,7 @@ from . import jobs
 FORMAT = 1
 ENDING = ".tar.xz"
 MARKER = "vovnet_fast-"
-"""How names of files begin that :mod:`.first_use` keeps in the cache."""
+"""How names of files begin that :mod:`vovnet_fast.first_use` keeps in the cache."""
 
 _MANIFEST = "manifest.json"
 _MODULES = ("cuda_utils", "__triton_launcher")

@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import backends
+from .. import backends, first_use
 from .._dtypes import accumulator
 from ..backends import cpu
 from ..backends.cpu_replay import Replay
-from ..compiling import first_use
 from ..network.model import VoVNet
 from ..ops import BlockParams, ConvParams, NetworkParams, _checks
 from ..ops import features as run_op

@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import backends, ops, specs
-from ..compiling import first_use
+from .. import backends, first_use, ops, specs
 from ..ops.features import check_size
 from ..ops.features import needs as features_need
 from ..specs import FIRST_STAGE, NUM_STAGES, VoVNetSpec

@@ -17,10 +17,10 @@ from rich.table import Table
 from .. import __version__, checkpoints, specs, tuning
 from ..backends import BackendError
 from ..checkpoints import LAYOUTS, CheckpointError
-from ..compiling import command as compiling
 from ..network.model import VoVNet
 from . import doctor, regret
 from .bench import command as bench
+from .compile import command as compiling
 
 _REPORTED = (BackendError, CheckpointError, specs.UnknownSpecError, OSError, ValueError)
 _SAFE_ENDINGS = (".pth", ".pt", ".bin", ".safetensors")

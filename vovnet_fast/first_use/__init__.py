@@ -11,7 +11,7 @@ import concurrent.futures
 import hashlib
 import json
 import threading
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,13 +20,11 @@ from torch import Tensor
 
 from .. import backends, selfcheck, tuning
 from .._files import replacing
-from . import side_by_side
-from .side_by_side import say_once
+from ..compiling import side_by_side
+from ..compiling.side_by_side import say_once
 
 if TYPE_CHECKING:
     from ..kernels._common import Launch
-    from .jobs import Job
-    from .needed import Run
     from .rehearsal import Plan, Setting
 
 _lock = threading.Lock()
@@ -82,23 +80,6 @@ def key_of_frozen(model: Any, x: Tensor, dtype: torch.dtype) -> tuple[Hashable, 
     return ("frozen", model._encoded_spec, model.out_features, dtype, _octave(x))
 
 
-def note(run: Run, jobs: Iterable[Job], setting: Setting) -> None:
-    """Note for its first use what a run needs, as far as it is compiled.
-
-    Raises:
-        OSError: the cache cannot be written.
-    """
-    from .jobs import compiled
-
-    model, images = run.network()
-    with torch.set_grad_enabled(run.gradient):
-        keys = [key_of_model(model, images, images.dtype)]
-    if not run.gradient:
-        keys.append(key_of_frozen(model, images, images.dtype))
-    for key in keys:
-        Note(key, setting).write(compiled(jobs))
-
-
 def _octave(x: Tensor) -> int:
     return (x.shape[0] * x.shape[2] * x.shape[3]).bit_length()
 
@@ -123,7 +104,7 @@ def _once(
         _met.add(seen)
         if not _will_run_triton(device, dtype):
             return
-        from . import workers
+        from ..compiling import workers
         from .rehearsal import Setting
 
         if workers.count() == 0:
@@ -198,8 +179,8 @@ class Note:
     def __init__(self, key: tuple[Hashable, ...], setting: Setting) -> None:
         from triton.runtime.cache import triton_key
 
-        from . import cache
-        from .jobs import cache_folder
+        from ..compiling import cache
+        from ..compiling.jobs import cache_folder
 
         self._folder = cache_folder()
         own = setting.planning.measured
@@ -217,7 +198,7 @@ class Note:
         return any(map(self._names_what_is_there, self._paths))
 
     def _names_what_is_there(self, path: Path) -> bool:
-        from .jobs import is_compiled
+        from ..compiling.jobs import is_compiled
 
         try:
             found = json.loads(path.read_text())

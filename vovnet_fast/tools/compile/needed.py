@@ -8,16 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import specs, tuning
-from ..kernels._common import Target
-from ..kernels.device import CARDS
-from ..network.model import STAGE_NAMES, VoVNet
-from ..ops.features import check_size
-from ..specs import VoVNetSpec
-from ..tools.plan import DTYPES, IMAGE_CHANNELS, check_input
-from . import rehearsal
-from .jobs import Job, arch_of, different
-from .rehearsal import Plan, Setting
+from ... import first_use, specs, tuning
+from ...compiling.jobs import Job, arch_of, compiled, different
+from ...first_use import rehearsal
+from ...first_use.rehearsal import Plan, Setting
+from ...kernels._common import Target
+from ...kernels.device import CARDS
+from ...network.model import STAGE_NAMES, VoVNet
+from ...ops.features import check_size
+from ...specs import VoVNetSpec
+from ..plan import DTYPES, IMAGE_CHANNELS, check_input
 
 Shape = tuple[int, int, int]
 
@@ -83,6 +83,21 @@ def plan(run: Run, setting: Setting) -> Plan:
     model, images = run.network()
     with torch.set_grad_enabled(run.gradient):
         return rehearsal.of_model(model, images, setting)
+
+
+def note(run: Run, jobs: Iterable[Job], setting: Setting) -> None:
+    """Note for its first use what a run needs, as far as it is compiled.
+
+    Raises:
+        OSError: the cache cannot be written.
+    """
+    model, images = run.network()
+    with torch.set_grad_enabled(run.gradient):
+        keys = [first_use.key_of_model(model, images, images.dtype)]
+    if not run.gradient:
+        keys.append(first_use.key_of_frozen(model, images, images.dtype))
+    for key in keys:
+        first_use.Note(key, setting).write(compiled(jobs))
 
 
 def settings(arch: str, planning: tuning.Planning) -> list[Setting]:

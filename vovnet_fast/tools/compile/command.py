@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .. import backends, tuning
-from ..tools.bench.command import parse_shape
-from ..tools.plan import DTYPES
+from ... import backends, tuning
+from ..bench.command import parse_shape
+from ..plan import DTYPES
 
 if TYPE_CHECKING:
+    from ...first_use.rehearsal import Setting
     from .needed import Run
-    from .rehearsal import Setting
 
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 
@@ -90,10 +90,11 @@ def run(args: argparse.Namespace) -> int:
     _check_triton()
     import triton
 
-    from . import cache, first_use, needed
-    from .filling import fill
-    from .jobs import cache_folder
-    from .workers import WorkersError, count
+    from ...compiling import cache
+    from ...compiling.filling import fill
+    from ...compiling.jobs import cache_folder
+    from ...compiling.workers import WorkersError, count
+    from . import needed
 
     settings, runs = _settings(args.arch), list(_runs(args))
     by_run = needed.by_run(runs, settings)
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
             raise backends.BackendError(str(error)) from error
         print(f"{outcome}: {cache_folder()}")
         for network, found in by_run.items():
-            first_use.note(network, found, settings[0])
+            needed.note(network, found, settings[0])
         if args.pack is not None:
             made = {job.key for job in jobs} & set(cache.kernels(cache_folder()))
             print(f"{args.pack}: {cache.pack(cache_folder(), args.pack, made)}")
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
 def _check_triton() -> None:
     if importlib.util.find_spec("triton") is None:
         raise backends.BackendError("Triton, which compiles, is not installed: pip install triton")
-    from ..kernels._common import interpreted
+    from ...kernels._common import interpreted
 
     if interpreted():
         raise backends.BackendError(
@@ -132,9 +133,9 @@ def _check_triton() -> None:
 
 def _settings(arch: str | None) -> list[Setting]:
     """The GPU that is here, or the cards of ``arch``."""
+    from ...compiling.jobs import arch_of
+    from ...first_use.rehearsal import Setting
     from . import needed
-    from .jobs import arch_of
-    from .rehearsal import Setting
 
     if torch.cuda.is_available() and torch.version.hip is None:
         here = Setting.here(torch.device("cuda", torch.cuda.current_device()))
