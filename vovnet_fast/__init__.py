@@ -5,12 +5,18 @@
 >>> stage4, stage5 = model(torch.randn(1, 3, 224, 224))
 """
 
-from . import checkpoints, ops, specs
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import ops, specs
 from ._version import __version__
 from .backends import BackendError, available_backends, use_backend
-from .deploy.freeze import FrozenVoVNet, freeze
 from .network.model import VoVNet
 from .specs import VoVNetSpec
+
+if TYPE_CHECKING:
+    from . import checkpoints
+    from .deploy.freeze import FrozenVoVNet, freeze
 
 __all__ = [
     "BackendError",
@@ -25,3 +31,20 @@ __all__ = [
     "specs",
     "use_backend",
 ]
+
+_DEFERRED = {"FrozenVoVNet": ".deploy.freeze", "freeze": ".deploy.freeze"}
+"""Imported when they are first asked for, as :mod:`.checkpoints` is. The ops are not: a program
+that was exported with them finds them once the package is imported."""
+
+
+def __getattr__(name: str) -> Any:
+    if name == "checkpoints":
+        return importlib.import_module(".checkpoints", __name__)
+    if name not in _DEFERRED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(_DEFERRED[name], __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -89,7 +89,7 @@ from types import ModuleType
 
 import torch
 
-from .. import selfcheck, tuning
+from .. import tuning
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 ENVIRONMENT = "VOVNET_FAST_BACKEND"
@@ -276,6 +276,8 @@ _settled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 @functools.cache
 def _decide(device: torch.device, dtype: torch.dtype, needs: tuple[str, ...], tf32: bool) -> str:
+    from .. import selfcheck  # It takes a third of the time of importing the package.
+
     if dtype in selfcheck.DTYPES:
         for name in CANDIDATES.get(device.type, ()):
             if why_not(name, device) is None and _trusted(name, device, dtype, needs):
@@ -285,6 +287,8 @@ def _decide(device: torch.device, dtype: torch.dtype, needs: tuple[str, ...], tf
 
 def _trusted(name: str, device: torch.device, dtype: torch.dtype, needs: tuple[str, ...]) -> bool:
     """Whether a backend's functions are known, or now found, to be right on ``device``."""
+    from .. import selfcheck
+
     verdict = selfcheck.remembered(name, device, dtype, needs)
     if verdict is not None:
         return verdict

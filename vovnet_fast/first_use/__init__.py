@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .. import backends, selfcheck, tuning
+from .. import backends, tuning
 from .._files import replacing
 from ..compiling import side_by_side
 from ..compiling.side_by_side import say_once
@@ -161,6 +161,7 @@ def _will_run_triton(device: torch.device, dtype: torch.dtype) -> bool:
     name = backends.chosen()
     if name not in ("auto", "triton") or backends.why_not("triton", device) is not None:
         return False
+    from .. import selfcheck
     from ..kernels._common import interpreted
 
     return not interpreted() and (name == "triton" or dtype in selfcheck.DTYPES)

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .. import __version__, checkpoints, specs, tuning
+from .. import checkpoints, specs, tuning
+from .._version import __version__
 from ..backends import BackendError
 from ..checkpoints import LAYOUTS, CheckpointError
 from ..network.model import VoVNet

@@ -23,7 +23,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import __version__, _optional, backends, selfcheck, tuning
+from .. import _optional, backends, selfcheck, tuning
+from .._version import __version__
 from ..backends import _extension
 
 

@@ -20,7 +20,6 @@ import contextlib
 import functools
 import logging
 import os
-import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -355,6 +354,8 @@ def _device_timer(device: torch.device) -> Timer:
                 end.record()
                 spans.append((begin, end))
             torch.cuda.synchronize(device)
+            import statistics  # Which imports fractions and decimals.
+
             return statistics.median(b.elapsed_time(e) for b, e in spans) / 1e3
 
     return timer
