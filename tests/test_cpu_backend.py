@@ -11,7 +11,7 @@ import torch
 
 from vovnet_fast import VoVNet, backends, ops, selfcheck, specs
 from vovnet_fast.backends import _extension, cpu
-from vovnet_fast.network import fusing
+from vovnet_fast.network import decision
 from vovnet_fast.network.layers import OSABlock
 from vovnet_fast.ops.features import needs
 
@@ -201,9 +201,9 @@ def test_auto_leaves_small_maps_to_plain_modules(norm_eval, compiled, monkeypatc
 
     layers = len(block.conv_layers())
     for gradient in (True, False):
-        least = fusing.CPU_PIXELS_TRAINING
+        least = decision.CPU_PIXELS_TRAINING
         if norm_eval and not gradient:
-            least = fusing.CPU_PIXELS
+            least = decision.CPU_PIXELS
         assert ops_of(1, least // 20, gradient=gradient) == layers
         assert ops_of(1, least // 20 - 1, gradient=gradient) == 0
         assert ops_of(2, least // 20 - 1, gradient=gradient) == layers  # Of all images.

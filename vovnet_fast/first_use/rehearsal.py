@@ -62,7 +62,7 @@ def of_model(model: Any, x: Tensor, setting: Setting) -> Plan:
         setting: where it runs.
     """
     with _planning(setting) as plan:
-        if model._is_one_op(x):
+        if model.decide(x).op:
             _run_folded(model.fold(x.dtype), x, model.out_features)
         else:
             features = [f for f in model._run_modules(x) if f.requires_grad]

@@ -2,7 +2,8 @@
 
 =================  ====================================================================
 :mod:`.norms`      batch norms, frozen ones too, from mmdet's ``norm_cfg``
-:mod:`.fusing`     from modules to ops: the parameters of the fused path, who can take it
+:mod:`.decision`   what runs a call, decided: modules or an op
+:mod:`.fusing`     from modules to ops: the parameters of the fused path
 :mod:`.layers`     stem, One-Shot-Aggregation block, stage
 :mod:`.model`      :class:`vovnet_fast.VoVNet`
 =================  ====================================================================

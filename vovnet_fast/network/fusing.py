@@ -1,4 +1,4 @@
-"""From modules to ops: the parameters of the fused path, and who can take it.
+"""From modules to ops: the parameters of the fused path, and which modules have them.
 
 The modules of :mod:`vovnet_fast.network.layers` hold parameters under their published names. What
 the ops take is made of them at every call, differentiably, so that optimisers, DDP and
@@ -13,23 +13,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .. import backends
 from .._dtypes import accumulator
 from ..ops import ConvParams, batch_norm
 from ..ops.batch_norm import FixedNorm
 from ..ops.conv import Kinds, channels_last, depthwise_last
+from . import decision
+from .decision import Decision
 from .norms import FrozenBatchNorm2d
-
-CPU_PIXELS, CPU_PIXELS_TRAINING = 1600, 6400
-"""Pixels of a map, N * H * W, from which ``auto`` runs a module as one op on a CPU: in fp32 without
-gradients, and where gradients are needed, or norms take their statistics from the batch.
-
-An op saves passes over activations, and pays with passes over weights and with Python. On two cores
-of a Xeon the first blocks of the stages of V-39 and V-19-slim-dw broke even with plain modules
-there, whatever their channels were; at a quarter of the pixels they took 1.1 to 1.4 times as long.
-In half precision without gradients they were always faster. Frozen networks have their weights
-packed: this is not for them.
-"""
 
 
 class Parts(NamedTuple):
@@ -79,6 +69,14 @@ class Fusable(nn.Module):
         """The functions of a backend that its op uses; see :meth:`Kinds.needs`."""
         raise NotImplementedError
 
+    def decide(self, x: Tensor) -> Decision:
+        """What runs it on ``x``.
+
+        Raises:
+            BackendError: a fused backend was asked for by name and cannot; the message says why.
+        """
+        return decision.of_part(self, x)
+
     @property
     def kinds(self) -> Kinds:
         """Which kinds of layers it has."""
@@ -112,27 +110,6 @@ class Fusable(nn.Module):
                 )
         return None
 
-    def goes_fused(self, x: Tensor) -> bool:
-        """Whether it runs as an op on ``x``.
-
-        Raises:
-            BackendError: a fused backend was asked for by name and cannot; the message says why.
-        """
-        if not fused(x, ()):
-            return False
-        # What has not four dimensions is refused by the op.
-        if x.dim() == 4 and self.faster_plain(x, x.shape[0] * x.shape[2] * x.shape[3]):
-            return False
-        reason = self.why_not_fused()
-        if reason is not None and backends.chosen() != "auto":
-            raise backends.BackendError(reason)
-        # Only what is really going to run is worth a check.
-        return reason is None and fused(x, self.needs(self.kinds, backward=needs_gradient(self, x)))
-
-    def faster_plain(self, x: Tensor, pixels: int) -> bool:
-        """Whether ``auto`` leaves it to PyTorch, for maps of so many pixels made of ``x``."""
-        return faster_plain(x, pixels, batch=self.batch, gradient=needs_gradient(self, x))
-
 
 def has_hooks(module: nn.Module) -> bool:
     """Whether something is to happen when ``module`` is called, which must then be called."""
@@ -142,45 +119,6 @@ def has_hooks(module: nn.Module) -> bool:
         or module._backward_hooks
         or module._backward_pre_hooks
     )
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """Dtype of activations: that of ``x``, or autocast's."""
-    kind = x.device.type
-    if kind == "meta":  # PyTorch refuses to say whether autocast is on there.
-        return x.dtype
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
-
-
-def fused(x: Tensor, needs: tuple[str, ...]) -> bool:
-    """Whether ``x`` goes through ops that use some functions; see :func:`backends.fused`."""
-    return backends.fused(x.device, compute_dtype(x), needs)
-
-
-def needs_gradient(module: nn.Module, x: Tensor) -> bool:
-    """Whether autograd will want something of ``module(x)``."""
-    if not torch.is_grad_enabled():
-        return False
-    return x.requires_grad or any(parameter.requires_grad for parameter in module.parameters())
-
-
-def faster_plain(x: Tensor, pixels: int, *, batch: bool, gradient: bool) -> bool:
-    """Whether ``auto`` leaves modules on a CPU to PyTorch, although an op could run them.
-
-    Args:
-        x: their input.
-        pixels: of their maps, N * H * W (:data:`CPU_PIXELS`).
-        batch: norms take statistics from the batch.
-        gradient: what the op keeps for a backward pass will be needed.
-    """
-    dtype = compute_dtype(x)
-    if backends.chosen() != "auto" or backends.select(x.device, dtype, ()) != "cpu":
-        return False
-    if gradient or batch:
-        return pixels < CPU_PIXELS_TRAINING
-    return dtype == torch.float32 and pixels < CPU_PIXELS
 
 
 def conv_params(layers: Sequence[Parts], dtype: torch.dtype) -> list[ConvParams]:

@@ -26,7 +26,8 @@ from ..ops.max_pool import output_size as pooled_size
 from ..ops.osa import needs as block_needs
 from ..ops.osa import osa_block_with_statistics
 from ..specs import BlockPlan, Gate, Pool
-from .fusing import Fusable, Parts, compute_dtype, conv_params, fused, update_running_statistics
+from .decision import compute_dtype, faster_plain, fused, needs_gradient
+from .fusing import Fusable, Parts, conv_params, update_running_statistics
 from .norms import NormCfg, build_norm
 
 
@@ -141,7 +142,7 @@ class Stem(Fusable):
 
         ``width`` is :attr:`OSABlock.room` of the block that takes the third, if one does.
         """
-        if self.goes_fused(x):
+        if self.decide(x).op:
             layers = list(self.conv_layers().values())
             dtype = compute_dtype(x)
             outs, statistics = conv_chain(
@@ -239,7 +240,7 @@ class OSABlock(Fusable):
 
         ``width`` is :attr:`room` of the block that takes the output, if one does.
         """
-        if self.goes_fused(x):
+        if self.decide(x).op:
             dtype = compute_dtype(x)
             y, statistics = osa_block_with_statistics(
                 x.to(dtype),
@@ -265,7 +266,8 @@ class OSABlock(Fusable):
         Zero where that would keep the buffer alive longer than it is needed, or where the
         block will not run as an op on maps of so many pixels, N * H * W, that are made of ``x``.
         """
-        if self.with_cp or self.batch or self.faster_plain(x, pixels):
+        gradient = needs_gradient(self, x)
+        if self.with_cp or self.batch or faster_plain(x, pixels, batch=False, gradient=gradient):
             return 0
         return self.plan.concat_channels
 

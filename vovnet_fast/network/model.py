@@ -19,7 +19,9 @@ from .. import backends, first_use, ops, specs
 from ..ops.features import check_size
 from ..ops.features import needs as features_need
 from ..specs import FIRST_STAGE, NUM_STAGES, VoVNetSpec
-from .fusing import compute_dtype, faster_plain, fused, has_hooks, needs_gradient
+from . import decision
+from .decision import compute_dtype, fused
+from .fusing import has_hooks
 from .layers import OSABlock, OSAStage, Stem
 from .norms import NormCfg
 
@@ -164,10 +166,18 @@ class VoVNet(nn.Module):
         check_size(self.spec, self.out_features, x.shape[2], x.shape[3])
         if x.is_cuda and not torch.compiler.is_compiling():
             first_use.of_model(self, x, compute_dtype(x))
-        if fused(x, ()) and self._is_one_op(x) and fused(x, self._needs):
+        if self.decide(x).op:
             dtype = compute_dtype(x)
             return tuple(ops.features(x.to(dtype), self.fold(dtype), self.out_features))
         return self._run_modules(x)
+
+    def decide(self, x: Tensor) -> decision.Decision:
+        """Whether it runs as one op on images; otherwise each of its parts decides by itself.
+
+        Raises:
+            BackendError: a fused backend was asked for by name and cannot run.
+        """
+        return decision.of_network(self, x)
 
     def fold(self, dtype: torch.dtype) -> ops.NetworkParams:
         """Parameters for :func:`vovnet_fast.ops.features`: norms folded.
@@ -203,20 +213,20 @@ class VoVNet(nn.Module):
                 return f"norms of {first} and after are in training mode: call eval() first"
         return None
 
-    def _is_one_op(self, x: Tensor) -> bool:
-        """Whether the network runs as one op, which keeps nothing and calls no module."""
-        if needs_gradient(self, x):
-            return False
-        middle = x.shape[0] * x.shape[2] * x.shape[3] // 8**2  # Pixels of maps of stride 8.
-        if faster_plain(x, middle, batch=False, gradient=False):
-            return False
-        children = (module for name, module in self.named_modules() if name)
-        replaced = any(
-            not isinstance(block, OSABlock)
-            for name in STAGE_NAMES
-            for block in getattr(self, name).children()
-        )
-        return not replaced and not any(map(has_hooks, children)) and not self._why_not_folded()
+    def why_not_one_op(self) -> str | None:
+        """The reason why one op cannot take the place of the modules, or None."""
+        for stage in STAGE_NAMES:
+            for name, block in getattr(self, stage).named_children():
+                if not isinstance(block, OSABlock):
+                    return f"{stage}.{name} is no OSABlock but {type(block).__name__}"
+        for name, module in self.named_modules():
+            if name and has_hooks(module):
+                return f"{name} has hooks, and one op would not run this module"
+        return self._why_not_folded()
+
+    def functions(self) -> tuple[str, ...]:
+        """The functions of a backend that it uses as one op."""
+        return self._needs
 
     def _run_modules(self, x: Tensor) -> tuple[Tensor, ...]:
         """Call the modules one after another; each knows whether it runs fused."""
