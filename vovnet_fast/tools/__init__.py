@@ -3,6 +3,7 @@
 =================  ====================================================================
 :mod:`.cli`        the command's arguments
 :mod:`.doctor`     ``vovnet-fast doctor``: what there is, and whether it is right
+:mod:`.explain`    ``vovnet-fast explain``: what would run each block, and why
 :mod:`.plan`       ``vovnet-fast bench --plan``: launches, FLOP and bytes of a network
 :mod:`.memory`     ``vovnet-fast bench --memory``: what a training step keeps
 :mod:`.regret`     ``vovnet-fast tuning regret``: what choices have cost
