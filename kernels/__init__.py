@@ -9,7 +9,8 @@
 :mod:`.depthwise`         depthwise 3x3 convolution and its backward
 :mod:`.epilogue`          scale, shift, ReLU, pool partials or statistics after another
                           library's convolution
-:mod:`.ese`               finish the pool, FC, gate; apply the gate, add the identity; backward
+:mod:`.ese`               finish the pool, FC, gate; apply the gate, add the identity
+:mod:`.ese_backward`      gradients of the gates, of the FC, and of what is gated
 :mod:`.max_pool`          3x3 stride 2 max pool and its backward
 :mod:`.pack`              weights, transposed for the input gradient
 ========================  ====================================================

@@ -357,7 +357,7 @@ def _elementwise_jobs() -> Iterator[Job]:
 
 def _backward_jobs() -> Iterator[Job]:
     """The gradients of what :func:`_elementwise_jobs` compiles, and batch norm."""
-    from .kernels import batch_norm, conv_weight_grad_finish, depthwise, ese, max_pool
+    from .kernels import batch_norm, conv_weight_grad_finish, depthwise, ese_backward, max_pool
 
     float32, float64 = torch.float32, torch.float64
     for dtype in (torch.float16, torch.bfloat16, float32):
@@ -374,16 +374,17 @@ def _backward_jobs() -> Iterator[Job]:
             gates, vector = _meta(2, channels, dtype=float32), _meta(channels, dtype=float32)
             fc = _meta(channels, channels, dtype=dtype)
             dfc = _meta(channels, channels, dtype=float32)
-            yield job("ese backward", ese.plan_gate_sums(slot, z, gates)[0], "gate sums")
+            yield job("ese backward", ese_backward.plan_gate_sums(slot, z, gates)[0], "gate sums")
             for gate in ("hard_sigmoid", "sigmoid"):
-                inputs, weights = ese.plan_gates_backward(
+                inputs, weights = ese_backward.plan_gates_backward(
                     gates, gates, gates, 4200, fc, gate, gates, dfc, vector
                 )
                 yield job("ese backward", inputs, f"fc input {gate}")
                 yield job("ese backward", weights, f"fc weight {gate}")
-            gated = ese.plan_apply_backward(slot, gates, gates, z, z)
+            gated = ese_backward.plan_apply_backward(slot, gates, gates, z, z)
             yield job("ese backward", gated, "apply")
-            yield job("ese backward", ese.plan_apply_backward(slot, None, None, z, z), "mask")
+            masked = ese_backward.plan_apply_backward(slot, None, None, z, z)
+            yield job("ese backward", masked, "mask")
             argmax = _meta(2, 25, 42, channels, dtype=torch.uint8)
             for mode in ("ceil", "padded"):
                 launch = max_pool.plan_backward(dout, argmax, slot, mode)

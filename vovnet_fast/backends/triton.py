@@ -37,10 +37,10 @@ _SOURCES = {
     "depthwise_input_grad": "kernels.depthwise",
     "depthwise_weight_grad": "kernels.depthwise",
     "gates": "kernels.ese",
-    "gates_backward": "kernels.ese",
-    "gate_sums": "kernels.ese",
+    "gates_backward": "kernels.ese_backward",
+    "gate_sums": "kernels.ese_backward",
     "apply_gates": "kernels.ese",
-    "apply_gates_backward": "kernels.ese",
+    "apply_gates_backward": "kernels.ese_backward",
     "max_pool": "kernels.max_pool",
     "max_pool_backward": "kernels.max_pool",
 }
@@ -69,6 +69,7 @@ def _kernels() -> Any:
         device,
         epilogue,
         ese,
+        ese_backward,
         max_pool,
         pack,
     )
@@ -238,7 +239,7 @@ def max_pool(x: Tensor, out: Tensor, mode: Pool, argmax: Tensor | None = None) -
 def gate_sums(dout: Tensor, y: Tensor) -> Tensor:
     """See :mod:`vovnet_fast.backends`."""
     out = y.new_empty(y.shape[0], y.shape[3], dtype=accumulator(y.dtype))
-    _kernels().ese.gate_sums(dout, y, out)
+    _kernels().ese_backward.gate_sums(dout, y, out)
     return out
 
 
@@ -253,7 +254,7 @@ def gates_backward(
     """See :mod:`vovnet_fast.backends`."""
     dpixel, dfc_weight = torch.empty_like(mean), mean.new_empty(fc_weight.shape)
     dfc_bias = mean.new_empty(mean.shape[1])
-    _kernels().ese.gates_backward(
+    _kernels().ese_backward.gates_backward(
         dgates, gates, mean, num_pixels, fc_weight, kind, dpixel, dfc_weight, dfc_bias
     )
     return dpixel, dfc_weight, dfc_bias
@@ -263,7 +264,7 @@ def apply_gates_backward(
     dout: Tensor, gates: Tensor | None, dpixel: Tensor | None, y: Tensor, out: Tensor
 ) -> None:
     """See :mod:`vovnet_fast.backends`."""
-    _kernels().ese.apply_backward(dout, gates, dpixel, y, out)
+    _kernels().ese_backward.apply_backward(dout, gates, dpixel, y, out)
 
 
 def max_pool_backward(dout: Tensor, argmax: Tensor, out: Tensor, mode: Pool) -> None:
