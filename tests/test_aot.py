@@ -253,7 +253,7 @@ import json
 import torch
 from vovnet_fast import aot
 from vovnet_fast.kernels import (
-    accumulate, batch_norm, conv, conv_weight_grad, conv_weight_grad_finish, depthwise,
+    accumulate, batch_norm_backward, conv, conv_weight_grad, conv_weight_grad_finish, depthwise,
     ese, ese_backward, max_pool,
 )
 from vovnet_fast.kernels.conv_config import ConvConfig
@@ -289,8 +289,8 @@ for wide, x in ((False, view(2**31, 112, 16, 1)), (True, view(2**34, 2**30, 16, 
         max_pool_backward=max_pool.plan_backward(
             x[:, :2, :3], meta(2, 2, 3, 16, dtype=torch.uint8), x, "ceil"
         ),
-        backward_sums=batch_norm.plan_backward_sums(x, x, meta(6, 16), meta(2, 16))[0],
-        input_grad=batch_norm.plan_input_grad(x, x, meta(6, 16), meta(2, 16), None, x),
+        backward_sums=batch_norm_backward.plan_backward_sums(x, x, meta(6, 16), meta(2, 16))[0],
+        input_grad=batch_norm_backward.plan_input_grad(x, x, meta(6, 16), meta(2, 16), None, x),
     )
     for name, launch in launches.items():
         ir = aot.compile_launch(launch, "sm_90").asm["ttir"]

@@ -357,7 +357,14 @@ def _elementwise_jobs() -> Iterator[Job]:
 
 def _backward_jobs() -> Iterator[Job]:
     """The gradients of what :func:`_elementwise_jobs` compiles, and batch norm."""
-    from .kernels import batch_norm, conv_weight_grad_finish, depthwise, ese_backward, max_pool
+    from .kernels import (
+        batch_norm,
+        batch_norm_backward,
+        conv_weight_grad_finish,
+        depthwise,
+        ese_backward,
+        max_pool,
+    )
 
     float32, float64 = torch.float32, torch.float64
     for dtype in (torch.float16, torch.bfloat16, float32):
@@ -395,10 +402,10 @@ def _backward_jobs() -> Iterator[Job]:
             yield job("batch norm", batch_norm.plan_merge(partials, groups), "merge")
             last = batch_norm.plan_finish(groups, vector, vector, 1e-5, norm)
             yield job("batch norm", last, "finish")
-            launch, last = batch_norm.plan_backward_sums(slot, z, norm, sums)
+            launch, last = batch_norm_backward.plan_backward_sums(slot, z, norm, sums)
             yield job("batch norm", launch, "gradient sums")
             yield job("batch norm", last, "last sums")
-            launch = batch_norm.plan_input_grad(slot, z, norm, sums, vector, slot)
+            launch = batch_norm_backward.plan_input_grad(slot, z, norm, sums, vector, slot)
             yield job("batch norm", launch, "input gradient")
             taps, dtaps = _meta(3, 3, channels, dtype=dtype), _meta(3, 3, channels, dtype=float32)
             for stride, g in ((1, z), (2, dout)):

@@ -31,8 +31,8 @@ _SOURCES = {
     "normalize": "kernels.epilogue",
     "batch_norm_merge": "kernels.batch_norm",
     "batch_norm_finish": "kernels.batch_norm",
-    "batch_norm_sums": "kernels.batch_norm",
-    "batch_norm_input_grad": "kernels.batch_norm",
+    "batch_norm_sums": "kernels.batch_norm_backward",
+    "batch_norm_input_grad": "kernels.batch_norm_backward",
     "depthwise": "kernels.depthwise",
     "depthwise_input_grad": "kernels.depthwise",
     "depthwise_weight_grad": "kernels.depthwise",
@@ -62,6 +62,7 @@ def _kernels() -> Any:
     from ..kernels import (  # noqa: F401
         accumulate,
         batch_norm,
+        batch_norm_backward,
         conv,
         conv_weight_grad,
         cost,
@@ -292,7 +293,7 @@ def batch_norm_finish(
 def batch_norm_sums(g: Tensor, z: Tensor, norm: Tensor) -> Tensor:
     """See :mod:`vovnet_fast.backends`."""
     out = norm.new_empty(2, z.shape[3])
-    _kernels().batch_norm.backward_sums(g, z, norm, out)
+    _kernels().batch_norm_backward.backward_sums(g, z, norm, out)
     return out
 
 
@@ -300,7 +301,7 @@ def batch_norm_input_grad(
     g: Tensor, z: Tensor, norm: Tensor, sums: Tensor, gamma: Tensor | None, out: Tensor
 ) -> None:
     """See :mod:`vovnet_fast.backends`."""
-    _kernels().batch_norm.input_grad(g, z, norm, sums, gamma, out)
+    _kernels().batch_norm_backward.input_grad(g, z, norm, sums, gamma, out)
 
 
 def conv_weight_grad(
