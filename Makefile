@@ -72,7 +72,7 @@ $(VENV)/mmdet: pyproject.toml
 	touch $@
 
 # Only what has changed is compiled, into build/ and from there into the package's folder.
-$(VENV)/extension: $(VENV)/mmdet setup.py $(wildcard native_build/*.py csrc/*.* csrc/*/*.*)
+$(VENV)/extension: $(VENV)/mmdet setup.py $(wildcard native_build/*.py csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 	VOVNET_FAST_EXTENSION=1 $(PIP) --no-deps -e .
 	touch $@
 

@@ -15,7 +15,7 @@
 
 #include "cpu/conv_engines.h"
 #include "cpu/recording.h"
-#include "cuda/conv_sm90.h"
+#include "cuda/conv_sm90/launch.h"
 #include "fields.h"
 #include "ops.h"
 

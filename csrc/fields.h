@@ -1,7 +1,7 @@
 // Names and fields of the structs of params.h, for whoever must look at all of them.
 #pragma once
 
-#include "cuda/conv_sm90_params.h"
+#include "cuda/conv_sm90/params.h"
 #include "params.h"
 
 namespace vovnet_fast {

@@ -1,18 +1,20 @@
-"""Triton kernels and their launchers, one file an op.
+"""Triton kernels and their launchers, a file an op, with a second one where its backward is long.
 
-========================  ====================================================
-:mod:`.accumulate`        add and mask after another library's input gradient
-:mod:`.batch_norm`        merge the batch's statistics; batch norm backward
-:mod:`.conv`              3x3 and 1x1 convolution, scale, shift, ReLU, pool partials or
-                          statistics; its input gradient
-:mod:`.conv_weight_grad`  weight gradients of convolutions, with those of scale and shift
-:mod:`.depthwise`         depthwise 3x3 convolution and its backward
-:mod:`.epilogue`          scale, shift, ReLU, pool partials or statistics after another
-                          library's convolution
-:mod:`.ese`               finish the pool, FC, gate; apply the gate, add the identity; backward
-:mod:`.max_pool`          3x3 stride 2 max pool and its backward
-:mod:`.pack`              weights, transposed for the input gradient
-========================  ====================================================
+===========================  ====================================================
+:mod:`.accumulate`           add and mask after another library's input gradient
+:mod:`.batch_norm`           merge the batch's statistics, make of them what normalises
+:mod:`.batch_norm_backward`  gradients of batch norm
+:mod:`.conv`                 3x3 and 1x1 convolution, scale, shift, ReLU, pool partials or
+                             statistics; its input gradient
+:mod:`.conv_weight_grad`     weight gradients of convolutions, with those of scale and shift
+:mod:`.depthwise`            depthwise 3x3 convolution and its backward
+:mod:`.epilogue`             scale, shift, ReLU, pool partials or statistics after another
+                             library's convolution
+:mod:`.ese`                  finish the pool, FC, gate; apply the gate, add the identity
+:mod:`.ese_backward`         gradients of the gates, of the FC, and of what is gated
+:mod:`.max_pool`             3x3 stride 2 max pool and its backward
+:mod:`.pack`                 weights, transposed for the input gradient
+===========================  ====================================================
 
 Tensors are passed as views ``[N, H, W, C]`` with channel stride 1 and any batch,
 row and pixel stride, so that a slot of a concat buffer, ``buffer[..., a:b]``, is a

@@ -32,7 +32,7 @@ _KERNELS, _AMX_KERNELS = "_kernels.cpp", "_amx_kernels.cpp"
 """Endings of the files that are compiled for every instruction set but amx, and for amx alone."""
 
 _HOPPER = "conv_sm90"
-"""How files start that nothing but sm_90a can run."""
+"""The folder of the files that nothing but sm_90a can run."""
 
 # Vectors wider than the baseline's registers are passed between functions that are inlined.
 _WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi")
@@ -128,8 +128,8 @@ class Plan:
             return
         words = [str(self.nvcc.path), *toolchain.host_compiler(self.compiler), *_CUDA_FLAGS]
         words += ["-Xcompiler", _CUDA_HOST_FLAGS]
-        for source in _files("cuda/*.cu"):
-            hopper = source.name.startswith(_HOPPER)
+        for source in _files("cuda/**/*.cu"):
+            hopper = source.parent.name == _HOPPER
             chosen = self._hopper() if hopper else self.architectures
             if chosen:
                 flags = [word for architecture in chosen for word in architecture.flags()]

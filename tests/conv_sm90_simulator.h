@@ -1,4 +1,4 @@
-// A machine for csrc/cuda/conv_sm90_kernel.h that simulates what it uses of a Hopper GPU.
+// A machine for csrc/cuda/conv_sm90/kernel.h that simulates what it uses of a Hopper GPU.
 //
 // The threads of a CTA are fibres. Shared memory is bytes, to which tensor copies write with the
 // 128-byte swizzle, and of which WGMMA reads what descriptors say, as the PTX ISA and the CUDA
@@ -27,7 +27,7 @@
 #include <string>
 #include <vector>
 
-#include "../csrc/cuda/conv_sm90_plan.h"
+#include "../csrc/cuda/conv_sm90/plan.h"
 #include "../csrc/dtypes.h"
 
 namespace simulator {

@@ -31,7 +31,7 @@ def compiler():
 
 def kernel_files():
     """The .cu files of memory-bound ops; the Hopper convolution has tests of its own."""
-    return [path for path in sorted((CSRC / "cuda").glob("*.cu")) if "sm90" not in path.name]
+    return sorted((CSRC / "cuda").glob("*.cu"))
 
 
 def build(folder, flags=()):

@@ -253,8 +253,8 @@ import json
 import torch
 from vovnet_fast import aot
 from vovnet_fast.kernels import (
-    accumulate, batch_norm, conv, conv_weight_grad, conv_weight_grad_finish, depthwise,
-    ese, max_pool,
+    accumulate, batch_norm_backward, conv, conv_weight_grad, conv_weight_grad_finish, depthwise,
+    ese, ese_backward, max_pool,
 )
 from vovnet_fast.kernels.conv_config import ConvConfig
 from vovnet_fast.kernels.conv_weight_grad_config import WeightGradConfig
@@ -284,13 +284,13 @@ for wide, x in ((False, view(2**31, 112, 16, 1)), (True, view(2**34, 2**30, 16, 
         depthwise=depthwise.plan(x, meta(3, 3, 16, dtype=torch.float16), x),
         apply=ese.plan_apply(x, meta(2, 16), x, x),
         max_pool=max_pool.plan(x, x[:, :2, :3], "ceil"),
-        gate_sums=ese.plan_gate_sums(x, x, meta(2, 16))[0],
-        apply_backward=ese.plan_apply_backward(x, meta(2, 16), meta(2, 16), x, x),
+        gate_sums=ese_backward.plan_gate_sums(x, x, meta(2, 16))[0],
+        apply_backward=ese_backward.plan_apply_backward(x, meta(2, 16), meta(2, 16), x, x),
         max_pool_backward=max_pool.plan_backward(
             x[:, :2, :3], meta(2, 2, 3, 16, dtype=torch.uint8), x, "ceil"
         ),
-        backward_sums=batch_norm.plan_backward_sums(x, x, meta(6, 16), meta(2, 16))[0],
-        input_grad=batch_norm.plan_input_grad(x, x, meta(6, 16), meta(2, 16), None, x),
+        backward_sums=batch_norm_backward.plan_backward_sums(x, x, meta(6, 16), meta(2, 16))[0],
+        input_grad=batch_norm_backward.plan_input_grad(x, x, meta(6, 16), meta(2, 16), None, x),
     )
     for name, launch in launches.items():
         ir = aot.compile_launch(launch, "sm_90").asm["ttir"]

@@ -21,7 +21,7 @@ from vovnet_fast import tuning
 from vovnet_fast.backends import conv_sm90, cuda, reference
 
 ROOT = Path(vovnet_fast.__file__).parent.parent
-SOURCES = ROOT / "csrc" / "cuda"
+SOURCES = ROOT / "csrc" / "cuda" / "conv_sm90"
 GUARD = 16
 CHANNELS = [64, 80, 96, 112, 128, 160, 192, 224, 256]
 DTYPES = [torch.float16, torch.bfloat16]
@@ -381,7 +381,7 @@ def compile_cuda(source, output):
 def compiled(request, tmp_path_factory):
     """What ptxas says, and the instructions of every kernel, by channels and blocks."""
     binary = tmp_path_factory.mktemp("conv_sm90") / "kernels.cubin"
-    log = compile_cuda(SOURCES / f"conv_sm90_{request.param}.cu", binary)
+    log = compile_cuda(SOURCES / f"{request.param}.cu", binary)
     sass = subprocess.run(
         [tool("cuobjdump"), "-sass", str(binary)], capture_output=True, text=True, check=True
     ).stdout
@@ -393,7 +393,7 @@ def compiled(request, tmp_path_factory):
 
 
 def test_the_launcher_compiles(tmp_path):
-    compile_cuda(SOURCES / "conv_sm90.cu", tmp_path / "launcher.o")
+    compile_cuda(SOURCES / "launch.cu", tmp_path / "launcher.o")
 
 
 def test_no_kernel_spills_or_waits_for_its_products(compiled):

@@ -357,7 +357,14 @@ def _elementwise_jobs() -> Iterator[Job]:
 
 def _backward_jobs() -> Iterator[Job]:
     """The gradients of what :func:`_elementwise_jobs` compiles, and batch norm."""
-    from .kernels import batch_norm, conv_weight_grad_finish, depthwise, ese, max_pool
+    from .kernels import (
+        batch_norm,
+        batch_norm_backward,
+        conv_weight_grad_finish,
+        depthwise,
+        ese_backward,
+        max_pool,
+    )
 
     float32, float64 = torch.float32, torch.float64
     for dtype in (torch.float16, torch.bfloat16, float32):
@@ -374,16 +381,17 @@ def _backward_jobs() -> Iterator[Job]:
             gates, vector = _meta(2, channels, dtype=float32), _meta(channels, dtype=float32)
             fc = _meta(channels, channels, dtype=dtype)
             dfc = _meta(channels, channels, dtype=float32)
-            yield job("ese backward", ese.plan_gate_sums(slot, z, gates)[0], "gate sums")
+            yield job("ese backward", ese_backward.plan_gate_sums(slot, z, gates)[0], "gate sums")
             for gate in ("hard_sigmoid", "sigmoid"):
-                inputs, weights = ese.plan_gates_backward(
+                inputs, weights = ese_backward.plan_gates_backward(
                     gates, gates, gates, 4200, fc, gate, gates, dfc, vector
                 )
                 yield job("ese backward", inputs, f"fc input {gate}")
                 yield job("ese backward", weights, f"fc weight {gate}")
-            gated = ese.plan_apply_backward(slot, gates, gates, z, z)
+            gated = ese_backward.plan_apply_backward(slot, gates, gates, z, z)
             yield job("ese backward", gated, "apply")
-            yield job("ese backward", ese.plan_apply_backward(slot, None, None, z, z), "mask")
+            masked = ese_backward.plan_apply_backward(slot, None, None, z, z)
+            yield job("ese backward", masked, "mask")
             argmax = _meta(2, 25, 42, channels, dtype=torch.uint8)
             for mode in ("ceil", "padded"):
                 launch = max_pool.plan_backward(dout, argmax, slot, mode)
@@ -394,10 +402,10 @@ def _backward_jobs() -> Iterator[Job]:
             yield job("batch norm", batch_norm.plan_merge(partials, groups), "merge")
             last = batch_norm.plan_finish(groups, vector, vector, 1e-5, norm)
             yield job("batch norm", last, "finish")
-            launch, last = batch_norm.plan_backward_sums(slot, z, norm, sums)
+            launch, last = batch_norm_backward.plan_backward_sums(slot, z, norm, sums)
             yield job("batch norm", launch, "gradient sums")
             yield job("batch norm", last, "last sums")
-            launch = batch_norm.plan_input_grad(slot, z, norm, sums, vector, slot)
+            launch = batch_norm_backward.plan_input_grad(slot, z, norm, sums, vector, slot)
             yield job("batch norm", launch, "input gradient")
             taps, dtaps = _meta(3, 3, channels, dtype=dtype), _meta(3, 3, channels, dtype=float32)
             for stride, g in ((1, z), (2, dout)):

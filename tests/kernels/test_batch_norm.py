@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from vovnet_fast.kernels import batch_norm
+from vovnet_fast.kernels import batch_norm, batch_norm_backward
 from vovnet_fast.kernels._common import accumulator
 
 EPS = 1e-5
@@ -159,8 +159,8 @@ def prepare(z, gamma):
 def backward(g, z, norm, gamma, out):
     """Both passes. Returns the sums."""
     sums = torch.full((2, z.shape[3]), float("nan"), dtype=norm.dtype, device=z.device)
-    batch_norm.backward_sums(g, z, norm, sums)
-    batch_norm.input_grad(g, z, norm, sums, gamma, out)
+    batch_norm_backward.backward_sums(g, z, norm, sums)
+    batch_norm_backward.input_grad(g, z, norm, sums, gamma, out)
     return sums
 
 
@@ -261,10 +261,10 @@ def test_two_processes(embed, assert_accurate, device):
     sums = torch.zeros(2, 16, dtype=torch.float64, device=device)
     for share in shares:
         part = torch.empty_like(sums)
-        batch_norm.backward_sums(g[share], z[share], norm, part)
+        batch_norm_backward.backward_sums(g[share], z[share], norm, part)
         sums += part
     for share in shares:
-        batch_norm.input_grad(g[share], z[share], norm, sums, gamma, out[share])
+        batch_norm_backward.input_grad(g[share], z[share], norm, sums, gamma, out[share])
     exact = autograd(g, z, gamma, torch.float64)
     for found, right in zip((out, sums[1], sums[0]), exact, strict=True):
         assert_accurate(found, right, right)

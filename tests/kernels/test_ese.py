@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from vovnet_fast import reference
-from vovnet_fast.kernels import ese
+from vovnet_fast.kernels import ese, ese_backward
 from vovnet_fast.kernels._common import accumulator
 
 KINDS = ("hard_sigmoid", "sigmoid")
@@ -161,11 +161,11 @@ def backward(dout, y, gates, mean, fc_weight, kind, out):
     dgates, dpixel = torch.full((2, n, c), float("nan"), dtype=acc, device=y.device)
     dfc_weight = torch.full((c, c), float("nan"), dtype=acc, device=y.device)
     dfc_bias = torch.full((c,), float("nan"), dtype=acc, device=y.device)
-    ese.gate_sums(dout, y, dgates)
-    ese.gates_backward(
+    ese_backward.gate_sums(dout, y, dgates)
+    ese_backward.gates_backward(
         dgates, gates, mean, height * width, fc_weight, kind, dpixel, dfc_weight, dfc_bias
     )
-    ese.apply_backward(dout, gates, dpixel, y, out)
+    ese_backward.apply_backward(dout, gates, dpixel, y, out)
     return dfc_weight, dfc_bias
 
 
@@ -231,11 +231,11 @@ def test_gate_sums(dtype, embed, assert_accurate, device):
     dout = embed(torch.randn(1, 60, 71, 64, device=device) * 300, dtype)
     y = embed(torch.rand(1, 60, 71, 64, device=device) * 300, dtype, crop=True)
     out, again = torch.full((2, 1, 64), float("nan"), device=device)
-    ese.gate_sums(dout, y, out)
+    ese_backward.gate_sums(dout, y, out)
     exact = (dout.double() * y.double()).sum((1, 2))
     eager = (dout.float() * y.float()).sum((1, 2))
     assert_accurate(out, eager, exact, (dout.double() * y.double()).abs().sum((1, 2)))
-    ese.gate_sums(dout, y, again)
+    ese_backward.gate_sums(dout, y, again)
     assert torch.equal(out, again)
 
 
@@ -244,7 +244,7 @@ def test_gate_sums_of_an_expanded_gradient(embed, assert_accurate, device):
     dout = torch.randn(2, 1, 1, 64, dtype=torch.float64, device=device).expand(2, 5, 6, 64)
     y = embed(torch.rand(2, 5, 6, 64, device=device), torch.float64)
     out = torch.empty(2, 64, dtype=torch.float64, device=device)
-    ese.gate_sums(dout, y, out)
+    ese_backward.gate_sums(dout, y, out)
     exact = (dout * y).sum((1, 2))
     assert_accurate(out, exact, exact)
 
@@ -268,7 +268,7 @@ def test_gates_backward_alone(weight_dtype, kind, assert_accurate, device):
     runs = []
     for _ in range(2):
         outs = [torch.full_like(t, float("nan"), dtype=torch.float32) for t in (mean, weight, bias)]
-        ese.gates_backward(dgates, gates, mean, 63, weight, kind, *outs)
+        ese_backward.gates_backward(dgates, gates, mean, 63, weight, kind, *outs)
         runs.append(outs)
     for found, again, by_eager, exact in zip(*runs, eager, right(torch.float64)[1], strict=True):
         # Sums of as many terms: their magnitude, not that of the result, is rounded.
@@ -291,7 +291,7 @@ def test_gates_backward_of_nan_and_inf(kind, assert_same_nonfinite, device):
     (d,) = torch.autograd.grad(gates, z, dgates.double())
     expected = d @ weight.double(), d.T @ mean.double(), d.sum(0)
     found = [torch.empty(shape, device=device) for shape in ((4, 64), (64, 64), (64,))]
-    ese.gates_backward(dgates, gates.detach().float(), mean, 63, weight, kind, *found)
+    ese_backward.gates_backward(dgates, gates.detach().float(), mean, 63, weight, kind, *found)
     for ours, theirs in zip(found, expected, strict=True):
         assert_same_nonfinite(ours, theirs)
 
@@ -315,7 +315,7 @@ def test_apply_backward(gated, target, dtype, embed, output, assert_accurate, de
     eager = masked(dout, gates, dpixel, y, dtype)
     out = output(shape, dtype)
     into = dict(out=out.view, dout=dout, y=y)[target]
-    ese.apply_backward(dout, gates, dpixel, y, into)
+    ese_backward.apply_backward(dout, gates, dpixel, y, into)
     assert_accurate(into, eager, exact)
     if target == "out":
         out.assert_guards_untouched()
@@ -334,7 +334,7 @@ def test_apply_backward_to_nan_and_inf(gated, embed, output, assert_same_nonfini
     if gated:
         dpixel[0, 7] = float("nan")
     out = output(y.shape, torch.float16)
-    ese.apply_backward(dout, gates, dpixel, y, out.view)
+    ese_backward.apply_backward(dout, gates, dpixel, y, out.view)
     assert_same_nonfinite(out.view, masked(dout, gates, dpixel, y, torch.float64))
     assert (out.view[0, 1, 1] == 0).all()
 
@@ -355,9 +355,9 @@ def test_backward_offsets_beyond_32_bits(device):
     y.copy_(torch.randn(1, 3, 4, 16, device=device).relu())
     gates, dpixel = torch.rand(2, 1, 16, device=device)
     sums = torch.empty(1, 16, device=device)
-    ese.gate_sums(dout, y, sums)
+    ese_backward.gate_sums(dout, y, sums)
     exact = (dout.double() * y.double()).sum((1, 2))
     torch.testing.assert_close(sums.double(), exact, rtol=1e-5, atol=1e-5)
-    ese.apply_backward(dout, gates, dpixel, y, out)
+    ese_backward.apply_backward(dout, gates, dpixel, y, out)
     exact = masked(dout, gates, dpixel, y, torch.float64)
     torch.testing.assert_close(out.double(), exact, rtol=2e-3, atol=2e-3)

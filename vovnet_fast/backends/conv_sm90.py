@@ -2,8 +2,8 @@
 
 Where Triton rounds 80, 96, 112, 160, 192 or 224 output channels up to powers of two, or splits
 them, and fetches the pixels of every tap, this one multiplies what there is, and fetches a strip
-of pixels once for the three taps of a column; ``csrc/cuda/conv_sm90.cu`` has the arithmetic. It
-reads and writes slots where they lie, and leaves pool partials.
+of pixels once for the three taps of a column; ``csrc/cuda/conv_sm90/launch.cu`` has the
+arithmetic. It reads and writes slots where they lie, and leaves pool partials.
 
 It is not verified on a GPU yet, and so not on offer unless the environment variable
 ``VOVNET_FAST_CONV_SM90`` is 1. An engine that is wrong is never chosen
@@ -29,7 +29,7 @@ ENVIRONMENT = "VOVNET_FAST_CONV_SM90"
 CAPABILITY = (9, 0)
 
 CHUNK = 64
-"""Input channels of a step: kChunk of csrc/cuda/conv_sm90_layout.h."""
+"""Input channels of a step: kChunk of csrc/cuda/conv_sm90/layout.h."""
 
 _ALIGNMENT = 16  # Bytes; of what bulk copies fetch, and of stores.
 _PIXEL_LIMIT = 2**30  # Tiles are counted in 32 bits, and any tile has a pixel.
@@ -156,7 +156,7 @@ class Launch:
     """One call of the extension.
 
     Attributes:
-        fields: of the struct, ``csrc/cuda/conv_sm90_params.h``, but for ``pool_partials``.
+        fields: of the struct, ``csrc/cuda/conv_sm90/params.h``, but for ``pool_partials``.
         tiles: of an image, each with a partial sum.
     """
 

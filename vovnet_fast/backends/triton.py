@@ -31,16 +31,16 @@ _SOURCES = {
     "normalize": "kernels.epilogue",
     "batch_norm_merge": "kernels.batch_norm",
     "batch_norm_finish": "kernels.batch_norm",
-    "batch_norm_sums": "kernels.batch_norm",
-    "batch_norm_input_grad": "kernels.batch_norm",
+    "batch_norm_sums": "kernels.batch_norm_backward",
+    "batch_norm_input_grad": "kernels.batch_norm_backward",
     "depthwise": "kernels.depthwise",
     "depthwise_input_grad": "kernels.depthwise",
     "depthwise_weight_grad": "kernels.depthwise",
     "gates": "kernels.ese",
-    "gates_backward": "kernels.ese",
-    "gate_sums": "kernels.ese",
+    "gates_backward": "kernels.ese_backward",
+    "gate_sums": "kernels.ese_backward",
     "apply_gates": "kernels.ese",
-    "apply_gates_backward": "kernels.ese",
+    "apply_gates_backward": "kernels.ese_backward",
     "max_pool": "kernels.max_pool",
     "max_pool_backward": "kernels.max_pool",
 }
@@ -62,6 +62,7 @@ def _kernels() -> Any:
     from ..kernels import (  # noqa: F401
         accumulate,
         batch_norm,
+        batch_norm_backward,
         conv,
         conv_weight_grad,
         cost,
@@ -69,6 +70,7 @@ def _kernels() -> Any:
         device,
         epilogue,
         ese,
+        ese_backward,
         max_pool,
         pack,
     )
@@ -238,7 +240,7 @@ def max_pool(x: Tensor, out: Tensor, mode: Pool, argmax: Tensor | None = None) -
 def gate_sums(dout: Tensor, y: Tensor) -> Tensor:
     """See :mod:`vovnet_fast.backends`."""
     out = y.new_empty(y.shape[0], y.shape[3], dtype=accumulator(y.dtype))
-    _kernels().ese.gate_sums(dout, y, out)
+    _kernels().ese_backward.gate_sums(dout, y, out)
     return out
 
 
@@ -253,7 +255,7 @@ def gates_backward(
     """See :mod:`vovnet_fast.backends`."""
     dpixel, dfc_weight = torch.empty_like(mean), mean.new_empty(fc_weight.shape)
     dfc_bias = mean.new_empty(mean.shape[1])
-    _kernels().ese.gates_backward(
+    _kernels().ese_backward.gates_backward(
         dgates, gates, mean, num_pixels, fc_weight, kind, dpixel, dfc_weight, dfc_bias
     )
     return dpixel, dfc_weight, dfc_bias
@@ -263,7 +265,7 @@ def apply_gates_backward(
     dout: Tensor, gates: Tensor | None, dpixel: Tensor | None, y: Tensor, out: Tensor
 ) -> None:
     """See :mod:`vovnet_fast.backends`."""
-    _kernels().ese.apply_backward(dout, gates, dpixel, y, out)
+    _kernels().ese_backward.apply_backward(dout, gates, dpixel, y, out)
 
 
 def max_pool_backward(dout: Tensor, argmax: Tensor, out: Tensor, mode: Pool) -> None:
@@ -291,7 +293,7 @@ def batch_norm_finish(
 def batch_norm_sums(g: Tensor, z: Tensor, norm: Tensor) -> Tensor:
     """See :mod:`vovnet_fast.backends`."""
     out = norm.new_empty(2, z.shape[3])
-    _kernels().batch_norm.backward_sums(g, z, norm, out)
+    _kernels().batch_norm_backward.backward_sums(g, z, norm, out)
     return out
 
 
@@ -299,7 +301,7 @@ def batch_norm_input_grad(
     g: Tensor, z: Tensor, norm: Tensor, sums: Tensor, gamma: Tensor | None, out: Tensor
 ) -> None:
     """See :mod:`vovnet_fast.backends`."""
-    _kernels().batch_norm.input_grad(g, z, norm, sums, gamma, out)
+    _kernels().batch_norm_backward.input_grad(g, z, norm, sums, gamma, out)
 
 
 def conv_weight_grad(

@@ -3,9 +3,9 @@
 
 #include <cuda.h>
 
-#include "conv_sm90_device.cuh"
-#include "conv_sm90_kernel.h"
-#include "conv_sm90_plan.h"
+#include "device.cuh"
+#include "kernel.h"
+#include "plan.h"
 
 namespace vovnet_fast {
 namespace conv_sm90 {

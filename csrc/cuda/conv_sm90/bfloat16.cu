@@ -1,5 +1,5 @@
-// The Hopper convolution in bf16: conv_sm90.cu launches it.
-#include "conv_sm90_kernels.cuh"
+// The Hopper convolution in bf16: launch.cu launches it.
+#include "kernels.cuh"
 
 namespace vovnet_fast {
 namespace conv_sm90 {

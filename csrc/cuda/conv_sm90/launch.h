@@ -1,7 +1,7 @@
-// The Hopper convolution (sm_90a), as the ops of ops.h. Arguments: conv_sm90_params.h.
+// The Hopper convolution (sm_90a), as the ops of ops.h. Arguments: params.h.
 #pragma once
 
-#include "conv_sm90_params.h"
+#include "params.h"
 
 namespace vovnet_fast {
 namespace cuda {

@@ -4,12 +4,12 @@
 // stages. Two warpgroups multiply: each holds 64 or 128 pixels of the tile by all of its output
 // channels, in fp32. CTAs loop over tiles, so that the next tile is fetched under the epilogue.
 //
-// The machine is a class: that of conv_sm90_device.cuh issues the instructions of sm_90a, that of
-// the tests simulates them.
+// The machine is a class: that of device.cuh issues the instructions of sm_90a, that of the tests
+// simulates them.
 #pragma once
 
-#include "../math.h"
-#include "conv_sm90_layout.h"
+#include "../../math.h"
+#include "layout.h"
 
 #ifdef __CUDACC__
 #define VF_THREAD __device__ __forceinline__

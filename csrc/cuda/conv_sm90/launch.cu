@@ -20,13 +20,17 @@
 //
 // CTAs are persistent: one fills a processor's shared memory, so that only a CTA which goes on to
 // the next tile can fetch it under the epilogue. Where the last wave is short, smaller tiles help.
+//
+// params.h has the arguments, plan.h makes of them what the kernel is told, layout.h says where
+// everything lies, kernel.h what a thread does. device.cuh and wgmma.cuh are the instructions that
+// it does it with; kernels.cuh makes kernels of that, which float16.cu and bfloat16.cu compile.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
-#include "common.cuh"
-#include "conv_sm90.h"
-#include "conv_sm90_kernels.cuh"
-#include "conv_sm90_plan.h"
+#include "../common.cuh"
+#include "kernels.cuh"
+#include "launch.h"
+#include "plan.h"
 
 namespace vovnet_fast {
 namespace conv_sm90 {

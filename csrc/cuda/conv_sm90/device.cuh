@@ -1,14 +1,13 @@
-// The machine of conv_sm90_kernel.h that is a Hopper GPU: each function is one instruction of
-// sm_90a.
+// The machine of kernel.h that is a Hopper GPU: each function is one instruction of sm_90a.
 #pragma once
 
 #include <cuda.h>
 
 #include <cstdint>
 
-#include "../dtypes.h"
-#include "conv_sm90_layout.h"
-#include "conv_sm90_wgmma.cuh"
+#include "../../dtypes.h"
+#include "layout.h"
+#include "wgmma.cuh"
 
 namespace vovnet_fast {
 namespace conv_sm90 {

@@ -5,8 +5,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "conv_sm90_layout.h"
-#include "conv_sm90_params.h"
+#include "layout.h"
+#include "params.h"
 
 namespace vovnet_fast {
 namespace conv_sm90 {

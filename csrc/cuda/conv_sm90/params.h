@@ -1,7 +1,7 @@
-// Arguments of the Hopper convolution; conventions as in ../params.h.
+// Arguments of the Hopper convolution; conventions as in ../../params.h.
 #pragma once
 
-#include "../params.h"
+#include "../../params.h"
 
 namespace vovnet_fast {
 

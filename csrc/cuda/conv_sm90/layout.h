@@ -16,7 +16,7 @@
 
 #include <cstdint>
 
-#include "../math.h"
+#include "../../math.h"
 
 namespace vovnet_fast {
 namespace conv_sm90 {
