@@ -10,6 +10,7 @@ import pytest
 from vovnet_fast import _optional
 from vovnet_fast.tools import cli
 from vovnet_fast.tools.bench import plots, report, rows, tables, verdicts
+from vovnet_fast.tools.bench.plots import networks, roofline
 
 PROVENANCE = {
     "date": "2001-02-03T04:05:06+00:00",
@@ -253,7 +254,7 @@ def test_pictures_say_how_sure_an_interval_is(tmp_path):
             tmp_path / "rows.json",
             [network("eager", 1.0), network("folded", 1.4, ratio_confidence=sure)],
         )
-        [figure] = plots.models(found)
+        [figure] = networks.models(found)
         labels = [text.get_text() for text in figure.axes[0].texts]
         assert any(label.endswith("  (93 %)") for label in labels) == said
         assert ("or of what is in brackets" in figure.get_supxlabel()) == said
@@ -362,7 +363,7 @@ def test_a_roofline_needs_its_ceilings(tmp_path):
     made.operations()
     section = section_of(tmp_path / "rows.json", made.rows)
     with pytest.raises(plots.NothingToDraw, match="no rows of kind ceiling"):
-        next(plots.roofline(section))
+        next(roofline.roofline(section))
 
 
 def test_without_matplotlib_there_are_tables(tmp_path, monkeypatch):
@@ -378,12 +379,12 @@ def test_many_networks_fill_several_pages(tmp_path):
     pytest.importorskip("matplotlib")
     found = [
         network(provider, ratio, batch=batch, peak_mib=5)
-        for batch in range(1, plots.MOST_PANELS + 3)
+        for batch in range(1, networks.MOST_PANELS + 3)
         for provider, ratio in (("eager", 1.0), ("folded", 1.2))
     ]
     section = section_of(tmp_path / "rows.json", found)
-    pages = list(plots.models(section))
-    assert [len(page.axes) for page in pages] == [plots.MOST_PANELS, 2]
+    pages = list(networks.models(section))
+    assert [len(page.axes) for page in pages] == [networks.MOST_PANELS, 2]
 
 
 def test_nothing_is_told_apart_by_colour_alone():
@@ -398,7 +399,7 @@ def test_nothing_is_told_apart_by_colour_alone():
     axes = Figure().subplots()
     kinds = [network("ours", 2, backend="cuda"), network("folded", 1.5), network("eager", 1)]
     for y, row in enumerate(kinds):
-        plots._bar(axes, y, 1.0, rows._row(row))
+        networks._bar(axes, y, 1.0, rows._row(row))
     looks = [
         (bar.get_hatch() or "", lightness(bar.get_facecolor()))
         for bar in axes.patches
@@ -407,7 +408,7 @@ def test_nothing_is_told_apart_by_colour_alone():
         for other_hatch, other_light in looks[i + 1 :]:
             assert hatch != other_hatch or abs(light - other_light) > 0.3
     found = [rows._row(network(name, 1)) for name in "abcdefgh"]
-    lines = plots._looks(found).values()
+    lines = networks._looks(found).values()
     assert len({(line["marker"], line["linestyle"]) for line in lines}) == 8
 
 
