@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import nn
 
-from vovnet_fast import VoVNet, aot, aot_resources, backends, freeze
+from vovnet_fast import VoVNet, aot, backends, freeze
+from vovnet_fast.aot import resources
 from vovnet_fast.tools.memory import training_memory
 from vovnet_fast.tools.plan import AtenRecorder, Work, launch_work, plan_forward
 
@@ -105,7 +106,7 @@ def kernels(arch: str) -> Iterator[tuple[str, Numbers]]:
             )
         row, disassembly = aot.examine(jobs[name], arch)
         numbers = kernel_numbers(row, disassembly)
-        if aot_resources.is_stale(jobs[name], row):
+        if resources.is_stale(jobs[name], row):
             numbers["out of date in kernels/resources"] = 1
         yield ", ".join(name), numbers
 

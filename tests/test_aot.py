@@ -180,12 +180,12 @@ def test_sm_90(tables):
 
 TABLES = """
 import json
-from vovnet_fast import aot_resources
+from vovnet_fast.aot import resources
 from vovnet_fast.kernels.resources import Resources, tables
 
 for capability, table in tables().items():
     arch, found = f"sm_{capability[0]}{capability[1]}", []
-    for (row, config), job in aot_resources.jobs(arch):
+    for (row, config), job in resources.jobs(arch):
         registers, shared, spilled = table["programs"][row].pop(config)
         resident = Resources(job.launch.num_warps, registers, shared).resident(capability)
         found.append([job.kernel, job.layer, config, [resident, spilled]])

@@ -9,7 +9,8 @@ import pytest
 
 from vovnet_fast import _optional
 from vovnet_fast.tools import cli
-from vovnet_fast.tools.bench import plots, report, rows
+from vovnet_fast.tools.bench import plots, report, rows, tables, verdicts
+from vovnet_fast.tools.bench.plots import networks, roofline
 
 PROVENANCE = {
     "date": "2001-02-03T04:05:06+00:00",
@@ -213,17 +214,17 @@ def test_losses_are_listed_as_wins_are(tmp_path):
             network("ours", 1.31, batch=2, backend="cuda"),
         ],
     )  # fmt: skip
-    text = "".join(report._verdicts(found))
+    text = "".join(verdicts.verdicts(found))
     assert "| Inference of whole networks | 1 | 1 | 1 |" in text
     assert "| V-39-eSE, 8x3x224x224, bf16, forward | ours | folded | 0.86 (0.84 to 0.87)" in text
-    table = "".join(report._networks(found, "inference"))
+    table = "".join(tables.networks(found, "inference"))
     assert "| **ours** |" in table
     assert table.index("**ours** | 5.26") < table.index("| folded | 7.14 |"), "the fastest first"
 
 
 def test_an_interval_of_few_rounds_is_not_taken_for_more(tmp_path):
     few, many = dict(ratio_confidence=0.9375), dict(ratio_confidence=0.96)
-    for sure, verdicts in ((few, "| 0 | 1 | 0 |"), (many, "| 1 | 0 | 0 |")):
+    for sure, counts in ((few, "| 0 | 1 | 0 |"), (many, "| 1 | 0 | 0 |")):
         found = section_of(
             tmp_path / "rows.json",
             [
@@ -231,18 +232,18 @@ def test_an_interval_of_few_rounds_is_not_taken_for_more(tmp_path):
                 network("ours", 1.9, backend="cuda", **sure),
             ],
         )  # fmt: skip
-        text = "".join(report._verdicts(found))
-        assert f"| Inference of whole networks {verdicts}" in text
-        table = "".join(report._networks(found, "inference"))
+        text = "".join(verdicts.verdicts(found))
+        assert f"| Inference of whole networks {counts}" in text
+        table = "".join(tables.networks(found, "inference"))
         said = "1.90 (1.88 to 1.92, 93 %)" if sure is few else "1.90 (1.88 to 1.92)"
         assert f"| {said} |" in table
-        assert not any("how sure" in line for line in report._not_measured(found, {}))
+        assert not any("how sure" in line for line in verdicts.not_measured(found, {}))
         both = rows.against(found.rows[2], found.rows[1])
         assert both.confidence == pytest.approx(0.875 if sure is few else 0.92)
-    assert report._by_way(both).endswith(")")
+    assert tables.by_way(both).endswith(")")
     old = section_of(tmp_path / "rows.json", [network("eager", 1.0), network("folded", 1.4)])
     assert "2 rows do not say how sure their intervals are" in "".join(
-        report._not_measured(old, {})
+        verdicts.not_measured(old, {})
     )
 
 
@@ -253,7 +254,7 @@ def test_pictures_say_how_sure_an_interval_is(tmp_path):
             tmp_path / "rows.json",
             [network("eager", 1.0), network("folded", 1.4, ratio_confidence=sure)],
         )
-        [figure] = plots.models(found)
+        [figure] = networks.models(found)
         labels = [text.get_text() for text in figure.axes[0].texts]
         assert any(label.endswith("  (93 %)") for label in labels) == said
         assert ("or of what is in brackets" in figure.get_supxlabel()) == said
@@ -268,10 +269,10 @@ def test_launches_that_nobody_knows_have_a_reason(tmp_path):
             network("eager", 1.0, batch=2), network("compiled", 1.4, batch=2, launches_why=why),
         ],
     )  # fmt: skip
-    table = "".join(report._networks(found, "inference"))
+    table = "".join(tables.networks(found, "inference"))
     assert "| 164 |" in table
     assert "Launches are counted, not measured" in table
-    text = "".join(report._not_measured(found, {}))
+    text = "".join(verdicts.not_measured(found, {}))
     assert text.count(f"- Launches of compiled: {why}.") == 1
 
 
@@ -280,18 +281,18 @@ def test_eager_of_the_same_rounds_stands_beside(tmp_path):
     made = [network("eager", 1.0), network("ours", 2.0, backend="cuda", eager_ms=12.5)]
     made += [row | dict(kind="conv", name="3x3") for row in made]
     found = section_of(tmp_path / "rows.json", made)
-    assert "| **ours** | 5 | 12.5 |" in "".join(report._networks(found, "inference"))
-    text = "".join(report._operations(found, "conv"))
+    assert "| **ours** | 5 | 12.5 |" in "".join(tables.networks(found, "inference"))
+    text = "".join(tables.operations(found, "conv"))
     assert "| 5 (ours) |  | 12.5 | eager | 2.00 (1.98 to 2.02)" in text, "measured directly"
 
 
 def test_inference_and_training_of_detectors_are_told_apart(tmp_path):
     made = [network("eager", 1.0, kind="detector", spec="V-39-eSE") for _ in range(2)]
     made[1]["pass"] = "step"
-    text = "".join(report._networks(section_of(tmp_path / "rows.json", made), "detector"))
+    text = "".join(tables.networks(section_of(tmp_path / "rows.json", made), "detector"))
     assert "| V-39-eSE | forward | 1x3x224x224 |" in text
     assert "| V-39-eSE | step | 1x3x224x224 |" in text
-    text = "".join(report._networks(section_of(tmp_path / "rows.json", made[:1]), "detector"))
+    text = "".join(tables.networks(section_of(tmp_path / "rows.json", made[:1]), "detector"))
     assert "| pass |" not in text
 
 
@@ -333,7 +334,7 @@ def test_what_is_measured_again_replaces_what_was_before(tmp_path):
     [section] = rows.load([late, early])
     assert [row.device_ms for row in section.rows] == [10.0, 8.0]
     assert section.replaced == 1
-    assert "1 rows were measured again later" in "".join(report._not_measured(section, {}))
+    assert "1 rows were measured again later" in "".join(verdicts.not_measured(section, {}))
 
 
 def test_what_is_missing_is_said_and_not_drawn(tmp_path):
@@ -362,7 +363,7 @@ def test_a_roofline_needs_its_ceilings(tmp_path):
     made.operations()
     section = section_of(tmp_path / "rows.json", made.rows)
     with pytest.raises(plots.NothingToDraw, match="no rows of kind ceiling"):
-        next(plots.roofline(section))
+        next(roofline.roofline(section))
 
 
 def test_without_matplotlib_there_are_tables(tmp_path, monkeypatch):
@@ -378,12 +379,12 @@ def test_many_networks_fill_several_pages(tmp_path):
     pytest.importorskip("matplotlib")
     found = [
         network(provider, ratio, batch=batch, peak_mib=5)
-        for batch in range(1, plots.MOST_PANELS + 3)
+        for batch in range(1, networks.MOST_PANELS + 3)
         for provider, ratio in (("eager", 1.0), ("folded", 1.2))
     ]
     section = section_of(tmp_path / "rows.json", found)
-    pages = list(plots.models(section))
-    assert [len(page.axes) for page in pages] == [plots.MOST_PANELS, 2]
+    pages = list(networks.models(section))
+    assert [len(page.axes) for page in pages] == [networks.MOST_PANELS, 2]
 
 
 def test_nothing_is_told_apart_by_colour_alone():
@@ -398,7 +399,7 @@ def test_nothing_is_told_apart_by_colour_alone():
     axes = Figure().subplots()
     kinds = [network("ours", 2, backend="cuda"), network("folded", 1.5), network("eager", 1)]
     for y, row in enumerate(kinds):
-        plots._bar(axes, y, 1.0, rows._row(row))
+        networks._bar(axes, y, 1.0, rows._row(row))
     looks = [
         (bar.get_hatch() or "", lightness(bar.get_facecolor()))
         for bar in axes.patches
@@ -407,7 +408,7 @@ def test_nothing_is_told_apart_by_colour_alone():
         for other_hatch, other_light in looks[i + 1 :]:
             assert hatch != other_hatch or abs(light - other_light) > 0.3
     found = [rows._row(network(name, 1)) for name in "abcdefgh"]
-    lines = plots._looks(found).values()
+    lines = networks._looks(found).values()
     assert len({(line["marker"], line["linestyle"]) for line in lines}) == 8
 
 
@@ -426,7 +427,7 @@ def test_rows_of_one_command_for_a_gpu(tmp_path):
     assert section.rows[0].spec == "V-39-eSE"
     assert "sm_mhz, seen | 90 to 2000" in "".join(report._provenance(section))
     assert not list(report._busy(section))
-    missing = "".join(report._not_measured(section, {}))
+    missing = "".join(verdicts.not_measured(section, {}))
     assert "- 2 benchmarks skipped: timm is not installed\n" in missing
     assert "- 1 benchmark failed: AssertionError: too far\n" in missing
 

@@ -205,7 +205,7 @@ def test_no_backbone():
     with pytest.raises(CheckpointError, match="holds nothing"):
         load(VoVNet(TINY["seed"]), {})
     with pytest.raises(CheckpointError, match="mapping of tensors"):
-        checkpoints._unwrap([1, 2])
+        checkpoints.files.unwrap([1, 2])
     with pytest.raises(TypeError, match=r"must be a vovnet_fast\.VoVNet, got Linear"):
         load(torch.nn.Linear(1, 1), {})
     with pytest.raises(ValueError, match=r"to must be one of native, .* got 'keras'"):

@@ -24,6 +24,9 @@ KINDS = {
 }
 """What is measured, in the order of a report."""
 
+NETWORKS = ("inference", "training", "detector")
+OPERATIONS = ("block", "conv", "op")
+
 OURS = ("triton", "cuda", "cpu", "auto")
 """The backends that are this library's own; ``reference`` is plain PyTorch."""
 
@@ -242,6 +245,26 @@ def cases(rows: Iterable[Row]) -> dict[tuple[str, ...], list[Row]]:
     for row in rows:
         found.setdefault(row.case, []).append(row)
     return found
+
+
+def ranked(found: Iterable[Row]) -> list[Row]:
+    """The fastest first, by ratios if all have them: what slows all for a while is not in them."""
+    found = list(found)
+    if all(row.ratio_to_eager for row in found):
+        return sorted(found, key=lambda row: row.ratio_to_eager or 0, reverse=True)
+    return sorted(found, key=lambda row: row.device_ms)
+
+
+def _best(found: Iterable[Row]) -> Row | None:
+    return next(iter(ranked(found)), None)
+
+
+def pair(found: Sequence[Row]) -> tuple[Row | None, Row | None]:
+    """Our fastest, and the fastest of the others."""
+    return (
+        _best(row for row in found if row.ours),
+        _best(row for row in found if not row.ours),
+    )
 
 
 def against(ours: Row, peer: Row) -> Interval | None:

@@ -15,7 +15,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import aot
+from . import compiler
+from .convolutions import conv_jobs
+from .job import Job, capability
 
 ARCHITECTURES = ("sm_80", "sm_90")
 """Others take the table of the nearest of these."""
@@ -24,9 +26,9 @@ PRECISION = "half"
 """What the tables hold: fp32 is estimated. The two half precisions compile to the same."""
 
 
-def key(job: aot.Job) -> tuple[str, str] | None:
+def key(job: Job) -> tuple[str, str] | None:
     """(row, configuration) that a job is the compiler's word for; None if it is for none."""
-    from .kernels.resources import row
+    from ..kernels.resources import row
 
     if job.kernel not in _KINDS or "float16" not in job.layer:
         return None
@@ -45,17 +47,17 @@ _KINDS = {
 }
 
 
-def jobs(arch: str) -> Iterator[tuple[tuple[str, str], aot.Job]]:
+def jobs(arch: str) -> Iterator[tuple[tuple[str, str], Job]]:
     """The first job for each configuration of each row."""
     seen = set()
-    for job in aot.conv_jobs(arch):
+    for job in conv_jobs(arch):
         found = key(job)
         if found is not None and found not in seen:
             seen.add(found)
             yield found, job
 
 
-def is_stale(job: aot.Job, row: aot.Row) -> bool:
+def is_stale(job: Job, row: compiler.Row) -> bool:
     """Whether what a job was compiled to fits on a processor in other numbers than its table says.
 
     A few registers more or less, which change nothing, are no reason to write tables anew.
@@ -63,15 +65,15 @@ def is_stale(job: aot.Job, row: aot.Row) -> bool:
     """
     import triton
 
-    from .kernels.resources import Resources, tables
+    from ..kernels.resources import Resources, tables
 
-    capability = aot.capability(row.arch)
-    known = tables().get(capability, {"triton": ""})
+    number = capability(row.arch)
+    known = tables().get(number, {"triton": ""})
     name = key(job)
     if known["triton"] != triton.__version__ or name is None or layers(row.arch)[name] != job.layer:
         return False
     registers, shared, spilled = known["programs"].get(name[0], {}).get(name[1], (0, 0, -1))
-    resident = Resources(row.warps, registers, shared).resident(capability) if registers else 0
+    resident = Resources(row.warps, registers, shared).resident(number) if registers else 0
     return (resident, spilled) != (row.ctas, row.spilled)
 
 
@@ -86,7 +88,7 @@ def _compile(arch: str, share: int, of: int) -> list[tuple[tuple[str, str], list
     found = []
     for number, (name, job) in enumerate(jobs(arch)):
         if number % of == share:
-            registers, spilled, shared = aot.resources(job, arch)
+            registers, spilled, shared = compiler.resources(job, arch)
             found.append((name, [registers, shared, spilled]))
     return found
 

@@ -1,0 +1,47 @@
+"""Read, check, rename and write VoVNet checkpoints of every published key layout.
+
+Key layouts, for the first layer of the second stage:
+
+=============================  =================================================
+``native`` and ``detectron2``  ``stage2.OSA2_1.layers.0.OSA2_1_0/conv.weight``
+``timm``                       ``stages.0.blocks.0.conv_mid.0.conv.weight``
+``seed`` (mmdet 1.2 port)      ``model.OSA_2.OSA2_1.layers.0.0.weight``
+=============================  =================================================
+
+``native`` and ``detectron2`` share their keys and differ in what they promise:
+``native`` is the layout of this package's own modules, of any dialect;
+``detectron2`` is a file that vovnet-detectron2, PETR and their relatives run as
+the same function. Converting refuses where no such function exists.
+
+Nothing here executes code from a file: pickles are read with
+``weights_only=True``, and unknown classes in them (a trainer's log buffers, say)
+become inert placeholders.
+
+===================  ================================================================
+:mod:`.files`        reading and writing files of tensors
+:mod:`.layouts`      what modules are called in every layout
+:mod:`.fitting`      whether tensors fill an architecture, and which one
+:mod:`.loading`      a model filled from a checkpoint
+:mod:`.conversion`   a checkpoint renamed to another layout
+===================  ================================================================
+"""
+
+from .conversion import convert, convert_with_report
+from .files import CheckpointError, StateDict, read, write
+from .fitting import Report, identify
+from .layouts import LAYOUTS, Layout
+from .loading import load
+
+__all__ = [
+    "LAYOUTS",
+    "CheckpointError",
+    "Layout",
+    "Report",
+    "StateDict",
+    "convert",
+    "convert_with_report",
+    "identify",
+    "load",
+    "read",
+    "write",
+]

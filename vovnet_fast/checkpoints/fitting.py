@@ -1,0 +1,176 @@
+"""Whether a checkpoint's tensors fill an architecture exactly, and which ones they would fill."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import specs
+from ..network.model import VoVNet
+from ..specs import Dialect, VoVNetSpec
+from .files import CheckpointError, StateDict, unwrap
+from .layouts import ANCHORS, FOREIGN, ROOTS, Layout, column_of, locate, module_names
+
+COUNTER = "num_batches_tracked"  # A step count, no weight; frozen norms do not have it.
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found in a checkpoint.
+
+    Attributes:
+        spec: canonical name of the architecture.
+        layout: key layout of the source.
+        prefix: what stood before every backbone key, e.g. ``module.backbone.``.
+        tensors: number of tensors taken.
+        parameters: number of scalar values in them, counters left out.
+        ignored: keys of the source that belong to no backbone (heads, necks).
+    """
+
+    spec: str
+    layout: Layout
+    prefix: str
+    tensors: int
+    parameters: int
+    ignored: tuple[str, ...]
+
+
+@functools.lru_cache(maxsize=64)
+def expected_shapes(spec: VoVNetSpec, input_ch: int) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        model = VoVNet(spec, input_ch=input_ch)
+    return {key: value.shape for key, value in model.state_dict().items()}
+
+
+def take(
+    state_dict: StateDict, spec: VoVNetSpec, layout: Layout | None, prefix: str | None
+) -> tuple[dict[str, Tensor], list[str], Report]:
+    """Rename a source's backbone to native keys.
+
+    Returns:
+        the tensors by native key, the source's keys that look like a backbone's
+        but have no place in ``spec``, and the report.
+    """
+    layout, prefix = locate(state_dict, layout, prefix)
+    column = column_of(layout)
+    rename = {names[column]: names[0] for names in module_names(spec)}
+    taken: dict[str, Tensor] = {}
+    surplus, ignored = [], []
+    for key, value in state_dict.items():
+        module, _, leaf = key.removeprefix(prefix).rpartition(".")
+        if key.startswith(prefix) and module in rename:
+            if not isinstance(value, Tensor):
+                raise CheckpointError(
+                    f"{key!r} is no tensor but {type(value).__name__}: the file was not written "
+                    "by torch.save of a state dict"
+                )
+            taken[f"{rename[module]}.{leaf}"] = value
+        elif key.startswith(tuple(prefix + root for root in ROOTS[layout])):
+            surplus.append(key)
+        else:
+            ignored.append(key)
+    report = Report(
+        spec=spec.name,
+        layout=layout,
+        prefix=prefix,
+        tensors=len(taken),
+        parameters=sum(v.numel() for k, v in taken.items() if not k.endswith(COUNTER)),
+        ignored=tuple(ignored),
+    )
+    return taken, surplus, report
+
+
+def check(
+    taken: Mapping[str, Tensor],
+    surplus: list[str],
+    expected: Mapping[str, torch.Size],
+    report: Report,
+    state_dict: StateDict,
+) -> None:
+    """Raise unless the tensors fill the architecture exactly, with finite values."""
+    missing = [k for k in expected if k not in taken and not k.endswith(COUNTER)]
+    unexpected = surplus + [k for k in taken if k not in expected and not k.endswith(COUNTER)]
+    shapes = [
+        f"{k} is {list(taken[k].shape)}, expected {list(shape)}"
+        for k, shape in expected.items()
+        if k in taken and taken[k].shape != shape
+    ]
+    problems = [
+        f"{len(items)} {what}: {', '.join(items[:4])}{', ...' if len(items) > 4 else ''}"
+        for what, items in (
+            ("parameters left unfilled", missing),
+            ("keys without a place", unexpected),
+            ("shapes differ", shapes),
+        )
+        if items
+    ]
+    if problems:
+        raise CheckpointError(
+            f"the checkpoint ({report.layout} keys, prefix {report.prefix!r}) does not fit "
+            f"{report.spec}. " + ". ".join(problems) + f". {_hint(state_dict, report)}"
+        )
+    bad = [k for k, v in taken.items() if v.is_floating_point() and not v.isfinite().all()]
+    if bad:
+        raise CheckpointError(
+            f"{len(bad)} tensors of the checkpoint hold NaN or Inf, first {bad[0]}: it was "
+            "written after a diverged training or is damaged"
+        )
+
+
+def _hint(state_dict: StateDict, report: Report) -> str:
+    fitting = identify(state_dict, layout=report.layout, prefix=report.prefix)
+    if fitting:
+        return "It fits " + " and ".join(fitting)
+    return "It fits none of the published architectures"
+
+
+def refuse_other_function(spec: VoVNetSpec, dialect: Dialect, what: str) -> None:
+    reasons = specs.differences(spec, dialect)
+    if reasons:
+        raise CheckpointError(
+            f"{what}: the two do not compute the same function. "
+            + "; ".join(reasons[:6])
+            + ("; ..." if len(reasons) > 6 else "")
+            + f". Use the {dialect} dialect's own architecture: {', '.join(specs.names(dialect))}"
+        )
+
+
+def identify(
+    state_dict: StateDict, *, layout: Layout | None = None, prefix: str | None = None
+) -> list[str]:
+    """Names of the published architectures that a checkpoint fits exactly.
+
+    Several fit where dialects agree (``V-19-slim-eSE`` and
+    ``ese_vovnet19b_slim`` are one function); those of the layout's own dialect
+    come first.
+
+    Args:
+        state_dict: tensors by key, wrapped or not, of any layout.
+        layout: the key layout, recognised by default.
+        prefix: what stands before the backbone's keys, found by default.
+
+    Raises:
+        CheckpointError: no backbone, or several.
+    """
+    state_dict = unwrap(state_dict)
+    layout, prefix = locate(state_dict, layout, prefix)
+    first = state_dict[prefix + ANCHORS[layout]]
+    if not isinstance(first, Tensor) or first.ndim != 4:
+        return []
+    fitting = []
+    for spec in specs.SPECS.values():
+        if layout in FOREIGN and specs.differences(spec, layout):
+            continue
+        taken, surplus, _ = take(state_dict, spec, layout, prefix)
+        expected = {
+            k: v for k, v in expected_shapes(spec, first.shape[1]).items() if k[-7:] != "tracked"
+        }
+        have = {k: v.shape for k, v in taken.items() if not k.endswith(COUNTER)}
+        if have == expected and not surplus:
+            fitting.append(spec)
+    own = "detectron2" if layout == "native" else layout
+    return [s.name for s in sorted(fitting, key=lambda s: s.dialect != own)]

@@ -1,0 +1,143 @@
+"""``VoVNetFast`` for mmdetection 3.x, mmdetection3d 1.x and other mmengine code bases.
+
+In a config::
+
+    custom_imports = dict(imports=["vovnet_fast.mmdet"], allow_failed_imports=False)
+    model = dict(backbone=dict(_delete_=True, type="VoVNetFast", spec_name="V-39-eSE"))
+
+The class is registered in mmdet's ``MODELS`` and in mmengine's root registry,
+so that it is found from the scope of any code base that builds on them.
+Nothing else in this package imports mmdet.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+try:
+    import mmdet.registry
+    import mmengine.registry
+    from mmengine.model import BaseModule
+    from mmengine.model.weight_init import PretrainedInit, update_init_info
+except ImportError as error:
+    raise ImportError(
+        f"vovnet_fast.mmdet needs mmdetection 3.x, and importing it failed with: {error}. "
+        'Install it with: pip install "vovnet-fast[mmdet]" (see the README for mmcv and its '
+        "compiled ops)"
+    ) from error
+
+from .. import checkpoints
+from ..network.model import STAGE_NAMES, VoVNet
+from ..network.norms import NormCfg
+from ..specs import VoVNetSpec
+
+
+class VoVNetFast(VoVNet, BaseModule):
+    """:class:`vovnet_fast.VoVNet` as an mmengine ``BaseModule``.
+
+    Takes the arguments of :class:`~vovnet_fast.VoVNet`, and:
+
+    Args:
+        pretrained: a checkpoint; short for
+            ``init_cfg=dict(type='Pretrained', checkpoint=pretrained)``.
+        init_cfg: mmengine's initialisation. ``Pretrained`` goes through
+            :func:`vovnet_fast.checkpoints.load`: every published layout is
+            recognised, and a file that leaves a parameter unfilled is an error
+            where mmengine would only warn. Its ``prefix`` is honoured. None
+            keeps the initialisation of the original.
+
+    Raises:
+        UnknownSpecError, ValueError: as :class:`~vovnet_fast.VoVNet`.
+
+    A checkpoint of a whole detector (``load_from``, ``resume``) that holds some
+    but not all of the backbone's parameters is refused too, and one that holds
+    none is warned about: a silent mismatch of keys trains from noise.
+    """
+
+    _is_init: bool
+
+    def __init__(
+        self,
+        spec_name: str | VoVNetSpec = "V-39-eSE",
+        input_ch: int = 3,
+        out_features: Sequence[str] | None = STAGE_NAMES,
+        frozen_stages: int = -1,
+        norm_eval: bool = True,
+        norm_cfg: NormCfg | None = None,
+        with_cp: bool = False,
+        *,
+        out_indices: Sequence[int] | None = None,
+        model_name: str | None = None,
+        pretrained: str | None = None,
+        init_cfg: dict | list[dict] | None = None,
+    ) -> None:
+        super().__init__(
+            spec_name,
+            input_ch,
+            STAGE_NAMES if out_features is None else out_features,
+            frozen_stages,
+            norm_eval,
+            norm_cfg,
+            with_cp,
+            out_indices=out_indices,
+            model_name=model_name,
+        )
+        if pretrained is not None:
+            if init_cfg is not None:
+                raise ValueError(
+                    "pretrained and init_cfg both say how to initialise the backbone: give one"
+                )
+            init_cfg = dict(type="Pretrained", checkpoint=pretrained)
+        self.init_cfg = init_cfg
+        self.register_load_state_dict_pre_hook(_refuse_partial_load)
+
+    def init_weights(self) -> None:
+        """Apply ``init_cfg`` once; weights that are already loaded stay."""
+        if self._is_init:
+            return
+        cfgs = self.init_cfg or []
+        cfgs = [cfgs] if isinstance(cfgs, dict) else list(cfgs)
+        names = ("Pretrained", "PretrainedInit", PretrainedInit)  # Lazy configs hold the class.
+        pretrained = [cfg for cfg in cfgs if cfg["type"] in names]
+        self.init_cfg = [cfg for cfg in cfgs if cfg not in pretrained] or None
+        super().init_weights()
+        for cfg in pretrained:
+            report = checkpoints.load(self, cfg["checkpoint"], prefix=cfg.get("prefix"))
+            if hasattr(self, "_params_init_info"):  # A detector's log of who set what.
+                update_init_info(
+                    self,
+                    init_info=f"vovnet_fast.checkpoints.load from {cfg['checkpoint']} "
+                    f"({report.layout} keys)",
+                )
+        self.init_cfg = cfgs or None
+        self._is_init = True
+
+
+def _refuse_partial_load(
+    module: VoVNetFast, state_dict: dict[str, Any], prefix: str, *_: Any
+) -> None:
+    """Stop a load that fills only part of the backbone, even a non-strict one."""
+    expected = [key for key in module.state_dict() if not key.endswith("num_batches_tracked")]
+    missing = [key for key in expected if prefix + key not in state_dict]
+    if not missing:
+        return
+    if len(missing) == len(expected):
+        warnings.warn(
+            f"the checkpoint holds nothing for the backbone: no key like {prefix + missing[0]!r}. "
+            "The backbone keeps its present weights. To fill it from a backbone file, use "
+            "init_cfg=dict(type='Pretrained', checkpoint=...)",
+            stacklevel=2,
+        )
+        return
+    shown = ", ".join(repr(prefix + key) for key in missing[:4])
+    raise checkpoints.CheckpointError(
+        f"the checkpoint fills {len(expected) - len(missing)} of the backbone's {len(expected)} "
+        f"tensors and lacks {shown}{' and others' if len(missing) > 4 else ''}: it was written "
+        f"for another architecture than {module.spec.name}"
+    )
+
+
+for _registry in (mmdet.registry.MODELS, mmengine.registry.MODELS):
+    _registry.register_module(name="VoVNetFast", module=VoVNetFast)
