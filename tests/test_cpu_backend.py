@@ -266,8 +266,8 @@ def broken(name):
     ],
 )
 def test_why_it_cannot_run(where, what, reason, monkeypatch):
-    monkeypatch.setattr(f"vovnet_fast.backends._extension.{where}", what)
-    _extension._loaded.cache_clear()
+    monkeypatch.setattr(f"vovnet_fast.backends._extension.loading.{where}", what)
+    _extension.loading._loaded.cache_clear()
     try:
         said = cpu.why_not(CPU)
         assert reason in said
@@ -276,7 +276,7 @@ def test_why_it_cannot_run(where, what, reason, monkeypatch):
             _extension.load("cpu")
     finally:
         monkeypatch.undo()
-        _extension._loaded.cache_clear()
+        _extension.loading._loaded.cache_clear()
 
 
 def test_it_takes_tensors_on_the_cpu():

@@ -127,13 +127,13 @@ class _Fake:
 @pytest.fixture
 def reloaded():
     """The extension is looked for again, in the test and after it."""
-    _extension._loaded.cache_clear()
+    _extension.loading._loaded.cache_clear()
     yield
-    _extension._loaded.cache_clear()
+    _extension.loading._loaded.cache_clear()
 
 
 def test_without_the_extension(capsys, monkeypatch, reloaded):
-    monkeypatch.setattr(_extension, "NAME", "vovnet_fast._nonesuch")
+    monkeypatch.setattr(_extension.loading, "NAME", "vovnet_fast._nonesuch")
     found = facts(capsys)
     assert "is not built" in found["extension"]["vovnet_fast._C"]
     assert "is not built" in found["backends"]["cpu"]
@@ -147,7 +147,7 @@ def in_its_place(reloaded, monkeypatch, tmp_path):
     def put(source):
         (tmp_path / "_stands_in.py").write_text(source)
         monkeypatch.setattr(vovnet_fast, "__path__", [str(tmp_path), *vovnet_fast.__path__])
-        monkeypatch.setattr(_extension, "NAME", "vovnet_fast._stands_in")
+        monkeypatch.setattr(_extension.loading, "NAME", "vovnet_fast._stands_in")
 
     yield put
     sys.modules.pop("vovnet_fast._stands_in", None)

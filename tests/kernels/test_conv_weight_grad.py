@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from vovnet_fast.backends import triton as backend
+from vovnet_fast.backends.triton import convolution_gradients
 from vovnet_fast.kernels import conv_weight_grad as module
 from vovnet_fast.kernels import conv_weight_grad_tma
 from vovnet_fast.kernels._common import accumulator
@@ -434,7 +435,7 @@ def test_engines_agree(kernel, stride, dtype, case):
 def test_a_wrong_engine_fails_its_trial(case, monkeypatch):
     layer = case(2, 3, 7, 16, 48, torch.float16)
     names, _ = engines(layer)
-    trial = backend._weight_grad_trial(layer.x, layer.g, layer.weight, stride=1)
+    trial = convolution_gradients._weight_grad_trial(layer.x, layer.g, layer.weight, stride=1)
     assert [trial(name) for name in names] == [None] * len(names)
     right = backend.run_weight_grad_engine
 
@@ -442,7 +443,7 @@ def test_a_wrong_engine_fails_its_trial(case, monkeypatch):
         dweight, dscale, dshift = right(*args, **options)
         return dweight, dscale, dshift * 1.1
 
-    monkeypatch.setattr(backend, "run_weight_grad_engine", wrong)
+    monkeypatch.setattr(convolution_gradients, "run_weight_grad_engine", wrong)
     assert "allowed" in trial(names[1])
 
 

@@ -71,9 +71,9 @@ def layer(embed, device):
 
 @pytest.fixture(autouse=True)
 def _nothing_remembered():
-    cudnn_graph._plans.cache_clear()
+    cudnn_graph.plans.plans_for.cache_clear()
     yield
-    cudnn_graph._plans.cache_clear()
+    cudnn_graph.plans.plans_for.cache_clear()
 
 
 # --------------------------------------------------------------------------------------
@@ -91,12 +91,12 @@ def installed(monkeypatch):
 
     def installed(backend_version):
         frontend = types.SimpleNamespace(backend_version=backend_version)
-        monkeypatch.setattr(cudnn_graph, "_frontend", lambda: frontend)
+        monkeypatch.setattr(cudnn_graph.installed, "frontend", lambda: frontend)
 
-    cudnn_graph._mismatch.cache_clear()
+    cudnn_graph.installed._mismatch.cache_clear()
     installed(lambda: 92000)
     yield installed
-    cudnn_graph._mismatch.cache_clear()
+    cudnn_graph.installed._mismatch.cache_clear()
 
 
 def test_reasons_why_not(installed, monkeypatch):
@@ -245,15 +245,15 @@ class Frontend:
 def frontend(monkeypatch):
     """A listening frontend instead of the real one, on a machine that need not have a GPU."""
     frontend = Frontend()
-    monkeypatch.setattr(cudnn_graph, "_frontend", lambda: frontend)
-    monkeypatch.setattr(cudnn_graph, "why_not", lambda device: None)
+    monkeypatch.setattr(cudnn_graph.installed, "frontend", lambda: frontend)
+    monkeypatch.setattr(cudnn_graph.installed, "why_not", lambda device: None)
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     stream = types.SimpleNamespace(cuda_stream=17)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
-    cudnn_graph._handle.cache_clear()
+    cudnn_graph.plans._handle.cache_clear()
     yield frontend
-    cudnn_graph._handle.cache_clear()
+    cudnn_graph.plans._handle.cache_clear()
 
 
 def test_slots_are_described_by_their_strides(layer, output):
@@ -482,7 +482,7 @@ def test_the_real_frontend_accepts_the_description(layer, output):
     out = output(case.shape(), torch.bfloat16, crop=True).view
     problem = cudnn_graph.describe(*case.tensors(out), **case.options())
     try:
-        graph = cudnn_graph._build(cudnn_graph._frontend(), problem).graph
+        graph = cudnn_graph.plans._build(cudnn_graph.installed.frontend(), problem).graph
     except (ImportError, OSError, RuntimeError) as error:
         pytest.skip(f"it makes no graph without cuDNN or a GPU: {error}")
     try:

@@ -11,6 +11,7 @@ from tests.tiny import TINY
 from vovnet_fast import VoVNet, backends, ops, specs, tuning
 from vovnet_fast.backends import reference
 from vovnet_fast.backends import triton as backend
+from vovnet_fast.backends.triton.choosing import load_kernels
 
 pytestmark = [
     pytest.mark.gpu,
@@ -340,7 +341,7 @@ def test_conv_past_32_bits(slots, form):
     weight = torch.randn(SLOT, 3, 3, SLOT, device="cuda", dtype=torch.float16) / 17
     scale, shift = vectors()
     before = x[0, :WINDOW, :WINDOW].clone()
-    found, _ = backend._kernels().conv.choices(x, weight, out)
+    found, _ = load_kernels().conv.choices(x, weight, out)
     engine = next((c.name for c in found if c.form == form), backend.ATEN)
     if form != "aten" and engine == backend.ATEN:
         pytest.skip("needs sm_90")
@@ -358,7 +359,7 @@ def test_epilogue_past_32_bits(slots):
     x, out = slots
     scale, shift = vectors()
     before = x[0, :WINDOW, :WINDOW].clone()
-    backend._kernels().epilogue.epilogue(x, scale, shift, out)
+    load_kernels().epilogue.epilogue(x, scale, shift, out)
     assert_corner(out, (corner(x).double() * scale + shift).relu(), before, x)
 
 

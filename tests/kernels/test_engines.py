@@ -5,6 +5,8 @@ import torch
 
 from vovnet_fast import tuning
 from vovnet_fast.backends import triton as backend
+from vovnet_fast.backends.triton import convolution
+from vovnet_fast.backends.triton.choosing import load_kernels
 
 ON_GPU = torch.cuda.is_available()
 
@@ -43,7 +45,7 @@ def test_engines_agree(kernel, stride, pool, c_in, c_out, dtype, device):
     x, weight, scale, shift, buffer = layer(kernel, c_in, c_out, stride, dtype, device)
     right = expected(x, weight, scale, shift, stride)
     out = buffer[..., 16:-16]
-    found, static = backend._kernels().conv.choices(x, weight, out, stride=stride)
+    found, static = load_kernels().conv.choices(x, weight, out, stride=stride)
     assert static in found
     tolerance = {2: 2e-2, 4: 1e-5, 8: 1e-12}[dtype.itemsize]
     for engine in [backend.ATEN, *(config.name for config in found)]:
@@ -83,7 +85,7 @@ def ran(monkeypatch, tmp_path):
         work()
         return 1.0 if ran[-1] == backend.ATEN else 2.0
 
-    monkeypatch.setattr(backend, "run_engine", watch)
+    monkeypatch.setattr(convolution, "run_engine", watch)
     monkeypatch.setattr(tuning, "_device_timer", lambda device: timer)
     tuning._table.cache_clear()
     yield ran
@@ -134,7 +136,7 @@ def test_a_wrong_engine_is_left_out(ran, damage, message, zeros, device, monkeyp
     if zeros:
         x.zero_()
         shift.zero_()
-    watched = backend.run_engine
+    watched = convolution.run_engine
 
     def run_engine(engine, x, weight, scale, shift, out, **options):
         sums = watched(engine, x, weight, scale, shift, out, **options)
@@ -142,7 +144,7 @@ def test_a_wrong_engine_is_left_out(ran, damage, message, zeros, device, monkeyp
             return sums * 2 if damage == "pool" else (damage(out), sums)[1]
         return sums
 
-    monkeypatch.setattr(backend, "run_engine", run_engine)
+    monkeypatch.setattr(convolution, "run_engine", run_engine)
     before, out = buffer.clone(), buffer[..., 16:-16]
     backend.conv(x, weight, scale, shift, out, **OPTIONS)
     assert ran.count(backend.ATEN) == 1
@@ -162,7 +164,7 @@ def test_right_engines_pass_their_trial(ran, dtype, expanded, device, caplog, mo
     x, weight, scale, shift, buffer = layer(3, 32, 16, 1, dtype, device)
     x = x[:1].expand_as(x) if expanded else x
     backend.conv(x, weight, scale, shift, buffer[..., 16:-16], **OPTIONS)
-    found, _ = backend._kernels().conv.choices(x, weight, buffer[..., 16:-16])
+    found, _ = load_kernels().conv.choices(x, weight, buffer[..., 16:-16])
     assert {backend.ATEN, *(config.name for config in found)} <= set(ran)
     assert caplog.messages == []
 
@@ -171,7 +173,7 @@ def test_right_engines_pass_their_trial(ran, dtype, expanded, device, caplog, mo
 def test_the_static_choice_runs_where_nothing_can_be_measured(monkeypatch, device):
     x, weight, scale, shift, buffer = layer(1, 32, 64, 1, torch.float32, device)
     out = buffer[..., 16:-16]
-    _, static = backend._kernels().conv.choices(x, weight, out)
+    _, static = load_kernels().conv.choices(x, weight, out)
     engine = backend.choose_engine(x, weight, scale, shift, out, stride=1, relu=True, pool=False)
     assert engine == static.name
 

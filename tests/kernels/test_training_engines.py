@@ -6,6 +6,8 @@ import torch
 from vovnet_fast import tuning
 from vovnet_fast.backends import reference
 from vovnet_fast.backends import triton as backend
+from vovnet_fast.backends.triton import convolution, convolution_gradients
+from vovnet_fast.backends.triton.choosing import load_kernels
 
 TOLERANCE = {2: 2e-2, 4: 1e-5, 8: 1e-12}
 """By bytes of the dtype."""
@@ -80,8 +82,8 @@ def skip_fp64_on_a_gpu(dtype, device):
 def test_engines_of_the_input_gradient_agree(kernel, stride, dtype, device):
     skip_fp64_on_a_gpu(dtype, device)
     layer = Gradient(device, dtype, kernel, stride)
-    packed = backend._pack_transposed(layer.weight, layer.scale, layer.g)
-    found, static = backend._kernels().conv.input_grad_choices(
+    packed = convolution_gradients._pack_transposed(layer.weight, layer.scale, layer.g)
+    found, static = load_kernels().conv.input_grad_choices(
         layer.g, packed, layer.out, **layer.options
     )
     assert static in found
@@ -95,7 +97,7 @@ def test_engines_of_the_input_gradient_agree(kernel, stride, dtype, device):
 @pytest.mark.parametrize("size", [(1, 1), (1, 8), (7, 1), (6, 8), (7, 9)])
 def test_aten_gradient_of_a_stride_of_2_at_every_parity(size, device):
     layer = Gradient(device, torch.float32, 3, 2, size=size)
-    packed = backend._pack_transposed(layer.weight, layer.scale, layer.g)
+    packed = convolution_gradients._pack_transposed(layer.weight, layer.scale, layer.g)
     backend.run_input_grad_engine(backend.ATEN, layer.g, packed, layer.out, **layer.options)
     layer.assert_right()
 
@@ -118,7 +120,7 @@ def test_engines_of_the_statistics_agree(kernel, stride, dtype, device):
     buffer, out = slot(device, dtype, 2, *((side - 1) // stride + 1 for side in (5, 8)), 48)
     expected = torch.empty(out.shape, dtype=torch.float64, device=device)
     exact = reference.conv_statistics(x.double(), weight.double(), expected, stride=stride)[0]
-    found, static = backend._kernels().conv.choices(x, weight, out, stride=stride, statistics=True)
+    found, static = load_kernels().conv.choices(x, weight, out, stride=stride, statistics=True)
     assert static in found
     for engine in [backend.ATEN, *(config.name for config in found)]:
         buffer.fill_(float("nan"))
@@ -205,7 +207,7 @@ def test_a_failed_measurement_leaves_the_slot_as_it_was(timed, device, monkeypat
             raise RuntimeError("on the real tensors")
         trial_only.append(engine)
 
-    monkeypatch.setattr(backend, "run_input_grad_engine", broken)
+    monkeypatch.setattr(convolution_gradients, "run_input_grad_engine", broken)
     with pytest.raises(RuntimeError, match="none of the candidates"):
         layer.run()
     assert trial_only
@@ -223,8 +225,12 @@ def test_a_wrong_engine_is_left_out(function, timed, device, monkeypatch, caplog
 
         return run_engine
 
-    for name in ("run_input_grad_engine", "run_statistics_engine"):
-        monkeypatch.setattr(backend, name, halve(getattr(backend, name)))
+    rooms = {
+        "run_input_grad_engine": convolution_gradients,
+        "run_statistics_engine": convolution,
+    }
+    for name, room in rooms.items():
+        monkeypatch.setattr(room, name, halve(getattr(room, name)))
     layer = Gradient(device, torch.float32, 1)
     if function == "conv_input_grad":
         layer.run()

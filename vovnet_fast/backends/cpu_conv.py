@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from . import _extension
-from ._fields import DTYPES, packed, view
+from ._extension.fields import DTYPES, packed, view
 
 ATEN = "aten"
 

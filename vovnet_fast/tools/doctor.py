@@ -242,7 +242,7 @@ def _built() -> _Found:
 
 
 def _extension_file() -> str:
-    spec = importlib.util.find_spec(_extension.NAME)
+    spec = importlib.util.find_spec(_extension.loading.NAME)
     return str(spec.origin) if spec else ""
 
 

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._dtypes import accumulator
-from . import _fields as fields
+from ..._dtypes import accumulator
+from . import fields
 
 TILE_PIXELS = 256
 """Pixels of a pool partial, and of a part of the statistics; ``csrc/params.h`` has it as well."""

@@ -1,0 +1,217 @@
+"""Gradients of convolutions' inputs and weights: on which engine, and on one."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ... import selfcheck, tuning
+from ..._dtypes import accumulator
+from .. import _aten, reference
+from .._engines import ATEN, aten, judge, problem, tf32, tolerance
+from .choosing import choose, form, load_kernels
+
+
+def conv_input_grad(
+    g: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    out: Tensor,
+    *,
+    stride: int = 1,
+    add: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> None:
+    """See :mod:`vovnet_fast.backends`. The engine is chosen by :mod:`vovnet_fast.tuning`."""
+    if out.numel() == 0:
+        return
+    packed = _pack_transposed(weight, scale, g)
+    options: dict[str, Any] = dict(stride=stride, add=add, mask=mask)
+    engine = choose_input_grad_engine(g, packed, out, **options)
+    run_input_grad_engine(engine, g, packed, out, **options)
+
+
+def _pack_transposed(weight: Tensor, scale: Tensor | None, g: Tensor) -> Tensor:
+    """``[C_in, K, K, C_out]`` in the dtype of g: weight * scale, transposed and flipped."""
+    c_out, kernel, _, c_in = weight.shape
+    packed = g.new_empty(c_in, kernel, kernel, c_out)
+    load_kernels().pack.transposed(weight, scale, packed)
+    return packed
+
+
+def choose_input_grad_engine(
+    g: Tensor,
+    packed: Tensor,
+    out: Tensor,
+    *,
+    stride: int,
+    add: Tensor | None,
+    mask: Tensor | None,
+) -> str:
+    """The fastest engine for an input gradient: :data:`ATEN`, or a Triton configuration.
+
+    Where ``add`` is ``out`` itself, every run adds once more: what ``out`` held before
+    anything was measured is put back.
+    """
+    options: dict[str, Any] = dict(stride=stride, add=add, mask=mask)
+    found = load_kernels().conv.input_grad_layer(g, packed, out, tf32=tf32(g), **options)
+    c_in, kernel, _, c_out = packed.shape
+    named = (("add", add), ("mask", mask))
+    words = [f"{name} {view.shape[3]}" for name, view in named if view is not None]
+    layer = (c_out, kernel, kernel, c_in)
+    key = problem("conv input gradient", out, layer, stride, *words, form(found, g))
+    before: list[Tensor] = []
+
+    def run(engine: str) -> None:
+        run_input_grad_engine(engine, g, packed, out, **options)
+
+    def prepare() -> tuning.Trial:
+        if _in_place(add, out):
+            before.append(out.clone())
+        return _input_grad_trial(g, packed, out, **options)
+
+    try:
+        return choose(g, found, key, aten(g, out), run, prepare)
+    finally:
+        for values in before:
+            out.copy_(values)
+
+
+def _in_place(add: Tensor | None, out: Tensor) -> bool:
+    """Whether ``add`` is ``out``, or its first channels."""
+    return add is not None and add.data_ptr() == out.data_ptr()
+
+
+def _input_grad_trial(
+    g: Tensor,
+    packed: Tensor,
+    out: Tensor,
+    *,
+    stride: int,
+    add: Tensor | None,
+    mask: Tensor | None,
+) -> tuning.Trial:
+    """Holds engines against the reference, as :func:`conv_trial` does; in place if ``add`` is."""
+    views = {name: view for name, view in (("add", add), ("mask", mask)) if view is not None}
+    images = selfcheck.few_images(g, out, *views.values())
+    source, target = selfcheck.Slot.like(g, images), selfcheck.Slot.like(out, images)
+    slots = {name: selfcheck.Slot.like(view, images) for name, view in views.items()}
+    random = torch.Generator(g.device).manual_seed(0)
+    for slot in (source, *slots.values()):
+        slot.randomise(random)
+    c_in, kernel, _, c_out = packed.shape
+    deviation = packed[0].numel() ** -0.5
+    weight = packed.new_empty(c_out, kernel, kernel, c_in).normal_(0, deviation, generator=random)
+    packed = _pack_transposed(weight, None, g)
+    given = {name: slot.view for name, slot in slots.items()}
+    high = accumulator(g.dtype)
+    expected = torch.empty(target.view.shape, dtype=high, device=g.device)
+    reference.conv_input_grad(
+        source.view.to(high), weight.to(high), None, expected, stride=stride,
+        **{name: view.to(high) for name, view in given.items()},
+    )  # fmt: skip
+
+    def run(engine: str) -> list[tuple[Tensor, Tensor]]:
+        options: dict[str, Any] = dict(stride=stride, add=None, mask=None) | given
+        if _in_place(add, out):
+            options["add"] = target.view[..., : given["add"].shape[3]].copy_(given["add"])
+        run_input_grad_engine(engine, source.view, packed, target.view, **options)
+        return [(target.view, expected)]
+
+    return judge(target, run, tolerance(g))
+
+
+def run_input_grad_engine(
+    engine: str,
+    g: Tensor,
+    packed: Tensor,
+    out: Tensor,
+    *,
+    stride: int,
+    add: Tensor | None,
+    mask: Tensor | None,
+) -> None:
+    """Run :func:`conv_input_grad` on one engine, with weights that are packed already."""
+    kernels = load_kernels()
+    if engine == ATEN:
+        kernels.accumulate.accumulate(_aten.input_grad(g, packed, out, stride), out, add, mask)
+        return
+    options: dict[str, Any] = dict(stride=stride, add=add, mask=mask, tf32=tf32(g))
+    found, _ = kernels.conv.input_grad_choices(g, packed, out, **options)
+    config = next(config for config in found if config.name == engine)
+    kernels.conv.input_grad(g, packed, out, config=config, **options)
+
+
+def conv_weight_grad(
+    x: Tensor, g: Tensor, weight: Tensor, scale: Tensor | None, *, stride: int = 1
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """See :mod:`vovnet_fast.backends`. The engine is chosen by :mod:`vovnet_fast.tuning`."""
+    if g.numel() == 0:  # Zeros.
+        return load_kernels().conv_weight_grad.weight_grad(x, g, weight, scale, stride=stride)
+    engine = choose_weight_grad_engine(x, g, weight, scale, stride=stride)
+    return run_weight_grad_engine(engine, x, g, weight, scale, stride=stride)
+
+
+def choose_weight_grad_engine(
+    x: Tensor, g: Tensor, weight: Tensor, scale: Tensor | None, *, stride: int
+) -> str:
+    """The fastest engine for a weight gradient: :data:`ATEN`, or a Triton configuration."""
+    options: dict[str, Any] = dict(stride=stride, tf32=tf32(x))
+    layer = load_kernels().conv_weight_grad.layer(x, g, weight.shape[1], **options)
+    key = problem("conv weight gradient", x, weight.shape, stride, form(layer, x))
+
+    def run(engine: str) -> None:
+        run_weight_grad_engine(engine, x, g, weight, scale, stride=stride)
+
+    prepare = functools.partial(_weight_grad_trial, x, g, weight, stride=stride)
+    return choose(x, layer, key, aten(x, g), run, prepare)
+
+
+def _weight_grad_trial(x: Tensor, g: Tensor, weight: Tensor, *, stride: int) -> tuning.Trial:
+    """Holds engines against the reference, as :func:`conv_trial` does for the convolution."""
+    images = selfcheck.few_images(x, g)
+    source, gradient = selfcheck.Slot.like(x, images), selfcheck.Slot.like(g, images)
+    random = torch.Generator(x.device).manual_seed(0)
+    for slot in (source, gradient):
+        slot.randomise(random)
+    high = accumulator(x.dtype)
+    weight = torch.empty_like(weight).normal_(generator=random)
+    scale = torch.randn(weight.shape[0], generator=random, dtype=high, device=x.device)
+    expected = reference.conv_weight_grad(
+        source.view.to(high), gradient.view.to(high), weight.to(high), scale, stride=stride
+    )
+
+    def trial(engine: str) -> str | None:
+        found = run_weight_grad_engine(
+            engine, source.view, gradient.view, weight, scale, stride=stride
+        )
+        pairs = [
+            (f, e) for f, e in zip(found, expected, strict=True) if f is not None and e is not None
+        ]
+        return selfcheck.disagreement(pairs, tolerance(x))
+
+    return trial
+
+
+def run_weight_grad_engine(
+    engine: str, x: Tensor, g: Tensor, weight: Tensor, scale: Tensor | None, *, stride: int
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Run :func:`conv_weight_grad` on one engine; all have the same result, up to rounding.
+
+    :data:`ATEN` hands sums over in the dtype of its operands, so that it is given fp32 copies
+    of fp16 and bf16 ones: the gradient is to be rounded once, at the end. Where torch allows
+    TF32, as it does by default, tensor cores take these copies as they are.
+    """
+    kernel, size = load_kernels().conv_weight_grad, weight.shape[1]
+    if engine == ATEN:
+        high = accumulator(x.dtype)
+        dw = _aten.weight_grad(x.to(high), g.to(high), weight, stride=stride)
+        products = dw.contiguous().unsqueeze(0)
+        return kernel.finish(products, kernel.channel_sums(g), weight, scale)
+    options: dict[str, Any] = dict(stride=stride, tf32=tf32(x))
+    found, _ = kernel.choices(x, g, size, **options)
+    config = next(config for config in found if config.name == engine)
+    return kernel.weight_grad(x, g, weight, scale, config=config, **options)
