@@ -92,7 +92,7 @@ def _provenance() -> dict[str, Any]:
     This one shall not hold a CUDA context.
     """
     code = (
-        "import json, torch; from vovnet_fast.tools.bench import provenance; "
+        "import json, torch; from vovnet_fast import _provenance as provenance; "
         "device = torch.device('cuda' if torch.cuda.is_available() else 'cpu'); "
         "print(json.dumps(provenance.collect(device)))"
     )
