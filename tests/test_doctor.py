@@ -168,7 +168,8 @@ def test_with_an_extension_of_another_version(capsys, in_its_place):
 def test_without_triton_and_mmdet():
     code = (
         "import sys; sys.modules.update(dict.fromkeys(['triton', 'mmdet', 'mmcv'])); "
-        "from vovnet_fast.tools import cli; sys.exit(cli.main(['doctor', '--json', '--no-self-test']))"
+        "from vovnet_fast.tools import cli; "
+        "sys.exit(cli.main(['doctor', '--json', '--no-self-test']))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -4,7 +4,6 @@ In this folder, because the Triton backend runs in the interpreter here.
 """
 
 import copy
-import importlib
 import io
 import threading
 
@@ -15,10 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests import straight_line
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, backends
-from vovnet_fast.deploy.freeze import FrozenVoVNet, freeze
+from vovnet_fast.deploy import frozen as module
+from vovnet_fast.deploy.freeze import KEPT_SHAPES, FrozenVoVNet, freeze
 from vovnet_fast.ops.memory import Arena
-
-module = importlib.import_module("vovnet_fast.deploy.freeze")  # Not the function of that name.
 
 
 @pytest.fixture(params=["reference", "triton"])
@@ -230,11 +228,11 @@ def test_results_are_never_overwritten(fused):
 
 def test_few_shapes_are_kept(fused):
     frozen = freeze(network("timm", torch.float32, out_features=("stem_2",)))
-    for side in range(40, 40 + 2 * module.KEPT_SHAPES):
+    for side in range(40, 40 + 2 * KEPT_SHAPES):
         frozen(image(1, 3, side, side))
     first = arenas(frozen)[0]
-    assert len(arenas(frozen)) == module.KEPT_SHAPES
-    frozen(image(1, 3, 40 + module.KEPT_SHAPES, 40 + module.KEPT_SHAPES))
+    assert len(arenas(frozen)) == KEPT_SHAPES
+    frozen(image(1, 3, 40 + KEPT_SHAPES, 40 + KEPT_SHAPES))
     assert arenas(frozen)[-1] is first
 
 

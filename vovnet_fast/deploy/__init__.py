@@ -1,7 +1,10 @@
 """The network as it is shipped: folded, packed, captured.
 
-=================  ====================================================================
-:mod:`.folded`     batch norms folded into the convolutions of plain modules
-:mod:`.freeze`     :func:`vovnet_fast.freeze`: one op, packed weights, CUDA graphs
-=================  ====================================================================
+===================  ==================================================================
+:mod:`.freeze`       :func:`vovnet_fast.freeze`: batch norms are folded, weights packed
+:mod:`.frozen`       the module that it makes, and the ways in which that runs
+:mod:`.caches`       what the module keeps: arenas, CUDA graphs, parameters
+:mod:`.cpu_replay`   calls of the ``cpu`` backend, recorded and repeated
+:mod:`.folded`       the same network of plain PyTorch's convolutions
+===================  ==================================================================
 """

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from . import _extension, cpu_conv
+from ..backends import _extension, cpu_conv
 
 _ALLOCATING = {
     torch.ops.aten.empty.memory_format,
