@@ -1,4 +1,7 @@
-"""What the launchers share: launch plans, index widths, small device functions."""
+"""What the launchers share: launch plans, index widths, how programs share a pass.
+
+:mod:`._device_functions` has what the kernels share.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import _interpreter
-from ._any_size import launched, strides, vector
+from ._any_size import strides, vector
 
 INT32_LIMIT = 2**31
 PARTS = 3
@@ -25,9 +28,6 @@ REDUCTION_PROGRAMS = 6
 """Programs of a reduction a processor: as many as its registers let be resident at once."""
 
 _INTERPRETED_PROCESSORS = 3  # Such runs are tiny: three programs make persistent ones loop.
-
-_SUM_ROWS = 64
-_SUM_COLUMNS = 32
 
 
 def cdiv(a: int, b: int) -> int:
@@ -352,125 +352,3 @@ def pixelwise(
         ),
         num_warps=num_warps,
     )
-
-
-@triton.jit
-def program_tile(tiles, channels, BLOCK_C: tl.constexpr):
-    """(image, tile, first channel) of this program, of ``tiles`` an image.
-
-    Programs that differ in channels only are neighbours: what they share of the
-    input is then found in L2.
-    """
-    groups = tl.cdiv(channels, BLOCK_C)
-    image_tile = tl.program_id(0) // groups
-    first = (tl.program_id(0) % groups) * BLOCK_C
-    return image_tile // tiles, image_tile % tiles, first
-
-
-@triton.jit
-def inside_image(h, w, height, width):
-    """Whether pixels lie inside the image."""
-    return (h >= 0) & (h < height) & (w >= 0) & (w < width)
-
-
-@triton.jit
-def relu(y):
-    """max(y, 0), NaN for NaN."""
-    return tl.maximum(y, 0.0, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def scale_shift_relu(y, scale, shift, RELU: tl.constexpr):
-    """The epilogue of every convolution: relu(y * scale + shift)."""
-    y = y * scale + shift
-    if RELU:
-        y = relu(y)
-    return y
-
-
-@triton.jit
-def relu_gradient(g, y):
-    """Gradient g where the ReLU that put out y let it pass, which it does at NaN; else 0."""
-    return tl.where(y <= 0, 0.0, g)
-
-
-@triton.jit
-def pixel_offsets(h, w, stride_h, stride_w, VECTOR: tl.constexpr, WIDE: tl.constexpr):
-    """Offsets of pixels inside their image, in elements; in 64 bits if WIDE."""
-    if WIDE:
-        h = h.to(tl.int64)
-        w = w.to(tl.int64)
-    return (h * stride_h + w * stride_w) * VECTOR
-
-
-@triton.jit
-def batch_offset(n, stride_n, VECTOR: tl.constexpr = 1):
-    """Offset of image n in elements, always in 64 bits."""
-    return n.to(tl.int64) * stride_n * VECTOR
-
-
-@triton.jit
-def narrow(y, dtype: tl.constexpr, SOFT_BF16: tl.constexpr):
-    """Round to nearest even in ``dtype``."""
-    if SOFT_BF16:
-        bits = y.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
-        y = tl.where(y == y, rounded, bits).to(tl.float32, bitcast=True)
-    return y.to(dtype)
-
-
-@triton.jit
-def sum_rows(ptr, rows, c, channels, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Sums over the rows of channels c of a packed [rows, channels], always in one order."""
-    sums = tl.zeros((BLOCK_R, BLOCK_C), dtype=ptr.dtype.element_ty)
-    for first in tl.range(0, rows, BLOCK_R):
-        r = first + tl.arange(0, BLOCK_R)
-        mask = (r < rows)[:, None] & (c < channels)[None, :]
-        sums += tl.load(ptr + r[:, None] * channels + c[None, :], mask=mask, other=0.0)
-    return tl.sum(sums, axis=0)
-
-
-@launched
-def sum_rows_kernel(
-    rows_ptr, out_ptr, rows, vectors,
-    VECTOR: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """One program: sums over the rows of BLOCK_C columns."""
-    channels = vectors * VECTOR
-    c = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    sums = sum_rows(rows_ptr, rows, c, channels, BLOCK_R, BLOCK_C)
-    tl.store(out_ptr + c, sums, mask=c < channels)
-
-
-def plan_sum_rows(rows: Tensor, out: Tensor) -> Launch:
-    """Decide a launch that sums packed ``[R, ...]`` over R into ``out``, ``[...]``."""
-    assert_packed("rows", rows, (rows.shape[0], *out.shape), out.dtype)
-    size = vector(out.view(-1))
-    return Launch(
-        sum_rows_kernel,
-        grid=(cdiv(out.numel(), _SUM_COLUMNS),),
-        args=dict(rows_ptr=rows, out_ptr=out, rows=rows.shape[0], vectors=out.numel() // size),
-        constants=dict(VECTOR=size, BLOCK_R=_SUM_ROWS, BLOCK_C=_SUM_COLUMNS),
-    )
-
-
-@triton.jit
-def tile_statistics(y, inside, count, AXIS: tl.constexpr):
-    """(count, sums, sums of squared deviations from the tile's own mean) over the pixels.
-
-    ``y`` is a tile with its pixels along AXIS, of which ``count`` are ``inside``.
-    """
-    count = count.to(y.dtype)
-    inside = tl.expand_dims(inside, 1 - AXIS)
-    sums = tl.sum(tl.where(inside, y, 0.0), axis=AXIS)
-    mean = sums / tl.maximum(count, 1.0)
-    deviations = tl.where(inside, y - tl.expand_dims(mean, AXIS), 0.0)
-    return count, sums, tl.sum(deviations * deviations, axis=AXIS)
-
-
-@triton.jit
-def store_statistics(ptr, count, sums, squares, c, channels):
-    """Store channels c of the rows (count, sum, squared deviations) of a part, [3, channels]."""
-    tl.store(ptr + c, tl.zeros_like(sums) + count, mask=c < channels)
-    tl.store(ptr + channels + c, sums, mask=c < channels)
-    tl.store(ptr + 2 * channels + c, squares, mask=c < channels)

@@ -6,17 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._any_size import launched
-from ._common import (
-    Launch,
-    assert_nhwc,
-    assert_same,
-    batch_offset,
-    narrow,
-    pixel_offsets,
-    pixelwise,
-    program_tile,
-    relu_gradient,
-)
+from ._common import Launch, assert_nhwc, assert_same, pixelwise
+from ._device_functions import batch_offset, narrow, pixel_offsets, program_tile, relu_gradient
 
 _STEP_ELEMENTS = 4096  # What a program holds in registers.
 

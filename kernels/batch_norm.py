@@ -24,15 +24,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._any_size import launched, vector
-from ._common import (
-    Launch,
-    accumulator,
-    assert_packed,
-    assert_same,
-    batch_offset,
-    cdiv,
-    processors,
-)
+from ._common import Launch, accumulator, assert_packed, assert_same, cdiv, processors
+from ._device_functions import batch_offset
 
 STATISTICS = 3
 NORM_ROWS = 6

@@ -19,17 +19,14 @@ from ._common import (
     assert_nhwc,
     assert_packed,
     assert_same,
-    batch_offset,
     collapse_rows,
-    narrow,
     needs_int64,
-    pixel_offsets,
-    plan_sum_rows,
-    program_tile,
     soft_bf16,
     sweep,
     triton_accumulator,
 )
+from ._device_functions import batch_offset, narrow, pixel_offsets, program_tile
+from ._sum_rows import plan_sum_rows
 from .batch_norm import NORM_ROWS, assert_vector
 
 _REDUCE_ELEMENTS = 2048

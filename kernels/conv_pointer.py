@@ -21,22 +21,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ._any_size import launched, next_chunk, strides, vector, within
-from ._common import (
-    PARTS,
-    Launch,
+from ._common import PARTS, Launch, cdiv, needs_int64, soft_bf16, triton_accumulator
+from ._device_functions import (
     batch_offset,
-    cdiv,
     inside_image,
     narrow,
-    needs_int64,
     pixel_offsets,
     program_tile,
     relu_gradient,
     scale_shift_relu,
-    soft_bf16,
     store_statistics,
     tile_statistics,
-    triton_accumulator,
 )
 from .conv_config import ConvConfig, Epilogue
 

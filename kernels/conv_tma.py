@@ -23,19 +23,14 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._any_size import launched, next_chunk
-from ._common import (
-    Launch,
+from ._common import Launch, cdiv, interpreted, processors, soft_bf16, triton_accumulator
+from ._device_functions import (
     batch_offset,
-    cdiv,
-    interpreted,
     narrow,
-    processors,
     relu_gradient,
     scale_shift_relu,
-    soft_bf16,
     store_statistics,
     tile_statistics,
-    triton_accumulator,
 )
 from .conv_config import ConvConfig, Epilogue
 

@@ -20,16 +20,14 @@ from ._common import (
     accumulator,
     assert_nhwc,
     assert_packed,
-    batch_offset,
     cdiv,
     channel_block,
     needs_int64,
-    pixel_offsets,
-    plan_sum_rows,
     processors,
-    sum_rows,
     triton_accumulator,
 )
+from ._device_functions import batch_offset, pixel_offsets
+from ._sum_rows import plan_sum_rows, sum_rows
 
 _SUM_ELEMENTS = tl.constexpr(4096)  # Loaded at a time; as many are in flight as is pipelined.
 _SUM_STAGES = tl.constexpr(4)

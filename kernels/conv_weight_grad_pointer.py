@@ -16,17 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._any_size import carry, launched, strides, vector, within
-from ._common import (
-    PARTS,
-    Launch,
-    batch_offset,
-    cdiv,
-    inside_image,
-    needs_int64,
-    pixel_offsets,
-    soft_bf16,
-    triton_accumulator,
-)
+from ._common import PARTS, Launch, cdiv, needs_int64, soft_bf16, triton_accumulator
+from ._device_functions import batch_offset, inside_image, pixel_offsets
 from .conv_weight_grad_config import WeightGradConfig, column_groups
 from .conv_weight_grad_finish import sum_channels
 

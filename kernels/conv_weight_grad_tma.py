@@ -19,15 +19,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._any_size import carry, launched, strides, vector
-from ._common import (
-    Launch,
-    batch_offset,
-    cdiv,
-    interpreted,
-    needs_int64,
-    soft_bf16,
-    triton_accumulator,
-)
+from ._common import Launch, cdiv, interpreted, needs_int64, soft_bf16, triton_accumulator
+from ._device_functions import batch_offset
 from .conv_tma import ALIGNMENT
 from .conv_weight_grad_config import WeightGradConfig, column_groups
 from .conv_weight_grad_finish import sum_channels

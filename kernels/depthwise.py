@@ -17,20 +17,22 @@ from ._common import (
     assert_nhwc,
     assert_packed,
     assert_same,
-    batch_offset,
     cdiv,
     channel_block,
-    inside_image,
-    narrow,
     needs_int64,
-    pixel_offsets,
-    plan_sum_rows,
     processors,
-    program_tile,
-    relu_gradient,
     soft_bf16,
     triton_accumulator,
 )
+from ._device_functions import (
+    batch_offset,
+    inside_image,
+    narrow,
+    pixel_offsets,
+    program_tile,
+    relu_gradient,
+)
+from ._sum_rows import plan_sum_rows
 from .conv import output_size
 
 _ELEMENTS = 2048

@@ -12,13 +12,15 @@ from ._common import (
     assert_nhwc,
     assert_packed,
     assert_same,
-    batch_offset,
     cdiv,
+    pixelwise,
+    same_place,
+)
+from ._device_functions import (
+    batch_offset,
     narrow,
     pixel_offsets,
-    pixelwise,
     program_tile,
-    same_place,
     scale_shift_relu,
     store_statistics,
     tile_statistics,

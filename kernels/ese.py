@@ -14,21 +14,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ._any_size import launched, vector
-from ._common import (
-    Launch,
-    accumulator,
-    assert_nhwc,
-    assert_packed,
-    assert_same,
-    batch_offset,
-    cdiv,
-    narrow,
-    pixel_offsets,
-    pixelwise,
-    program_tile,
-    relu,
-    sum_rows,
-)
+from ._common import Launch, accumulator, assert_nhwc, assert_packed, assert_same, cdiv, pixelwise
+from ._device_functions import batch_offset, narrow, pixel_offsets, program_tile, relu
+from ._sum_rows import sum_rows
 
 GateKind = Literal["hard_sigmoid", "sigmoid"]
 

@@ -23,18 +23,14 @@ from ._common import (
     assert_nhwc,
     assert_packed,
     assert_same,
-    batch_offset,
     cdiv,
     collapse_rows,
-    narrow,
     needs_int64,
-    pixel_offsets,
     pixelwise,
-    program_tile,
-    relu_gradient,
     sweep,
     triton_accumulator,
 )
+from ._device_functions import batch_offset, narrow, pixel_offsets, program_tile, relu_gradient
 from .ese import APPLY_ELEMENTS, FC_INPUTS, FC_OUTPUTS, GateKind, assert_gate, plan_pool
 
 _SUM_ELEMENTS = 4096

@@ -20,17 +20,13 @@ from ._common import (
     assert_nhwc,
     assert_packed,
     assert_same,
-    batch_offset,
     cdiv,
     channel_block,
-    inside_image,
-    narrow,
     needs_int64,
-    pixel_offsets,
-    program_tile,
     soft_bf16,
     triton_accumulator,
 )
+from ._device_functions import batch_offset, inside_image, narrow, pixel_offsets, program_tile
 
 Mode = Literal["ceil", "padded"]
 

@@ -6,14 +6,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._any_size import launched, vector
-from ._common import (
-    INT32_LIMIT,
-    Launch,
-    cdiv,
-    narrow,
-    soft_bf16,
-    triton_accumulator,
-)
+from ._common import INT32_LIMIT, Launch, cdiv, soft_bf16, triton_accumulator
+from ._device_functions import narrow
 
 _BLOCK = 32  # A tile of a tap: small ones, because a layer has few weights and many taps.
 
