@@ -114,6 +114,22 @@ _KERNELS = {
 }
 
 
+def written(launch: Launch) -> tuple[str, ...]:
+    """Names of the arguments that a launch writes, the result first.
+
+    Raises:
+        LookupError: as :func:`launch_work`.
+    """
+    name = launch.kernel.fn.__name__
+    kernel = _KERNELS.get(name)
+    if kernel is None or not set(kernel.outputs) <= set(launch.args):
+        raise LookupError(
+            f"{name} with arguments {', '.join(launch.args)} is not what _KERNELS in "
+            f"{__name__} says: write there which of them it writes"
+        )
+    return kernel.outputs
+
+
 def launch_work(launch: Launch) -> Work:
     """What a launch of a Triton kernel has to do.
 
@@ -124,16 +140,11 @@ def launch_work(launch: Launch) -> Work:
     Raises:
         LookupError: the kernel is not in :data:`_KERNELS`, or not as it is there.
     """
-    name = launch.kernel.fn.__name__
-    kernel = _KERNELS.get(name)
-    if kernel is None or not set(kernel.outputs) <= set(launch.args):
-        raise LookupError(
-            f"{name} with arguments {', '.join(launch.args)} is not what _KERNELS in "
-            f"{__name__} says: write there which of them it writes"
-        )
+    names = written(launch)
+    kernel = _KERNELS[launch.kernel.fn.__name__]
     # A tensor descriptor keeps its tensor as its base.
     operands = {name: getattr(value, "base", value) for name, value in launch.args.items()}
-    outputs = [operands.pop(name) for name in kernel.outputs]
+    outputs = [operands.pop(name) for name in names]
     return Work(
         kernel.kind.format(**launch.constants),
         int(2 * outputs[0].numel() * kernel.multiply_adds(launch.args | launch.constants)),

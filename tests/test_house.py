@@ -1,0 +1,103 @@
+"""How the package is built: imports go one way, rooms stay small, and importing it costs little."""
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "vovnet_fast"
+
+FLOORS = (
+    ("_version", "_dtypes", "_files", "_optional", "specs"),
+    ("_provenance", "reference"),
+    ("kernels",),
+    ("aot", "compiling", "tuning"),
+    ("selfcheck",),
+    ("backends",),
+    ("ops",),
+    ("first_use",),
+    ("network",),
+    ("checkpoints", "deploy"),
+    ("integrations",),
+    ("mmdet", "tools"),
+)
+"""Rooms of the package. One imports those of the floors below, and none beside or above it."""
+
+LINES = 400
+DATA = {"specs.py"}
+
+
+def files() -> list[Path]:
+    """All of it; the kernels lie behind a symbolic link, which rglob does not follow."""
+    return sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})
+
+
+def room(module: str) -> str:
+    return module.split(".")[1]
+
+
+def imported(file: Path) -> Iterator[tuple[str, int]]:
+    """Modules of the package that a file imports, in functions too, but for annotations."""
+    tree = ast.parse(file.read_text())
+    unseen = {
+        child
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for child in ast.walk(node)
+    }
+    parts = ("vovnet_fast", *file.relative_to(PACKAGE).with_suffix("").parts)
+    for node in ast.walk(tree):
+        if node in unseen or not isinstance(node, ast.ImportFrom):
+            continue
+        base = parts[: len(parts) - node.level] if node.level else ()
+        module = ".".join((*base, *filter(None, [node.module])))
+        if module.partition(".")[0] == "vovnet_fast":
+            for name in node.names:
+                yield f"{module}.{name.name}", node.lineno
+
+
+def test_every_room_is_on_a_floor():
+    rooms = {file.relative_to(PACKAGE).with_suffix("").parts[0] for file in files()} - {"__init__"}
+    assert rooms == {name for floor in FLOORS for name in floor}
+
+
+def test_imports_go_one_way():
+    height = {name: number for number, floor in enumerate(FLOORS) for name in floor}
+    wrong = []
+    for file in files():
+        here = file.relative_to(PACKAGE).with_suffix("").parts[0]
+        if here == "__init__":
+            continue
+        for module, line in imported(file):
+            there = room(module)
+            if there != here and height[there] >= height[here]:
+                wrong.append(f"{file.relative_to(ROOT)}:{line} imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("file", files(), ids=lambda file: str(file.relative_to(PACKAGE)))
+def test_no_room_is_too_large(file):
+    lines = len(file.read_text().splitlines())
+    assert lines <= LINES or file.name in DATA, f"{lines} lines: split it along its sections"
+
+
+def test_importing_it_imports_little():
+    """Of what takes its time, and is needed later or never; 0.05 s are allowed beyond torch's."""
+    code = (
+        "import json, sys, torch; before = set(sys.modules); import vovnet_fast; "
+        "print(json.dumps(sorted(set(sys.modules) - before)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    found = set(json.loads(done.stdout))
+    assert "vovnet_fast.network.model" in found
+    foreign = {name.partition(".")[0] for name in found} - {"vovnet_fast"}
+    assert not foreign
+    late = ("checkpoints", "deploy", "integrations", "kernels", "selfcheck", "tools")
+    assert not [name for name in found if name.split(".")[1:2] and name.split(".")[1] in late]
+    assert "vovnet_fast.backends.triton" not in found
