@@ -99,7 +99,8 @@ _STRIP_STAGES = 4  # Of the rings of strips and weights: what shared memory has 
 
 def _sm90(name: str, layer: Layer, device: Device) -> Prediction:
     """A step is a column of taps: one strip of pixels, and the weights of its taps."""
-    from ..kernels.cost import Work, cdiv, predict_work, through_shared
+    from ..kernels._common import cdiv
+    from ..kernels.cost import Work, predict_work, through_shared
     from ..kernels.resources import Resources
 
     config = next(c for c in conv_sm90.configs(layer.c_out) if c.name == name)
