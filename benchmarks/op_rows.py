@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vovnet_fast import backends, tuning
-from vovnet_fast.backends import cpu_conv
+from vovnet_fast.backends.cpu import convolution
 from vovnet_fast.tools.bench.stopwatch import Stopwatch, interleaved
 
 from .ceilings import Ceilings
@@ -191,24 +191,24 @@ def cpu_engines(
 ) -> tuple[dict[str, dict[str, Any]], str] | None:
     """The same for the ``cpu`` backend, which has a fixed choice: that is what is returned."""
     asked: list[torch.dtype] = []
-    choose = cpu_conv.choose_engine
+    choose = convolution.choose_engine
 
     def spy(dtype: torch.dtype) -> str:
         asked.append(dtype)
         return choose(dtype)
 
-    with mock.patch.object(cpu_conv, "choose_engine", spy):
+    with mock.patch.object(convolution, "choose_engine", spy):
         call()
     if not asked:
         return None
 
     def run(engine: str) -> None:
-        with mock.patch.object(cpu_conv, "choose_engine", return_value=engine):
+        with mock.patch.object(convolution, "choose_engine", return_value=engine):
             call()
 
     [dtype, *_] = asked
-    own = [name for name in cpu_conv.PREFERRED.get(dtype, ()) if name in cpu_conv.engines()]
-    return _timed([*own, cpu_conv.ATEN], run, None, watch)[0], choose(dtype)
+    own = [name for name in convolution.PREFERRED.get(dtype, ()) if name in convolution.engines()]
+    return _timed([*own, convolution.ATEN], run, None, watch)[0], choose(dtype)
 
 
 def _timed(

@@ -19,7 +19,8 @@ from benchmarks.ceilings import COPY, Ceilings, multiplies_bf16
 from benchmarks.networks import build, build_training, counted, fold_ahead, layers
 from benchmarks.timing import FEWEST, ROUNDS, burst, measure, warm_ms
 from vovnet_fast import backends, specs, tuning, use_backend
-from vovnet_fast.backends import _extension, cpu_conv, reference
+from vovnet_fast.backends import _extension, reference
+from vovnet_fast.backends.cpu import convolution
 from vovnet_fast.tools.bench.rows import KINDS, load
 from vovnet_fast.tools.bench.stopwatch import CONFIDENCE, Stopwatch, ratio_interval
 from vovnet_fast.tools.bench.training import TrainingStep, image
@@ -360,7 +361,7 @@ def test_launches_of_the_extension_are_its_calls(dtype):
         pytest.skip(reason)
     case = peers.Case("V-39-eSE", (1, 64, 64), dtype, CPU)
     # oneDNN's convolutions are ATen's, and a pass follows.
-    conv = 2 if cpu_conv.choose_engine(dtype) == cpu_conv.ATEN else 1
+    conv = 2 if convolution.choose_engine(dtype) == convolution.ATEN else 1
     with torch.inference_mode():
         found = peers.PEERS["fused-cpu"].launches(case, None)
     assert found == _extension_launches(case.spec, conv)

@@ -7,7 +7,8 @@ import types
 import pytest
 import torch
 
-from vovnet_fast.backends import _extension, cpu, cpu_conv, reference
+from vovnet_fast.backends import _extension, cpu, reference
+from vovnet_fast.backends.cpu import convolution
 from vovnet_fast.selfcheck import calls, cases
 
 from . import extension_cases
@@ -71,7 +72,7 @@ def backend_of(engine):
     """What cases call: a convolution on this engine."""
 
     def conv(*tensors, stride=1, relu=True, pool=False):
-        return cpu_conv.run_engine(engine, *tensors, stride=stride, relu=relu, pool=pool)
+        return convolution.run_engine(engine, *tensors, stride=stride, relu=relu, pool=pool)
 
     return types.SimpleNamespace(conv=conv)
 
@@ -81,7 +82,7 @@ def run(engine, x, weight, scale, shift, *, stride=1, relu=True, pool=False):
     n, h, w, _ = x.shape
     out = x.new_full((n, (h - 1) // stride + 1, (w - 1) // stride + 1, weight.shape[0]), torch.nan)
     options = dict(stride=stride, relu=relu, pool=pool)
-    return out, cpu_conv.run_engine(engine, x, weight, scale, shift, out, **options)
+    return out, convolution.run_engine(engine, x, weight, scale, shift, out, **options)
 
 
 def parameters(dtype, *shape):
@@ -160,23 +161,23 @@ def test_empty(engine):
 
 
 def test_choice():
-    found = cpu_conv.engines()
-    for dtype, names in cpu_conv.PREFERRED.items():
+    found = convolution.engines()
+    for dtype, names in convolution.PREFERRED.items():
         expected = [name for name in names if name in found]
-        assert cpu_conv.choose_engine(dtype) == [*expected, cpu_conv.ATEN][0]
-    assert cpu_conv.choose_engine(torch.float64) == cpu_conv.ATEN
+        assert convolution.choose_engine(dtype) == [*expected, convolution.ATEN][0]
+    assert convolution.choose_engine(torch.float64) == convolution.ATEN
 
 
 @pytest.fixture
 def packed(monkeypatch, engine):
     """The engine, and a list of the weights that were packed."""
-    found, pack = [], cpu_conv._pack
+    found, pack = [], convolution._pack
 
     def note(name, weight):
         found.append(weight.shape)
         return pack(name, weight)
 
-    monkeypatch.setattr(cpu_conv, "_pack", note)
+    monkeypatch.setattr(convolution, "_pack", note)
     return engine, found
 
 
@@ -201,13 +202,13 @@ def test_a_weight_is_packed_once(packed):
 def test_a_packed_weight_goes_with_its_weight(packed):
     engine, _ = packed
     dtype = DTYPES[engine][0]
-    before = len(cpu_conv._kept)
+    before = len(convolution._kept)
     tensors = parameters(dtype, 8, 1, 1, 16)
     run(engine, torch.randn(1, 5, 6, 16).to(dtype), *tensors)
-    assert len(cpu_conv._kept) == before + 1
+    assert len(convolution._kept) == before + 1
     del tensors
     gc.collect()
-    assert len(cpu_conv._kept) == before
+    assert len(convolution._kept) == before
 
 
 def test_inference_tensors_are_packed_every_time(packed):

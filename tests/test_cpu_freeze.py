@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from vovnet_fast import VoVNet, backends, freeze
-from vovnet_fast.backends import _extension, cpu_conv
+from vovnet_fast.backends import _extension
+from vovnet_fast.backends.cpu import convolution
 
 from . import straight_line
 from .extension_cases import require
@@ -67,15 +68,15 @@ def test_the_number_of_threads_does_not_change_a_bit(dtype):
 
 def test_weights_are_packed_once(monkeypatch):
     """And by a copy, or after loading others, again: with those."""
-    packed, pack = [], cpu_conv._pack
+    packed, pack = [], convolution._pack
 
     def note(engine, weight):
         packed.append(weight.shape)
         return pack(engine, weight)
 
-    monkeypatch.setattr(cpu_conv, "_pack", note)
+    monkeypatch.setattr(convolution, "_pack", note)
     frozen, x = freeze(network("detectron2")), torch.randn(1, 3, 40, 40)
-    layers = len(frozen._widths) if cpu_conv.choose_engine(torch.float32) != "aten" else 0
+    layers = len(frozen._widths) if convolution.choose_engine(torch.float32) != "aten" else 0
     first = run(frozen, x)
     with torch.inference_mode():
         again = run(frozen, x)
@@ -147,7 +148,7 @@ def repeated(frozen):
 
 
 def require_engine(dtype):
-    if cpu_conv.choose_engine(dtype) == "aten":
+    if convolution.choose_engine(dtype) == "aten":
         pytest.skip(f"no engine of the extension takes {dtype} on this processor")
 
 

@@ -9,6 +9,17 @@
                    NVIDIA GPUs
 =================  ==========================================================
 
+Beside them lies what they share:
+
+================  ===========================================================
+``_extension``    ``vovnet_fast._C``: finding it, and its functions on tensors
+``_aten``         PyTorch's own convolutions on views
+``conv_sm90``     the extension's convolution for Hopper, an engine of two backends
+``cudnn_graph``   cuDNN's graphs, from a slot into a slot, an engine of ``triton``
+``_engines``      what choosing among engines takes: names of problems, trials
+``_predict``      which engines are worth measuring
+================  ===========================================================
+
 A backend asked for by name that cannot run is an error, never a silent fallback. Asked
 for none, or for ``auto``, the first of :data:`CANDIDATES` is taken that can run, and whose
 functions that will be used have passed :mod:`vovnet_fast.selfcheck` on that device in that dtype,

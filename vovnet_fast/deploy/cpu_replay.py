@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..backends import _extension, cpu_conv
+from ..backends import _extension
+from ..backends.cpu import convolution
 
 _ALLOCATING = {
     torch.ops.aten.empty.memory_format,
@@ -75,7 +76,7 @@ def _stamp(image: Tensor, weights: Sequence[Tensor]) -> _Stamp | None:
     """
     if image.numel() == 0 or any(weight.is_inference() for weight in weights):
         return None
-    engine = cpu_conv.choose_engine(image.dtype), _extension.load("cpu").isa()
+    engine = convolution.choose_engine(image.dtype), _extension.load("cpu").isa()
     versions = [(weight.data_ptr(), weight._version) for weight in weights]
     return image.shape, image.stride(), image.dtype, engine, versions
 

@@ -1,4 +1,4 @@
-"""The functional forms, one file an op: checks at one boundary, then a backend.
+"""The functional forms, one file or folder an op: checks at one boundary, then a backend.
 
 =========================  ==========================================================
 :func:`conv_bn_relu`       convolution, folded batch norm, ReLU

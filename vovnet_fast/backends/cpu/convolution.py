@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from . import _extension
-from ._extension.fields import DTYPES, packed, view
+from .. import _extension
+from .._extension.fields import DTYPES, packed, view
 
 ATEN = "aten"
 

@@ -1,6 +1,6 @@
 """The backend of the extension's CPU half: the signatures of :mod:`vovnet_fast.backends`.
 
-All run on torch's own threads (csrc/cpu). Convolutions are :mod:`.cpu_conv`'s; their
+All run on torch's own threads (csrc/cpu). Convolutions are :mod:`.convolution`'s; their
 gradients are oneDNN's, through ATen, followed by one pass into the slot.
 """
 
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from . import _extension, cpu_conv
+from .. import _extension
+from . import convolution
 
 _ops = _extension.CPU
 
@@ -27,11 +28,11 @@ def variant() -> str:
 
 def sources(function: str) -> tuple[str, ...]:
     """Modules of this package that compute a function."""
-    own = ("backends.cpu_conv",) if function == "conv" else ()
-    return ("backends.cpu", *own, *_extension.SOURCES)
+    own = ("backends.cpu.convolution",) if function == "conv" else ()
+    return ("backends.cpu.__init__", *own, *_extension.SOURCES)
 
 
-conv = cpu_conv.conv
+conv = convolution.conv
 conv_statistics = _ops.conv_statistics
 conv_input_grad = _ops.conv_input_grad
 conv_weight_grad = _ops.conv_weight_grad
