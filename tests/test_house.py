@@ -1,13 +1,14 @@
 """How the package is built: imports go one way, rooms stay small, and importing it costs little."""
 
-import ast
 import json
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from benchmarks import architecture
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vovnet_fast"
@@ -37,30 +38,6 @@ def files() -> list[Path]:
     return sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})
 
 
-def room(module: str) -> str:
-    return module.split(".")[1]
-
-
-def imported(file: Path) -> Iterator[tuple[str, int]]:
-    """Modules of the package that a file imports, in functions too, but for annotations."""
-    tree = ast.parse(file.read_text())
-    unseen = {
-        child
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        for child in ast.walk(node)
-    }
-    parts = ("vovnet_fast", *file.relative_to(PACKAGE).with_suffix("").parts)
-    for node in ast.walk(tree):
-        if node in unseen or not isinstance(node, ast.ImportFrom):
-            continue
-        base = parts[: len(parts) - node.level] if node.level else ()
-        module = ".".join((*base, *filter(None, [node.module])))
-        if module.partition(".")[0] == "vovnet_fast":
-            for name in node.names:
-                yield f"{module}.{name.name}", node.lineno
-
-
 def test_every_room_is_on_a_floor():
     rooms = {file.relative_to(PACKAGE).with_suffix("").parts[0] for file in files()} - {"__init__"}
     assert rooms == {name for floor in FLOORS for name in floor}
@@ -73,11 +50,29 @@ def test_imports_go_one_way():
         here = file.relative_to(PACKAGE).with_suffix("").parts[0]
         if here == "__init__":
             continue
-        for module, line in imported(file):
-            there = room(module)
+        for module, line in architecture.imported(file):
+            there = module.split(".")[1]
             if there != here and height[there] >= height[here]:
                 wrong.append(f"{file.relative_to(ROOT)}:{line} imports {module}")
     assert not wrong, "\n".join(wrong)
+
+
+def test_the_document_is_what_the_code_is():
+    pytest.importorskip("triton", minversion="3.6", reason="launches are planned with Triton")
+    document = (ROOT / "docs" / "architecture.md").read_text()
+    update = "python -m benchmarks.architecture --update"
+    assert architecture.filled(document, architecture.tables()) == document, update
+
+
+def test_paths_in_the_document_exist():
+    """In code spans, and in links."""
+    document = (ROOT / "docs" / "architecture.md").read_text()
+    for path in re.findall(
+        r"`((?:vovnet_fast|kernels|csrc|tests|benchmarks|configs)/[\w/.]*)`", document
+    ):
+        assert (ROOT / path).exists(), path
+    for path in re.findall(r"\]\((?!http)([^)]+)\)", document):
+        assert (ROOT / "docs" / path).exists(), path
 
 
 @pytest.mark.parametrize("file", files(), ids=lambda file: str(file.relative_to(PACKAGE)))
