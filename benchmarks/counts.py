@@ -73,7 +73,7 @@ HOT = {
 }
 """The kernels in which V-39 and V-99 spend their time: operation, layer, configuration.
 
-All are among those that tests/test_aot.py compiles, so that Triton's cache has them.
+All are among those that tests/aot/test_aot.py compiles, so that Triton's cache has them.
 """
 
 NETWORKS: tuple[tuple[str, Shape], ...] = (

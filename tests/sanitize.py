@@ -60,7 +60,7 @@ def _library(name):
 def run(*words, folder=FOLDER):
     """Run tests with it; the exit status of pytest."""
     command = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", folder]
-    command += ["-q", "-p", "no:cacheprovider", *words, "tests/test_cpu_backend.py"]
+    command += ["-q", "-p", "no:cacheprovider", *words, "tests/backends/test_cpu_backend.py"]
     return subprocess.run(command, cwd=folder, env=environment(folder)).returncode
 
 

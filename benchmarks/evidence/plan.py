@@ -54,7 +54,7 @@ def _extension(make: Maker) -> list[Step]:
     return [
         make.tests(
             "cuda", "CUDA C++ kernels, graphs, streams, frozen networks", 60, 100,
-            "tests", "--ignore=tests/kernels", "--ignore=tests/test_conv_sm90.py",
+            "tests", "--ignore=tests/kernels", "--ignore=tests/csrc/test_conv_sm90.py",
             "--continue-on-collection-errors", "-m", "gpu",
             rehearsed=ONLY_ON_GPU,
         ),
@@ -90,7 +90,7 @@ def _engines(make: Maker) -> list[Step]:
     return [
         make.tests(
             "hopper", "the hand-written convolution for Hopper", 30, 75,
-            "tests/test_conv_sm90.py", "-m", "gpu",
+            "tests/csrc/test_conv_sm90.py", "-m", "gpu",
             rehearsed=f"{ONLY_ON_GPU} of compute capability 9.0",
         ),
         make.benchmark(

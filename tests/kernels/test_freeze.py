@@ -22,7 +22,7 @@ from vovnet_fast.ops.memory import Arena
 @pytest.fixture(params=["reference", "triton"])
 def backend(request):
     if request.param == "triton" and torch.cuda.is_available():
-        pytest.skip("on a GPU: tests/test_freeze_gpu.py")
+        pytest.skip("on a GPU: tests/deploy/test_freeze_gpu.py")
     with backends.use_backend(request.param):
         yield request.param
 
@@ -164,7 +164,7 @@ class Allocations(TorchDispatchMode):
         return out
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU: tests/test_freeze_gpu.py")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU: tests/deploy/test_freeze_gpu.py")
 @pytest.mark.parametrize("name", ["detectron2", "depthwise"])
 def test_a_repeated_call_allocates_nothing_but_the_features(name, monkeypatch):
     """And, in the backend, the eSE pool's sums and the gates. Kernels are not run here."""

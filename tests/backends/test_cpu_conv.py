@@ -1,0 +1,230 @@
+"""The extension's own convolutions on a CPU, engine by engine, and their packed weights."""
+
+import gc
+import math
+import types
+
+import pytest
+import torch
+
+from tests import extension_cases
+from tests.backends.test_cpu_backend import threads
+from tests.extension_cases import Tensors, require
+from vovnet_fast.backends import _extension, cpu, reference
+from vovnet_fast.backends.cpu import convolution
+from vovnet_fast.selfcheck import calls, cases
+
+CPU = torch.device("cpu")
+DTYPES = {"fma": (torch.float32, torch.float16, torch.bfloat16), "amx": (torch.bfloat16,)}
+
+
+LAYERS = [
+    calls.Layer(3, 3, 5, (1, 1, 1)),
+    calls.Layer(3, 5, 17, (2, 1, 9)),
+    calls.Layer(3, 4, 16, (2, 9, 1), 2),
+    calls.Layer(3, 3, 64, (1, 33, 47), 2),
+    calls.Layer(3, 40, 80, (2, 13, 11), 2),
+    calls.Layer(3, 33, 50, (1, 1, 64), 2),
+    calls.Layer(3, 70, 112, (1, 33, 47)),
+    calls.Layer(3, 256, 160, (1, 9, 20)),  # A part of the channels in each of several groups.
+    calls.Layer(3, 512, 224, (1, 20, 20)),  # Weights that do not stay in a cache.
+    calls.Layer(3, 64, 48, (1, 61, 50)),  # Several strips, the last one smaller.
+    calls.Layer(1, 1, 1, (1, 1, 1)),
+    calls.Layer(1, 33, 24, (2, 17, 31)),
+    calls.Layer(1, 64, 96, (2, 4, 8)),  # Just one block of pixels, read where they lie.
+    calls.Layer(1, 64, 80, (2, 3, 11)),
+    calls.Layer(1, 768, 64, (1, 40, 24)),
+    calls.Layer(1, 32, 24, (1, 9, 12), 2),
+]
+
+
+def _combinations():
+    if _extension.why_not("cpu") is not None:
+        return [("fma", "baseline")]  # Which _built skips.
+    extension = _extension.load("cpu")
+    best, found = extension.isa(), []
+    for isa in extension.isas():
+        extension.use_isa(isa)
+        found += [(engine, isa) for engine in extension.conv_engines()]
+    extension.use_isa(best)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _built():
+    require("cpu")
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=_combinations(), ids="-".join)
+def engine(request):
+    """An engine by name, on one of the instruction sets that it runs on."""
+    name, isa = request.param
+    extension = _extension.load("cpu")
+    best = extension.isa()
+    extension.use_isa(isa)
+    yield name
+    extension.use_isa(best)
+
+
+def backend_of(engine):
+    """What cases call: a convolution on this engine."""
+
+    def conv(*tensors, stride=1, relu=True, pool=False):
+        return convolution.run_engine(engine, *tensors, stride=stride, relu=relu, pool=pool)
+
+    return types.SimpleNamespace(conv=conv)
+
+
+def run(engine, x, weight, scale, shift, *, stride=1, relu=True, pool=False):
+    """The output in memory of its own, and its sums."""
+    n, h, w, _ = x.shape
+    out = x.new_full((n, (h - 1) // stride + 1, (w - 1) // stride + 1, weight.shape[0]), torch.nan)
+    options = dict(stride=stride, relu=relu, pool=pool)
+    return out, convolution.run_engine(engine, x, weight, scale, shift, out, **options)
+
+
+def parameters(dtype, *shape):
+    weight = torch.randn(shape).div_(math.prod(shape[1:]) ** 0.5).to(dtype)
+    return weight, *torch.randn(2, shape[0])
+
+
+@pytest.mark.parametrize("pool", [False, True])
+@torch.no_grad()
+def test_against_fp64(engine, pool):
+    """In slots surrounded by NaN, from and into crops, and at odd offsets and strides."""
+    backend = backend_of(engine)
+    for case in cases.of_layers(calls.conv, *LAYERS, pool=pool):
+        for dtype in DTYPES[engine]:
+            for layout in Tensors.LAYOUTS:
+                wrong = extension_cases.check(case, backend, dtype, CPU, layout)
+                assert wrong is None, f"{case.words}, {dtype}, {layout}: {wrong}"
+
+
+def test_without_a_relu(engine):
+    for dtype in DTYPES[engine]:
+        x = torch.randn(1, 7, 9, 48).to(dtype)
+        tensors = parameters(dtype, 80, 3, 3, 48)
+        found, sums = run(engine, x, *tensors, relu=False, pool=True)
+        exact = torch.empty_like(found, dtype=torch.float64)
+        exact_sums = reference.conv(
+            *(t.double() for t in (x, *tensors)), exact, relu=False, pool=True
+        )
+        assert exact.min() < -1
+        tolerance = 4 * torch.finfo(dtype).eps
+        torch.testing.assert_close(found.double(), exact, rtol=tolerance, atol=20 * tolerance)
+        torch.testing.assert_close(sums.sum(1).double(), exact_sums.sum(1), rtol=1e-4, atol=1e-2)
+
+
+def test_the_number_of_threads_does_not_change_a_bit(engine):
+    for dtype in DTYPES[engine]:
+        for kernel, c_in, c_out, size in ((3, 64, 96, (2, 40, 40)), (1, 512, 224, (1, 20, 20))):
+            x = torch.randn(*size, c_in).to(dtype)
+            tensors = parameters(dtype, c_out, kernel, kernel, c_in)
+            with threads(1):
+                alone = run(engine, x, *tensors, pool=True)
+            for number in (2, 3, 7):
+                with threads(number):
+                    together = run(engine, x, *tensors, pool=True)
+                assert all(map(torch.equal, alone, together))
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_reaches_what_it_should(engine, kernel, value):
+    """One pixel's neighbours, as in torch; nothing in the row's padding, no other channel."""
+    for dtype in DTYPES[engine]:
+        x = torch.randn(1, 9, 20, 70).to(dtype)
+        x[0, 4, 19, 69] = value  # The last of a row and of its channels.
+        tensors = parameters(dtype, 33, kernel, kernel, 70)
+        found, _ = run(engine, x, *tensors)
+        expected = torch.empty_like(found, dtype=torch.float32)
+        reference.conv(*(t.float() for t in (x, *tensors)), expected)
+        assert torch.equal(found.isfinite(), expected.isfinite())
+        assert torch.equal(found.isnan(), expected.isnan())
+
+
+def test_empty(engine):
+    for dtype in DTYPES[engine]:
+        tensors = parameters(dtype, 8, 3, 3, 16)
+        for shape in ((0, 5, 7, 16), (2, 0, 7, 16)):
+            x, out = torch.empty(shape, dtype=dtype), torch.empty(*shape[:3], 8, dtype=dtype)
+            partials = cpu.conv(x, *tensors, out, pool=True)
+            assert partials.shape == (shape[0], 1, 8)
+            assert not partials.any()
+
+
+# --------------------------------------------------------------------------------------
+# The choice of an engine, and packed weights
+# --------------------------------------------------------------------------------------
+
+
+def test_choice():
+    found = convolution.engines()
+    for dtype, names in convolution.PREFERRED.items():
+        expected = [name for name in names if name in found]
+        assert convolution.choose_engine(dtype) == [*expected, convolution.ATEN][0]
+    assert convolution.choose_engine(torch.float64) == convolution.ATEN
+
+
+@pytest.fixture
+def packed(monkeypatch, engine):
+    """The engine, and a list of the weights that were packed."""
+    found, pack = [], convolution._pack
+
+    def note(name, weight):
+        found.append(weight.shape)
+        return pack(name, weight)
+
+    monkeypatch.setattr(convolution, "_pack", note)
+    return engine, found
+
+
+def test_a_weight_is_packed_once(packed):
+    engine, found = packed
+    dtype = DTYPES[engine][0]
+    x, tensors = torch.randn(1, 5, 6, 16).to(dtype), parameters(dtype, 8, 3, 3, 16)
+    first, _ = run(engine, x, *tensors)
+    second, _ = run(engine, x, *tensors)
+    assert len(found) == 1
+    assert torch.equal(first, second)
+    tensors[0].neg_()  # And again once it has changed.
+    third, _ = run(engine, -x, *tensors)
+    assert len(found) == 2
+    assert torch.equal(first, third)
+    tensors[0].data = tensors[0].data.clone().neg_()
+    fourth, _ = run(engine, x, *tensors)
+    assert len(found) == 3
+    assert torch.equal(first, fourth)
+
+
+def test_a_packed_weight_goes_with_its_weight(packed):
+    engine, _ = packed
+    dtype = DTYPES[engine][0]
+    before = len(convolution._kept)
+    tensors = parameters(dtype, 8, 1, 1, 16)
+    run(engine, torch.randn(1, 5, 6, 16).to(dtype), *tensors)
+    assert len(convolution._kept) == before + 1
+    del tensors
+    gc.collect()
+    assert len(convolution._kept) == before
+
+
+def test_inference_tensors_are_packed_every_time(packed):
+    """They do not count what is written to them."""
+    engine, found = packed
+    dtype = DTYPES[engine][0]
+    with torch.inference_mode():
+        x = torch.randn(1, 5, 6, 16).to(dtype)
+        tensors = parameters(dtype, 8, 1, 1, 16)
+        first, _ = run(engine, x, *tensors)
+        tensors[0].neg_()
+        second, _ = run(engine, -x, *tensors)
+    assert len(found) == 2
+    assert torch.equal(first, second)
+
+
+def test_what_does_not_run_is_said():
+    extension = _extension.load("cpu")
+    with pytest.raises(ValueError, match='no convolution engine "neon" runs on instruction set'):
+        extension.conv_parts("neon", 1, 1, 1, 1, 1, 1)

@@ -1,0 +1,76 @@
+"""Builds the kernels of csrc/cuda for the host: their grids then run on the CPU.
+
+``csrc/cuda_on_cpu/cuda_on_cpu.h`` says what that is good for. The module it makes,
+``_cuda_on_cpu``, has the functions of ``vovnet_fast._C.cuda``; it is never installed.
+"""
+
+import concurrent.futures
+import importlib.util
+import os
+import shutil
+import subprocess
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).parents[2] / "csrc"
+SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
+_FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
+_PRAGMAS = ("-Wno-unknown-pragmas",)  # nvcc's own: how to unroll.
+
+
+def compiler():
+    """The C++ compiler; skips the test where there is none, which in CI there must be."""
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if found is None or importlib.util.find_spec("pybind11") is None:
+        reason = "running kernels on the host takes a C++ compiler and pybind11"
+        pytest.fail(reason) if os.environ.get("CI") == "true" else pytest.skip(reason)
+    return found
+
+
+def kernel_files():
+    """The .cu files of memory-bound ops; the Hopper convolution has tests of its own."""
+    return sorted((CSRC / "cuda").glob("*.cu"))
+
+
+def build(folder, flags=()):
+    """Compile and link the kernels in ``folder``; returns the path of the module."""
+    bindings = CSRC / "cuda_on_cpu" / "module.cpp"
+    return build_module(folder, "_cuda_on_cpu", bindings, kernel_files(), flags)
+
+
+def build_module(folder, name, bindings, kernels=(), flags=()):
+    """The same with other bindings, which define a module of that name, and other kernels."""
+    program = compiler()
+    import pybind11
+
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    # Bindings hold no kernel: there is nothing to optimise.
+    sources = {bindings: "-O0"}
+    sources |= dict.fromkeys((*kernels, CSRC / "cuda_on_cpu" / "cuda_on_cpu.cpp"), "-O1")
+
+    def compiled(source):
+        target = folder / f"{source.name}.o"
+        words = [*_FLAGS, *_PRAGMAS, sources[source], *flags, "-DVF_CUDA_ON_CPU", *includes]
+        _run([program, *words, "-x", "c++", "-c", str(source), "-o", str(target)])
+        return str(target)
+
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compiled, sources))
+    module = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    _run([program, *flags, "-shared", *objects, "-o", str(module)])
+    return module
+
+
+def _run(command):
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, f"{' '.join(command)}\n{done.stderr[-4000:]}"
+
+
+def load(path):
+    """Import a module from where it was built."""
+    spec = importlib.util.spec_from_file_location(Path(path).name.split(".")[0], path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
