@@ -3,6 +3,7 @@
 =================  ====================================================================
 :mod:`.norms`      batch norms, frozen ones too, from mmdet's ``norm_cfg``
 :mod:`.decision`   what runs a call, decided: modules or an op
+:mod:`.structure`  answers about modules, kept until one of them changes
 :mod:`.fusing`     from modules to ops: the parameters of the fused path
 :mod:`.layers`     stem, One-Shot-Aggregation block, stage
 :mod:`.model`      :class:`vovnet_fast.VoVNet`

@@ -2,10 +2,10 @@
 
 A decision depends on the input (device, dtype, size, whether autograd takes part), on the
 modules as they are, on the backend that was asked for, and on which functions have proved right
-(:mod:`vovnet_fast.selfcheck`). It is made anew at every call, from what is cheap to look at; what
-is not, whether a backend can run and is right, is kept by :mod:`vovnet_fast.backends` until the
-process ends. Which engine computes a convolution is the backend's own choice, kept by
-:mod:`vovnet_fast.tuning`. ``vovnet-fast explain`` prints decisions.
+(:mod:`vovnet_fast.selfcheck`). What the modules are is kept until one of them changes
+(:mod:`.structure`), and whether a backend can run and is right by :mod:`vovnet_fast.backends`
+until the process ends: a call looks these up. Which engine computes a convolution is the backend's
+own choice, kept by :mod:`vovnet_fast.tuning`. ``vovnet-fast explain`` prints decisions.
 """
 
 from __future__ import annotations
@@ -56,12 +56,8 @@ GRADIENT = Decision(False, "autograd takes part: its blocks keep what their grad
 class Part(Protocol):
     """The stem or a block, as :class:`.fusing.Fusable` has it."""
 
-    @property
-    def kinds(self) -> Kinds:
-        """Which kinds of layers it has."""
-
-    def why_not_fused(self) -> str | None:
-        """The reason why no op can take the place of its modules, or None."""
+    def structure(self) -> tuple[Kinds, str | None]:
+        """Which kinds of layers it has, and why no op can take the place of its modules."""
 
     def needs(self, kinds: Kinds, *, backward: bool) -> tuple[str, ...]:
         """The functions of a backend that its op uses."""
@@ -91,13 +87,13 @@ def of_part(part: Part, x: Tensor) -> Decision:
     """
     if not fused(x, ()):
         return NO_BACKEND
-    gradient, kinds = needs_gradient(part, x), part.kinds
+    gradient = needs_gradient(part, x)
+    kinds, reason = part.structure()
     # What has not four dimensions is refused by the op.
     if x.dim() == 4:
         pixels = x.shape[0] * x.shape[2] * x.shape[3]
         if faster_plain(x, pixels, batch=kinds.batch, gradient=gradient):
             return SMALL
-    reason = part.why_not_fused()
     if reason is not None:
         if backends.chosen() != "auto":
             raise backends.BackendError(reason)

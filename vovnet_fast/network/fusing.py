@@ -17,9 +17,10 @@ from .._dtypes import accumulator
 from ..ops import ConvParams, batch_norm
 from ..ops.batch_norm import FixedNorm
 from ..ops.conv import Kinds, channels_last, depthwise_last
-from . import decision
+from . import decision, structure
 from .decision import Decision
 from .norms import FrozenBatchNorm2d
+from .structure import has_hooks
 
 
 class Parts(NamedTuple):
@@ -92,10 +93,14 @@ class Fusable(nn.Module):
     @property
     def batch(self) -> bool:
         """Whether a norm takes its statistics from the batch."""
-        return self.kinds.batch
+        return self.structure()[0].batch
+
+    def structure(self) -> tuple[Kinds, str | None]:
+        """Its :attr:`kinds`, and the reason why no op can take the place of its parts, or None."""
+        return structure.kept(self, lambda: (self.kinds, self.why_not_fused()))
 
     def why_not_fused(self) -> str | None:
-        """The reason why no op can take the place of its parts, or None."""
+        """That reason, found out."""
         for name, parts in self.conv_layers().items():
             for conv in parts.convs():
                 if type(conv) is not nn.Conv2d:
@@ -109,16 +114,6 @@ class Fusable(nn.Module):
                     "them, or use the reference backend"
                 )
         return None
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether something is to happen when ``module`` is called, which must then be called."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def conv_params(layers: Sequence[Parts], dtype: torch.dtype) -> list[ConvParams]:

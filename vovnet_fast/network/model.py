@@ -21,9 +21,9 @@ from ..ops.features import needs as features_need
 from ..specs import FIRST_STAGE, NUM_STAGES, VoVNetSpec
 from . import decision
 from .decision import compute_dtype, fused
-from .fusing import has_hooks
 from .layers import OSABlock, OSAStage, Stem
 from .norms import NormCfg
+from .structure import has_hooks, kept
 
 STAGE_NAMES = tuple(f"stage{FIRST_STAGE + i}" for i in range(NUM_STAGES))
 
@@ -215,6 +215,9 @@ class VoVNet(nn.Module):
 
     def why_not_one_op(self) -> str | None:
         """The reason why one op cannot take the place of the modules, or None."""
+        return kept(self, self._why_not_one_op)
+
+    def _why_not_one_op(self) -> str | None:
         for stage in STAGE_NAMES:
             for name, block in getattr(self, stage).named_children():
                 if not isinstance(block, OSABlock):
