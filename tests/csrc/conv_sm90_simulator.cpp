@@ -3,7 +3,7 @@
 
 #include <cstdio>
 
-#include "../csrc/cuda/conv_sm90/kernel.h"
+#include "../../csrc/cuda/conv_sm90/kernel.h"
 
 namespace {
 

@@ -27,8 +27,8 @@
 #include <string>
 #include <vector>
 
-#include "../csrc/cuda/conv_sm90/plan.h"
-#include "../csrc/dtypes.h"
+#include "../../csrc/cuda/conv_sm90/plan.h"
+#include "../../csrc/dtypes.h"
 
 namespace simulator {
 

@@ -2,7 +2,7 @@
 // not.
 #include <pybind11/pybind11.h>
 
-#include "../csrc/cuda/common.cuh"
+#include "../../csrc/cuda/common.cuh"
 
 namespace {
 
