@@ -180,7 +180,6 @@ def main(arguments: list[str] | None = None) -> int:
         "--json", action="store_true", help="print differences and notes as JSON, and succeed"
     )
     options = parser.parse_args(arguments)
-    os.environ.pop("TRITON_INTERPRET", None)  # Before Triton is imported: it has to compile.
     if options.update:
         counted, found, notes = count(), [], []
         if options.file.exists():
@@ -204,4 +203,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # Before Triton is imported: it has to compile.
     sys.exit(main())

@@ -378,7 +378,6 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--update", action="store_true", help="write files, tables and plots anew")
     parser.add_argument("--compile-seconds", action="store_true", help="measure them as well")
     options = parser.parse_args(arguments)
-    os.environ.pop("TRITON_INTERPRET", None)  # Before Triton is imported: it may have to compile.
     file, document = DOCS / "performance.json", DOCS / "performance.md"
     written = json.loads(file.read_text()) if file.exists() else {}
     content: dict[str, Any] = dict(count())
@@ -400,4 +399,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    os.environ.pop("TRITON_INTERPRET", None)  # Before Triton is imported: it has to compile.
     sys.exit(main())
