@@ -1,5 +1,21 @@
+import os
+from pathlib import Path
+
 import torch
 
 # Networks here are small and tests run side by side (pytest-xdist): several threads
 # a process would only wait for each other.
 torch.set_num_threads(1)
+
+KERNELS = Path(__file__).parent / "kernels"
+
+
+def pytest_configure(config):
+    """Let Triton interpret where tests of kernels are going to run, and there is no GPU.
+
+    Triton asks when the kernels are imported, which other tests do before those are collected.
+    """
+    chosen = [Path(arg.partition("::")[0]).resolve() for arg in config.args]
+    kernels = any(KERNELS == c or KERNELS in c.parents or c in KERNELS.parents for c in chosen)
+    if kernels and not torch.cuda.is_available():
+        os.environ["TRITON_INTERPRET"] = "1"
