@@ -16,6 +16,6 @@ def pytest_configure(config):
     Triton asks when the kernels are imported, which other tests do before those are collected.
     """
     chosen = [Path(arg.partition("::")[0]).resolve() for arg in config.args]
-    kernels = any(KERNELS == c or KERNELS in c.parents or c in KERNELS.parents for c in chosen)
+    kernels = any(c == KERNELS or KERNELS in c.parents or c in KERNELS.parents for c in chosen)
     if kernels and not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
