@@ -233,7 +233,7 @@ def test_threads_wait_for_one_check(fake, checks):
 
 def test_kernels_are_compiled_side_by_side_before_a_check_on_a_gpu(monkeypatch):
     pytest.importorskip("triton", minversion="3.6")
-    from vovnet_fast.compiling import side_by_side
+    from vovnet_fast.compiling import side_by_side, workers  # Before anything is patched.
     from vovnet_fast.kernels import _common
 
     done = []
@@ -248,7 +248,7 @@ def test_kernels_are_compiled_side_by_side_before_a_check_on_a_gpu(monkeypatch):
     monkeypatch.setattr(runner, "run", lambda *_, **__: done.append("checked") or [])
     assert selfcheck.trusted("triton", torch.device("cuda", 0), BF16, ["max_pool"])
     assert done == ["max_pool_kernel", "max_pool_kernel", "checked"]
-    monkeypatch.setenv("VOVNET_FAST_COMPILE_WORKERS", "0")
+    monkeypatch.setenv(workers.ENVIRONMENT, "0")
     assert selfcheck.trusted("triton", torch.device("cuda", 0), FP32, ["max_pool"])
     assert done[3:] == ["checked"]
 
