@@ -9,6 +9,10 @@ torch.set_num_threads(1)
 
 KERNELS = Path(__file__).parent / "kernels"
 
+LONGEST = ("aot", "benchmarks", "csrc", "kernels", "native_build")
+"""Whose files take minutes. Workers (pytest-xdist) take whole files in the order of collection: one
+of these that came last would keep one worker busy while the others had nothing left to do."""
+
 
 def pytest_configure(config):
     """Let Triton interpret where tests of kernels are going to run, and there is no GPU.
@@ -19,3 +23,7 @@ def pytest_configure(config):
     kernels = any(c == KERNELS or KERNELS in c.parents or c in KERNELS.parents for c in chosen)
     if kernels and not torch.cuda.is_available():
         os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: item.path.parent.name not in LONGEST)
