@@ -1,4 +1,4 @@
-"""What a module is told beside its input, past hooks and wrappers that know ``forward(x)`` alone."""
+"""What a module is told beside its input, past hooks and wrappers, which know `x` alone."""
 
 from __future__ import annotations
 
