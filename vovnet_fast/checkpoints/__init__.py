@@ -26,8 +26,9 @@ become inert placeholders.
 ===================  ================================================================
 """
 
+from ..network.filling import CheckpointError
 from .conversion import convert, convert_with_report
-from .files import CheckpointError, StateDict, read, write
+from .files import StateDict, read, write
 from .fitting import Report, identify
 from .layouts import LAYOUTS, Layout
 from .loading import load

@@ -17,14 +17,12 @@ import torch
 from torch import Tensor
 
 from .._files import replacing
+from ..network.filling import CheckpointError
 
 StateDict = Mapping[str, Any]
 
 _WRAPPERS = ("state_dict", "model")
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read, or does not fit the architecture."""
+_DEEPEST = 16
 
 
 class _Inert:
@@ -39,13 +37,19 @@ class _Inert:
 
 def unwrap(state_dict: Any) -> StateDict:
     """Descend to the mapping of tensors by key."""
-    while isinstance(state_dict, Mapping):
+    for _ in range(_DEEPEST):
+        if not isinstance(state_dict, Mapping):
+            raise CheckpointError(
+                "the checkpoint must be a mapping of tensors by key, got "
+                f"{type(state_dict).__name__}"
+            )
         inner = [state_dict[k] for k in _WRAPPERS if isinstance(state_dict.get(k), Mapping)]
         if not inner:
             return state_dict
         state_dict = inner[0]
     raise CheckpointError(
-        f"the checkpoint must be a mapping of tensors by key, got {type(state_dict).__name__}"
+        f"the checkpoint is wrapped in {' or '.join(map(repr, _WRAPPERS))} more than {_DEEPEST} "
+        "times, or holds itself: a mapping of tensors by key was expected. Give the one inside"
     )
 
 

@@ -5,6 +5,7 @@
 :mod:`.decision`   what runs a call, decided: modules or an op
 :mod:`.structure`  answers about modules, kept until one of them changes
 :mod:`.fusing`     from modules to ops: the parameters of the fused path
+:mod:`.filling`    whether a state dict's tensors can become the network's
 :mod:`.layers`     stem, One-Shot-Aggregation block, stage
 :mod:`.model`      :class:`vovnet_fast.VoVNet`
 =================  ====================================================================

@@ -21,6 +21,7 @@ from ..ops.features import needs as features_need
 from ..specs import FIRST_STAGE, NUM_STAGES, VoVNetSpec
 from . import decision
 from .decision import compute_dtype, fused
+from .filling import AllOrNothing
 from .layers import OSABlock, OSAStage, Stem
 from .norms import NormCfg
 from .structure import has_hooks, kept
@@ -30,7 +31,7 @@ STAGE_NAMES = tuple(f"stage{FIRST_STAGE + i}" for i in range(NUM_STAGES))
 _DEFAULT_SPEC = "V-39-eSE"
 
 
-class VoVNet(nn.Module):
+class VoVNet(AllOrNothing):
     """VoVNet backbone of any published architecture.
 
     Args:
