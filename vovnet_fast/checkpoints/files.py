@@ -1,4 +1,4 @@
-"""Reading and writing files of tensors by key, without running code from them.
+"""Reading files of tensors by key, without running code from them.
 
 Pickles are read with ``weights_only=True``, and unknown classes in them (a trainer's log
 buffers, say) become inert placeholders.
@@ -14,9 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .._files import replacing
 from ..network.filling import CheckpointError
 
 StateDict = Mapping[str, Any]
@@ -110,23 +108,3 @@ def _download(url: str) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.hub.download_url_to_file(url, str(path))
     return path
-
-
-def write(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Write a state dict; an interrupted write leaves what was there before.
-
-    Args:
-        state_dict: tensors by key.
-        path: ``.safetensors`` writes that format, anything else ``torch.save``'s.
-
-    Raises:
-        FileNotFoundError: the folder does not exist.
-    """
-    path = Path(path)
-    with replacing(path) as temporary:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import save_file
-
-            save_file({k: v.contiguous() for k, v in state_dict.items()}, temporary)
-        else:
-            torch.save(dict(state_dict), temporary)
