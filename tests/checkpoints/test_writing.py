@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import stat
 
 import pytest
 import torch
@@ -173,3 +174,13 @@ def test_a_full_disk(tmp_path, ending, room):
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == [path.name]
     written(tmp_path, state, ending)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_private_file_stays_private(tmp_path, ending):
+    path = tmp_path / f"weights{ending}"
+    path.write_text("old")
+    path.chmod(0o600)
+    written(tmp_path, {"x": torch.ones(3)}, ending)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
