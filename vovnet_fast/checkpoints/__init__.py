@@ -19,6 +19,7 @@ become inert placeholders.
 
 ===================  ================================================================
 :mod:`.files`        reading files of tensors
+:mod:`.downloads`    files of http(s) addresses, kept
 :mod:`.writing`      writing them
 :mod:`.layouts`      what modules are called in every layout
 :mod:`.fitting`      whether tensors fill an architecture, and which one

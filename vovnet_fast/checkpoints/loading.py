@@ -21,6 +21,9 @@ def load(
 ) -> Report:
     """Fill a model from a checkpoint of any layout, completely or not at all.
 
+    Of a file no more is in memory than what is just being copied, and nothing of what else is in
+    it (heads, an optimizer's state).
+
     Args:
         model: the backbone. Its parameters are written only if everything fits.
         source: a file (``.pth``, ``.pt``, ``.bin``, ``.safetensors``), an http(s)
@@ -45,7 +48,7 @@ def load(
     """
     if not isinstance(model, VoVNet):
         raise TypeError(f"model must be a vovnet_fast.VoVNet, got {type(model).__name__}")
-    state_dict = unwrap(source if isinstance(source, Mapping) else read(source))
+    state_dict = unwrap(source if isinstance(source, Mapping) else read(source, mmap=True))
     found_layout, found_prefix = locate(state_dict, layout, prefix)
     if found_layout in FOREIGN:
         refuse_other_function(
