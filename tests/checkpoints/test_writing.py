@@ -3,6 +3,8 @@
 import contextlib
 import os
 import stat
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -184,3 +186,115 @@ def test_a_private_file_stays_private(tmp_path, ending):
     path.chmod(0o600)
     written(tmp_path, {"x": torch.ones(3)}, ending)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+_PROGRAM = """
+import os, sys, time, types
+import torch
+from vovnet_fast import _files, checkpoints
+from vovnet_fast.checkpoints import writing
+
+torch.set_num_threads(1)
+torch.manual_seed(0)
+folder = sys.argv[1]
+
+
+def read(path):
+    state = checkpoints.read(path, mmap=True)
+    assert set(state) == {"a", "b", "c"}
+    (value,) = {float(v) for x in state.values() for v in (x.min(), x.max())}
+    return value
+
+
+def state(value):
+    flat = torch.full((30_000,), float(value))
+    return {"a": flat[:10_000], "b": flat[::2], "c": flat[20_000:].view(100, 100)}
+
+
+class Killing:
+    def __init__(self, step):
+        self.left = step
+
+    def counted(self, call):
+        def counting(*args, **kwargs):
+            if self.left == 0:
+                os.kill(os.getpid(), 9)
+            self.left -= 1
+            return call(*args, **kwargs)
+        return counting
+
+    def open(self, path, mode):
+        file = open(path, mode)
+        wrapped = types.SimpleNamespace(write=self.counted(file.write), flush=file.flush)
+        class File:
+            __enter__ = lambda _: wrapped
+            __exit__ = lambda *_: file.close()
+        return File()
+
+    def install(self):
+        for module, names in ((os, COUNTED), (_files.fcntl, ["flock"])):
+            for name in names:
+                setattr(module, name, self.counted(getattr(module, name)))
+        writing.open = self.open
+
+
+COUNTED = "open fchown fchmod fsync replace unlink scandir fstat".split()
+
+
+def child(work):
+    pid = os.fork()
+    if pid:
+        return pid
+    try:
+        work()
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+        os._exit(1)
+    os._exit(0)
+
+
+for ending in (".pth", ".safetensors"):
+    path, step, left = os.path.join(folder, "weights" + ending), 0, 0
+    checkpoints.write(state(1), path)
+    while True:
+        def work():
+            Killing(step).install()
+            checkpoints.write(state(2), path)
+        status = os.waitpid(child(work), 0)[1]
+        assert status in (0, 9), status
+        assert read(path) in ((2,) if status == 0 else (1, 2))
+        left += len(os.listdir(folder)) > 1
+        checkpoints.write(state(1), path)
+        assert os.listdir(folder) == [os.path.basename(path)]
+        if status == 0:
+            break
+        step += 1
+    assert step > 12 and left > 6, (step, left)
+
+    def writing_often(value):
+        for _ in range(15):
+            checkpoints.write(state(value), path)
+    children = {child(lambda value=value: writing_often(value)) for value in (3, 4, 5)}
+    seen, statuses = set(), []
+    while children:
+        seen.add(read(path))
+        done, status = os.waitpid(-1, os.WNOHANG)
+        if done:
+            children.remove(done)
+            statuses.append(status)
+    assert statuses == [0, 0, 0]
+    assert seen <= {1, 3, 4, 5}, seen
+    assert os.listdir(folder) == [os.path.basename(path)]
+    os.unlink(path)
+print("whole")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_killed_between_any_two_steps_and_several_at_once(tmp_path):
+    """The file is the old one or a new one, whole, and what the killed leave is swept."""
+    words = [sys.executable, "-c", _PROGRAM, str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "whole\n"
