@@ -21,8 +21,9 @@ def load(
 ) -> Report:
     """Fill a model from a checkpoint of any layout, completely or not at all.
 
-    Of a file no more is in memory than what is just being copied, and nothing of what else is in
-    it (heads, an optimizer's state).
+    A file is mapped into memory: the system holds no more of it than it has room for, and nothing
+    of what else is in it (heads, an optimizer's state). It may be replaced meanwhile, but not cut
+    or written to where it lies, which may end the process.
 
     Args:
         model: the backbone. Its parameters are written only if everything fits.
