@@ -230,5 +230,9 @@ def _why_not_tried(value: Tensor, own: Tensor) -> str | None:
         with torch.no_grad():
             torch.empty_like(own).copy_(value)
     except Exception as error:
-        return f"is {type(value).__name__} and cannot be copied to {type(own).__name__}: {error}"
+        return (
+            f"is {type(value).__name__} and cannot be copied to {type(own).__name__} ({error}): "
+            "load before sharding or quantising, or with what shards the tensors too, as "
+            "torch.distributed.checkpoint.state_dict.set_model_state_dict does"
+        )
     return None
