@@ -101,3 +101,26 @@ def test_a_whole_detectors_checkpoint(net, tmp_path):
         load_checkpoint(detector, str(tmp_path / "detector.pth"), map_location="cpu")
     with pytest.warns(UserWarning, match=r"nothing for the backbone: no key like 'backbone\.stem"):
         detector.load_state_dict({"head.weight": torch.zeros(2, 2)}, strict=False)
+
+
+def test_what_is_no_weight_leaves_the_backbone_as_it_was(net, tmp_path):
+    """mmengine's own loader goes past ``load_state_dict`` and converts whatever it can."""
+    detector = torch.nn.ModuleDict({"backbone": build()})
+    before = {k: v.clone() for k, v in detector.state_dict().items()}
+    key = "stage5.OSA5_1.concat.OSA5_1_concat/conv.weight"
+    weight = net.state_dict()[key]
+    for value, words in (
+        (weight.to(torch.int8), r"is torch\.int8, expected one of"),
+        (weight.to_sparse(), r"is torch\.sparse_coo, expected torch\.strided"),
+        (weight.double() * 1e300, r"infinite in torch\.float32"),
+        (weight[:-1], r"is \[511, .*, expected \[512, "),
+    ):
+        state = {f"backbone.{k}": v for k, v in {**net.state_dict(), key: value}.items()}
+        torch.save({"state_dict": state}, tmp_path / "detector.pth")
+        with pytest.raises(checkpoints.CheckpointError, match=rf"backbone\.{key}' .*{words}"):
+            load_checkpoint(detector, str(tmp_path / "detector.pth"), map_location="cpu")
+        assert all(torch.equal(v, before[k]) for k, v in detector.state_dict().items())
+        torch.save(state, tmp_path / "detector.pth")
+        backbone = build(pretrained=str(tmp_path / "detector.pth"))
+        with pytest.raises(checkpoints.CheckpointError):
+            backbone.init_weights()

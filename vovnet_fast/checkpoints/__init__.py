@@ -18,7 +18,9 @@ Nothing here executes code from a file: pickles are read with
 become inert placeholders.
 
 ===================  ================================================================
-:mod:`.files`        reading and writing files of tensors
+:mod:`.files`        reading files of tensors
+:mod:`.downloads`    files of http(s) addresses, kept
+:mod:`.writing`      writing them
 :mod:`.layouts`      what modules are called in every layout
 :mod:`.fitting`      whether tensors fill an architecture, and which one
 :mod:`.loading`      a model filled from a checkpoint
@@ -26,11 +28,13 @@ become inert placeholders.
 ===================  ================================================================
 """
 
+from ..network.filling import CheckpointError
 from .conversion import convert, convert_with_report
-from .files import CheckpointError, StateDict, read, write
+from .files import StateDict, read
 from .fitting import Report, identify
 from .layouts import LAYOUTS, Layout
 from .loading import load
+from .writing import write
 
 __all__ = [
     "LAYOUTS",

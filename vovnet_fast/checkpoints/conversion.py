@@ -7,7 +7,7 @@ from torch import Tensor
 from .. import specs
 from ..specs import VoVNetSpec
 from .files import StateDict, unwrap
-from .fitting import Report, check, expected_shapes, refuse_other_function, take
+from .fitting import Report, check, expected, refuse_other_function, take
 from .layouts import ANCHORS, FOREIGN, LAYOUTS, SEED_ROOT, Layout, column_of, locate, module_names
 
 
@@ -68,13 +68,13 @@ def convert_with_report(
     taken, surplus, report = take(state_dict, spec, layout, prefix)
     anchor = taken.get(ANCHORS["native"])
     input_ch = anchor.shape[1] if anchor is not None and anchor.ndim == 4 else 3
-    expected = expected_shapes(spec, input_ch)
-    check(taken, surplus, expected, report, state_dict)
+    there = expected(spec, input_ch)
+    check(taken, surplus, there, report, state_dict)
     column = column_of(to)
     rename = {names[0]: names[column] for names in module_names(spec)}
     root = add_prefix + (SEED_ROOT if to == "seed" else "")
     converted = {}
-    for key in expected:
+    for key in there:
         if key in taken:
             module, _, leaf = key.rpartition(".")
             converted[f"{root}{rename[module]}.{leaf}"] = taken[key]

@@ -1,4 +1,4 @@
-"""Reading and writing files of tensors by key, without running code from them.
+"""Reading files of tensors by key, without running code from them.
 
 Pickles are read with ``weights_only=True``, and unknown classes in them (a trainer's log
 buffers, say) become inert placeholders.
@@ -6,25 +6,28 @@ buffers, say) become inert placeholders.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
+import threading
 import urllib.parse
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .._files import replacing
+from ..network.filling import CheckpointError
+from . import downloads
 
 StateDict = Mapping[str, Any]
 
 _WRAPPERS = ("state_dict", "model")
+_DEEPEST = 16
+_ZIP = b"PK\x03\x04"
 
-
-class CheckpointError(RuntimeError):
-    """A checkpoint cannot be read, or does not fit the architecture."""
+_inert_lock = threading.Lock()
 
 
 class _Inert:
@@ -39,54 +42,92 @@ class _Inert:
 
 def unwrap(state_dict: Any) -> StateDict:
     """Descend to the mapping of tensors by key."""
-    while isinstance(state_dict, Mapping):
+    for _ in range(_DEEPEST):
+        if not isinstance(state_dict, Mapping):
+            raise CheckpointError(
+                "the checkpoint must be a mapping of tensors by key, got "
+                f"{type(state_dict).__name__}"
+            )
         inner = [state_dict[k] for k in _WRAPPERS if isinstance(state_dict.get(k), Mapping)]
         if not inner:
             return state_dict
         state_dict = inner[0]
     raise CheckpointError(
-        f"the checkpoint must be a mapping of tensors by key, got {type(state_dict).__name__}"
+        f"the checkpoint is wrapped in {' or '.join(map(repr, _WRAPPERS))} more than {_DEEPEST} "
+        "times, or holds itself: a mapping of tensors by key was expected. Give the one inside"
     )
 
 
-def read(source: str | os.PathLike[str]) -> StateDict:
+def read(source: str | os.PathLike[str], *, mmap: bool = False) -> StateDict:
     """Read a checkpoint's state dict on the CPU, without running code from it.
 
     Args:
         source: a ``.safetensors`` file, a file written by ``torch.save``, or an
-            http(s) address of one, which is kept in torch.hub's cache.
+            http(s) address of one, which is kept in torch.hub's cache. What is kept and cannot
+            be read is downloaded again.
+        mmap: tensors are windows on the file, of which only what is used is ever in memory;
+            changing them does not change it. The file must not be written to while they live:
+            replace it, as :func:`~vovnet_fast.checkpoints.write` does. Files of before PyTorch
+            1.6 are read whole.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it is not a checkpoint, or it asks for blocked modules.
+        CheckpointError: it is not a checkpoint, or it asks for blocked modules; an address
+            cannot be downloaded.
     """
     scheme = urllib.parse.urlparse(str(source)).scheme
     if scheme in ("http", "https"):
-        path = _download(str(source))
-    elif len(scheme) > 1:  # One letter is a Windows drive.
+        return _read_address(str(source), mmap)
+    if len(scheme) > 1:  # One letter is a Windows drive.
         raise CheckpointError(
             f"cannot read {str(source)!r}: only files and http(s) addresses are understood. "
             "Download the file first"
         )
-    else:
-        path = Path(source)
-    if not path.is_file():
+    path = Path(source)
+    if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
+    if not path.is_file():
+        raise CheckpointError(f"cannot read {path}: it is no file, but a folder, pipe or device")
+    return _read_file(path, mmap)
+
+
+def _read_address(url: str, mmap: bool) -> StateDict:
+    path = downloads.kept_at(url)
+    if path.is_file():
+        with contextlib.suppress(CheckpointError):  # Cut, or some proxy's page.
+            return _read_file(path, mmap)
+    path = downloads.download(url)
+    try:
+        return _read_file(path, mmap)
+    except CheckpointError as error:
+        downloads.forget(path)
+        raise CheckpointError(f"what {url} sends is no checkpoint: {error}") from error
+
+
+def _read_file(path: Path, mmap: bool) -> StateDict:
     try:
         if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return unwrap(load_file(path))
-        return unwrap(_load_pickle(path))
+            return unwrap(_load_safetensors(path, mmap))
+        return unwrap(_load_pickle(path, mmap))
     except CheckpointError:
         raise
     except Exception as error:  # Damaged files raise almost anything.
         raise CheckpointError(f"cannot read {path}: {error}") from error
 
 
-def _load_pickle(path: Path) -> Any:
+def _load_safetensors(path: Path, mmap: bool) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt", device="cpu") as file:
+        tensors = ((key, file.get_tensor(key)) for key in file.keys())  # noqa: SIM118
+        return {key: tensor if mmap else tensor.clone() for key, tensor in tensors}
+
+
+def _load_pickle(path: Path, mmap: bool) -> Any:
+    with open(path, "rb") as file:
+        mmap = mmap and file.read(len(_ZIP)) == _ZIP
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         try:
             unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
@@ -95,34 +136,24 @@ def _load_pickle(path: Path) -> Any:
                 f"{path} holds more than weights ({error}). Load it once where it was written, "
                 "and save its state_dict alone"
             ) from error
-        with torch.serialization.safe_globals([(_Inert, name) for name in unknown]):
-            return torch.load(path, map_location="cpu", weights_only=True)
+        with _inert(unknown):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
 
 
-def _download(url: str) -> Path:
-    name = os.path.basename(urllib.parse.urlparse(url).path)
-    path = Path(torch.hub.get_dir()) / "checkpoints" / name
-    if not path.is_file():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.hub.download_url_to_file(url, str(path))
-    return path
+@contextlib.contextmanager
+def _inert(names: Iterable[str]) -> Iterator[None]:
+    """Let placeholders stand in for classes, in one thread at a time.
 
-
-def write(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str]) -> None:
-    """Write a state dict; an interrupted write leaves what was there before.
-
-    Args:
-        state_dict: tensors by key.
-        path: ``.safetensors`` writes that format, anything else ``torch.save``'s.
-
-    Raises:
-        FileNotFoundError: the folder does not exist.
+    PyTorch keeps one list for all threads, and its own context manager puts back at its end what
+    there was at its beginning: two that overlap take each other's names away, and what others
+    added meanwhile.
     """
-    path = Path(path)
-    with replacing(path) as temporary:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import save_file
-
-            save_file({k: v.contiguous() for k, v in state_dict.items()}, temporary)
-        else:
-            torch.save(dict(state_dict), temporary)
+    ours: list[Any] = [(_Inert, name) for name in names]
+    with _inert_lock:
+        torch.serialization.add_safe_globals(ours)
+        try:
+            yield
+        finally:
+            others = [g for g in torch.serialization.get_safe_globals() if g not in ours]
+            torch.serialization.clear_safe_globals()
+            torch.serialization.add_safe_globals(others)

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 
 from .. import specs
+from ..network.filling import COUNTER, CheckpointError, why_not, why_not_plain
 from ..network.model import VoVNet
 from ..specs import Dialect, VoVNetSpec
-from .files import CheckpointError, StateDict, unwrap
+from .files import StateDict, unwrap
 from .layouts import ANCHORS, FOREIGN, ROOTS, Layout, column_of, locate, module_names
-
-COUNTER = "num_batches_tracked"  # A step count, no weight; frozen norms do not have it.
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,14 @@ class Report:
 
 
 @functools.lru_cache(maxsize=64)
-def expected_shapes(spec: VoVNetSpec, input_ch: int) -> dict[str, torch.Size]:
+def expected(spec: VoVNetSpec, input_ch: int) -> dict[str, Tensor]:
+    """On the meta device, and in fp64, which holds what every dtype of weights holds."""
     with torch.device("meta"):
-        model = VoVNet(spec, input_ch=input_ch)
-    return {key: value.shape for key, value in model.state_dict().items()}
+        own = VoVNet(spec, input_ch=input_ch).state_dict()
+        return {
+            key: torch.empty(v.shape, dtype=torch.float64 if v.is_floating_point() else v.dtype)
+            for key, v in own.items()
+        }
 
 
 def take(
@@ -63,11 +66,9 @@ def take(
     for key, value in state_dict.items():
         module, _, leaf = key.removeprefix(prefix).rpartition(".")
         if key.startswith(prefix) and module in rename:
-            if not isinstance(value, Tensor):
-                raise CheckpointError(
-                    f"{key!r} is no tensor but {type(value).__name__}: the file was not written "
-                    "by torch.save of a state dict"
-                )
+            reason = why_not_plain(value)
+            if reason is not None:
+                raise CheckpointError(f"{key!r} {reason}")
             taken[f"{rename[module]}.{leaf}"] = value
         elif key.startswith(tuple(prefix + root for root in ROOTS[layout])):
             surplus.append(key)
@@ -87,7 +88,7 @@ def take(
 def check(
     taken: Mapping[str, Tensor],
     surplus: list[str],
-    expected: Mapping[str, torch.Size],
+    expected: Mapping[str, Tensor],
     report: Report,
     state_dict: StateDict,
 ) -> None:
@@ -95,9 +96,9 @@ def check(
     missing = [k for k in expected if k not in taken and not k.endswith(COUNTER)]
     unexpected = surplus + [k for k in taken if k not in expected and not k.endswith(COUNTER)]
     shapes = [
-        f"{k} is {list(taken[k].shape)}, expected {list(shape)}"
-        for k, shape in expected.items()
-        if k in taken and taken[k].shape != shape
+        f"{k} is {list(taken[k].shape)}, expected {list(there.shape)}"
+        for k, there in expected.items()
+        if k in taken and taken[k].shape != there.shape
     ]
     problems = [
         f"{len(items)} {what}: {', '.join(items[:4])}{', ...' if len(items) > 4 else ''}"
@@ -113,6 +114,11 @@ def check(
             f"the checkpoint ({report.layout} keys, prefix {report.prefix!r}) does not fit "
             f"{report.spec}. " + ". ".join(problems) + f". {_hint(state_dict, report)}"
         )
+    amiss = {k: why_not(taken[k], there) for k, there in expected.items() if k in taken}
+    found = [f"{k!r} {reason}" for k, reason in amiss.items() if reason is not None]
+    if found:
+        more = f". {len(found) - 1} other tensors cannot be taken either" if found[1:] else ""
+        raise CheckpointError(f"the checkpoint's {found[0]}{more}")
     bad = [k for k, v in taken.items() if v.is_floating_point() and not v.isfinite().all()]
     if bad:
         raise CheckpointError(
@@ -159,18 +165,17 @@ def identify(
     state_dict = unwrap(state_dict)
     layout, prefix = locate(state_dict, layout, prefix)
     first = state_dict[prefix + ANCHORS[layout]]
-    if not isinstance(first, Tensor) or first.ndim != 4:
+    if why_not_plain(first) is not None or first.ndim != 4:
         return []
     fitting = []
     for spec in specs.SPECS.values():
         if layout in FOREIGN and specs.differences(spec, layout):
             continue
         taken, surplus, _ = take(state_dict, spec, layout, prefix)
-        expected = {
-            k: v for k, v in expected_shapes(spec, first.shape[1]).items() if k[-7:] != "tracked"
-        }
+        there = expected(spec, first.shape[1]).items()
+        wanted = {k: v.shape for k, v in there if not k.endswith(COUNTER)}
         have = {k: v.shape for k, v in taken.items() if not k.endswith(COUNTER)}
-        if have == expected and not surplus:
+        if have == wanted and not surplus:
             fitting.append(spec)
     own = "detectron2" if layout == "native" else layout
     return [s.name for s in sorted(fitting, key=lambda s: s.dialect != own)]

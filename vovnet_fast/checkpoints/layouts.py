@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Literal
 
 from .. import specs
+from ..network.filling import CheckpointError, require_names
 from ..specs import Dialect, VoVNetSpec
-from .files import CheckpointError, StateDict
+from .files import StateDict
 
 Layout = Literal["native", "detectron2", "timm", "seed"]
 LAYOUTS: tuple[Layout, ...] = ("native", "detectron2", "timm", "seed")
@@ -85,6 +86,7 @@ ROOTS: dict[Layout, tuple[str, ...]] = {
 
 def locate(state_dict: StateDict, layout: Layout | None, prefix: str | None) -> tuple[Layout, str]:
     """Find the layout and the prefix of the one backbone in ``state_dict``."""
+    require_names(state_dict)
     if layout == "detectron2":
         layout = "native"
     found = []

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 
+from ..network.filling import COUNTER, CheckpointError
 from ..network.model import VoVNet
 from .files import StateDict, read, unwrap
-from .fitting import COUNTER, Report, check, refuse_other_function, take
+from .fitting import Report, check, refuse_other_function, take
 from .layouts import FOREIGN, Layout, locate
 
 
@@ -19,6 +20,10 @@ def load(
     prefix: str | None = None,
 ) -> Report:
     """Fill a model from a checkpoint of any layout, completely or not at all.
+
+    A file is mapped into memory: the system holds no more of it than it has room for, and nothing
+    of what else is in it (heads, an optimizer's state). It may be replaced meanwhile, but not cut
+    or written to where it lies, which may end the process.
 
     Args:
         model: the backbone. Its parameters are written only if everything fits.
@@ -36,23 +41,31 @@ def load(
         CheckpointError: the file cannot be read; it holds no backbone, or
             several; a parameter is left unfilled, a key has no place, a shape
             differs (the first few are named, and the architectures that would
-            fit); a value is not finite; the layout's dialect computes another
-            function than the model.
+            fit); a tensor is not of numbers as weights are (integers, fp8, complex,
+            quantised, sparse, nested, meta); a value is not finite, or would not be in
+            the model's dtype; the layout's dialect computes another function than the
+            model; the model is on the meta device.
         FileNotFoundError: there is no such file.
     """
     if not isinstance(model, VoVNet):
         raise TypeError(f"model must be a vovnet_fast.VoVNet, got {type(model).__name__}")
-    state_dict = unwrap(source if isinstance(source, Mapping) else read(source))
+    state_dict = unwrap(source if isinstance(source, Mapping) else read(source, mmap=True))
     found_layout, found_prefix = locate(state_dict, layout, prefix)
     if found_layout in FOREIGN:
         refuse_other_function(
             model.spec, found_layout, f"{model.spec.name} cannot load a {found_layout} checkpoint"
         )
     taken, surplus, report = take(state_dict, model.spec, found_layout, found_prefix)
-    expected = {key: value.shape for key, value in model.state_dict().items()}
+    expected = model.state_dict()
+    empty = [key for key, value in expected.items() if value.is_meta]
+    if empty:
+        raise CheckpointError(
+            f"{len(empty)} tensors of the model are on the meta device and can hold no values, "
+            f"first {empty[0]!r}: model.to_empty(device='cpu') before loading"
+        )
     check(taken, surplus, expected, report, state_dict)
     # Keep the model's own counters where the file has none, and drop the file's
     # where the model has none (frozen norms).
-    own = {k: v for k, v in model.state_dict().items() if k.endswith(COUNTER)}
+    own = {k: v for k, v in expected.items() if k.endswith(COUNTER)}
     model.load_state_dict({**own, **{k: v for k, v in taken.items() if k in expected}})
     return report

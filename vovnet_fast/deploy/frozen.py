@@ -7,13 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .. import backends, first_use
 from .._dtypes import accumulator
 from ..backends import cpu
 from ..backends.cpu import convolution
 from ..network import decision
+from ..network.filling import AllOrNothing
 from ..network.watchers import watching
 from ..ops import NetworkParams, _checks
 from ..ops import features as run_op
@@ -27,7 +28,7 @@ _WARM_UP = 3
 """Calls before a capture: kernels are compiled and libraries choose their algorithms."""
 
 
-class FrozenVoVNet(nn.Module):
+class FrozenVoVNet(AllOrNothing):
     """An inference module that :func:`.freeze.freeze` makes.
 
     Without a fused backend (:mod:`vovnet_fast.backends`) it runs PyTorch's convolutions

@@ -23,6 +23,7 @@ from ..specs import FIRST_STAGE, NUM_STAGES, VoVNetSpec
 from . import decision, structure
 from .blocks import OSABlock, OSAStage
 from .decision import compute_dtype, fused
+from .filling import AllOrNothing
 from .layers import Stem
 from .norms import NormCfg
 from .structure import computed_by, has_hooks
@@ -34,7 +35,7 @@ _DEFAULT_SPEC = "V-39-eSE"
 
 
 @computed_by()
-class VoVNet(nn.Module):
+class VoVNet(AllOrNothing):
     """VoVNet backbone of any published architecture.
 
     Args:

@@ -170,7 +170,7 @@ def _convert(args: argparse.Namespace) -> None:
         raise ValueError(f"{args.dst} exists; --force replaces it")
     if args.spec is not None:
         specs.get(args.spec)  # Before a long download.
-    state_dict = checkpoints.read(args.src)
+    state_dict = checkpoints.read(args.src, mmap=True)
     spec = args.spec
     if spec is None:
         fitting = checkpoints.identify(state_dict, layout=args.layout, prefix=args.prefix)
