@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vovnet_fast import backends, specs, use_backend
-from vovnet_fast.network.layers import OSABlock
+from vovnet_fast.network.blocks import OSABlock
 from vovnet_fast.ops import conv, osa
 from vovnet_fast.ops.features import sizes
 from vovnet_fast.ops.memory import Memory

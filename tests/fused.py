@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from vovnet_fast import backends
+from vovnet_fast.network import decision
+from vovnet_fast.ops import _checks
 
 needs_traces = pytest.mark.skipif(
     not backends.COMPILES, reason=f"torch {torch.__version__} traces no op of a fused path"
@@ -17,9 +19,15 @@ needs_traces = pytest.mark.skipif(
 
 
 @contextlib.contextmanager
-def fused():
-    """Let modules run as ops, whatever the device."""
+def fused(*, watched=True):
+    """Let modules run as ops, whatever the device.
+
+    ``watched=False``: under dispatch modes too, which are the test's own.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backends, "fused", lambda *_: True)
         patch.setattr(backends, "select", lambda *_: "reference")
+        if not watched:
+            patch.setattr(decision, "watching", lambda *_, **options: None)
+            patch.setattr(_checks, "notice_modes", lambda: False)
         yield

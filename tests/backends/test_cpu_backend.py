@@ -16,7 +16,7 @@ from tests.tiny import TINY
 from vovnet_fast import VoVNet, backends, ops, selfcheck, specs
 from vovnet_fast.backends import _extension, cpu
 from vovnet_fast.network import decision
-from vovnet_fast.network.layers import OSABlock
+from vovnet_fast.network.blocks import OSABlock
 from vovnet_fast.ops.features import needs
 
 CPU = torch.device("cpu")

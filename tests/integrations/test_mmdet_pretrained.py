@@ -85,7 +85,7 @@ def test_init_cfg_that_does_not_fit_is_an_error(tmp_path):
 def test_other_init_cfgs_are_mmengines():
     backbone = build(init_cfg=dict(type="Constant", layer="Conv2d", val=0.5, bias=0.25))
     backbone.init_weights()
-    assert (backbone.stem.first_weight == 0.5).all()
+    assert (backbone.first_weight == 0.5).all()
 
 
 def test_a_whole_detectors_checkpoint(net, tmp_path):

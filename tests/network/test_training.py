@@ -15,7 +15,7 @@ from tests import straight_line
 from tests.fused import fused, needs_traces
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, backends, ops
-from vovnet_fast.network.layers import OSABlock
+from vovnet_fast.network.blocks import OSABlock
 from vovnet_fast.network.norms import FrozenBatchNorm2d
 from vovnet_fast.ops import rooms
 
@@ -410,7 +410,7 @@ def test_custom_ops_pass_torchs_own_checks():
                 calls.append((func, args))
             return func(*args, **(kwargs or {}))
 
-    with fused(), pytest.MonkeyPatch.context() as patch:
+    with fused(watched=False), pytest.MonkeyPatch.context() as patch:
         patch.setattr("vovnet_fast.ops._checks.traced", lambda x: True)
         with Catch():
             loss_of(model(x)).backward()

@@ -102,13 +102,24 @@ class Graphs:
 
 
 class Caches:
-    """What is made when it is first needed, and not part of a copy or a pickle."""
+    """What is made when it is first needed, and not part of a copy or a pickle.
+
+    Attributes:
+        workspaces: arenas, and what repeats the work in them.
+        graphs: captured ones.
+        params: the buffers as the ops take them.
+        tensors: all that the ops read.
+        buffers: of which all this was made, by name.
+        versions: of those that have to be constants, when they were.
+    """
 
     def __init__(self) -> None:
         self.workspaces = Workspaces()
         self.graphs = Graphs()
         self.params: NetworkParams | None = None
         self.tensors: list[Tensor] = []
+        self.buffers: dict[str, Tensor | None] = {}
+        self.versions: list[int | None] = []
 
     def __reduce__(self) -> tuple[type[Caches], tuple[()]]:
         return Caches, ()

@@ -16,7 +16,9 @@ import torch
 from torch import nn
 
 from .._dtypes import accumulator
+from ..backends import BackendError
 from ..network.model import VoVNet
+from ..network.structure import has_hooks
 from ..ops import BlockParams, ConvParams, NetworkParams, _checks
 from .caches import KEPT_SHAPES
 from .frozen import FrozenVoVNet
@@ -53,11 +55,16 @@ def freeze(
     Raises:
         TypeError: ``model`` is no VoVNet, or a dtype is not among those.
         ValueError: another memory format.
-        BackendError: a part cannot be folded, such as a group norm; the message names it.
+        BackendError: a part cannot be folded, such as a group norm, or is not what it was built
+            as, or has hooks; the message names it.
     """
     if not isinstance(model, VoVNet):
         raise TypeError(f"freeze takes a vovnet_fast.VoVNet, got {type(model).__name__}")
-    dtype = dtype or model.stem.first_weight.dtype
+    reason = _why_other(model) or model.why_other()
+    if reason is not None:
+        raise BackendError(f"freeze: {reason}")
+    first = model.first_weight
+    dtype = dtype or (torch.float32 if first is None else first.dtype)
     out_dtype = out_dtype or dtype
     for name, value in (("dtype", dtype), ("out_dtype", out_dtype)):
         if value not in _checks.DTYPES:
@@ -74,6 +81,18 @@ def freeze(
         return FrozenVoVNet(params, model.out_features, memory_format, graph, out_dtype)
 
 
+def _why_other(model: VoVNet) -> str | None:
+    """Why calling the model does more or something else than the network computes, or None."""
+    if type(model).forward is not VoVNet.forward or "forward" in model.__dict__:
+        return f"this {type(model).__name__} has a forward of its own, which would not be called"
+    if has_hooks(model):
+        return (
+            "the model has hooks, which would be lost: remove them, and register them with the "
+            "frozen module"
+        )
+    return None
+
+
 def _fold(model: VoVNet, dtype: torch.dtype) -> NetworkParams:
     """The network as the ops take it: in fp32 and fp64 with all scales one.
 
@@ -88,7 +107,8 @@ def _fold(model: VoVNet, dtype: torch.dtype) -> NetworkParams:
     exact = accumulator(dtype)
     if dtype != exact:
         return twin.fold(dtype).packed(dtype)
-    params = twin.fold(torch.promote_types(dtype, model.stem.first_weight.dtype))
+    own = dtype if model.first_weight is None else model.first_weight.dtype
+    params = twin.fold(torch.promote_types(dtype, own))
 
     def fold(layer: ConvParams) -> ConvParams:
         weight = layer.weight * layer.scale[:, None, None, None]

@@ -12,7 +12,10 @@ from torch import Tensor
 from .. import backends, first_use
 from .._dtypes import accumulator
 from ..backends import cpu
+from ..backends.cpu import convolution
+from ..network import decision
 from ..network.filling import AllOrNothing
+from ..network.watchers import watching
 from ..ops import NetworkParams, _checks
 from ..ops import features as run_op
 from ..ops.conv import unflatten
@@ -99,6 +102,8 @@ class FrozenVoVNet(AllOrNothing):
             layer.stride if layer.depthwise is None else -layer.stride for layer in layers
         ]
         self._num_fcs = len(fcs)
+        self._constants = {"zeros": 0, "ones": 1, **({"scale": 1} if self.dtype == exact else {})}
+        self._layout = {name: (tuple(t.shape), t.dtype) for name, t in self.named_buffers()}
 
         self._caches = Caches()
         self.register_load_state_dict_post_hook(_forget)
@@ -130,8 +135,10 @@ class FrozenVoVNet(AllOrNothing):
         if torch.is_autocast_enabled(x.device.type):  # The dtypes were chosen in freezing.
             with torch.autocast(x.device.type, enabled=False):
                 return self.forward(x)
-        if torch.compiler.is_compiling():
+        tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        if tracing or watching(x, modules=False) is not None:
             return tuple(self._deliver(feature) for feature in self._trace(x))
+        self._follow()
         if x.is_cuda:
             first_use.of_frozen(self, x)
         if x.is_cuda and torch.cuda.is_current_stream_capturing():
@@ -172,12 +179,49 @@ class FrozenVoVNet(AllOrNothing):
         check_size(self.spec, self.out_features, x.shape[2], x.shape[3])
 
     def _deliver(self, feature: Tensor, *, clone: bool = False) -> Tensor:
-        return feature.to(self.out_dtype, copy=clone, memory_format=self.memory_format)
+        return feature.to(self.out_dtype, copy=clone, memory_format=_layout(self.memory_format))
+
+    def refresh(self) -> None:
+        """Forget all that was made of the buffers: packed weights, recorded calls, graphs.
+
+        Writes through ``tensor.data``, NumPy, DLPack, or another process's view of shared memory
+        are counted nowhere: after them this has to be called. Others are followed: in-place
+        functions, ``load_state_dict``, other buffers by assignment or ``functional_call``.
+        ``VOVNET_FAST_CHECK=1`` makes every call compare what was packed with the buffers.
+        """
+        _forget(self)
+
+    def _follow(self) -> None:
+        """Notice other buffers than those of the last call, and constants that no longer are.
+
+        Raises:
+            ValueError: they are not of the shapes, dtypes or values of the network's.
+        """
+        held, now = self._caches.buffers, self._buffers
+        if len(held) != len(now) or any(now.get(name) is not held[name] for name in held):
+            _forget(self)
+            layout = {name: (tuple(t.shape), t.dtype) for name, t in now.items() if t is not None}
+            for name, (shape, dtype) in self._layout.items():
+                if layout.get(name) != (shape, dtype):
+                    raise ValueError(
+                        f"a frozen VoVNet: the buffer {name} must be {list(shape)} in {dtype}, got "
+                        f"{layout.get(name, 'none')}: assign one like it, or freeze the model again"
+                    )
+            self._caches.buffers = dict(now)
+        versions = [_version(getattr(self, name)) for name in self._constants]
+        if versions == self._caches.versions:
+            return
+        for name, value in self._constants.items():
+            if not (getattr(self, name) == value).all():
+                raise ValueError(
+                    f"a frozen VoVNet in {self.dtype}: the buffer {name} must be {value} "
+                    "throughout (scales of batch norms are in the weights): write to weights and "
+                    "shift, or freeze the model again"
+                )
+        self._caches.versions = versions
 
     def _params(self) -> NetworkParams:
         """The buffers as the ops take them."""
-        if torch.compiler.is_compiling():  # The graph must begin at the buffers themselves.
-            return self._unpack()
         if self._caches.params is None:
             with torch.inference_mode(False):
                 params = self._unpack()
@@ -203,15 +247,15 @@ class FrozenVoVNet(AllOrNothing):
     # ----------------------------------------------------------------------------------
 
     def _trace(self, x: Tensor) -> list[Tensor]:
-        """Under torch.compile and torch.export, which plan memory themselves."""
-        if backends.fused(x.device, self.dtype, self._needs):
-            return run_op(x.to(self.dtype), self._params(), self.out_features)
-        return self._compute(x, Memory())
+        """For who follows single functions, and plans memory itself, or needs no plan."""
+        if decision.of_frozen(x, self.dtype, self._needs).op:
+            return run_op(x.to(self.dtype), self._unpack(), self.out_features)
+        return self._plain(x, self._unpack())
 
     def _run(self, x: Tensor) -> list[Tensor]:
         """In an arena, where the backend is fused."""
-        if not backends.fused(x.device, self.dtype, self._needs):
-            return self._compute(x, Memory())
+        if not decision.of_frozen(x, self.dtype, self._needs).op:
+            return self._plain(x, self._params())
         # What a stream is given it does in order: only there can memory be used again
         # before the work on it is done.
         stream = torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
@@ -235,13 +279,16 @@ class FrozenVoVNet(AllOrNothing):
 
     def _compute(self, x: Tensor, memory: Memory) -> list[Tensor]:
         """On the backend that was chosen, with memory for what is fused."""
-        if not backends.fused(x.device, self.dtype, self._needs):
-            x = x.to(self.dtype, memory_format=torch.channels_last)
-            statistics = (self.zeros, self.ones)
-            return folded_forward(x, self._params(), self.out_features, statistics)
+        if not decision.of_frozen(x, self.dtype, self._needs).op:
+            return self._plain(x, self._params())
         backend = backends.get(x.device, self.dtype, self._needs)
         found = run(backend, self._image(x, memory), self._params(), self.out_features, memory)
         return [_checks.nchw(feature) for feature in found]
+
+    def _plain(self, x: Tensor, params: NetworkParams) -> list[Tensor]:
+        """By PyTorch's own functions."""
+        x = x.to(self.dtype, memory_format=_layout(torch.channels_last))
+        return folded_forward(x, params, self.out_features, (self.zeros, self.ones))
 
     def _image(self, x: Tensor, memory: Memory) -> Tensor:
         """``x`` as a backend takes it: converted, where it has another dtype or layout."""
@@ -318,7 +365,20 @@ class FrozenVoVNet(AllOrNothing):
         return replica
 
 
+def _version(tensor: Tensor) -> int | None:
+    """How often a tensor was written to; inference mode does not count."""
+    return None if tensor.is_inference() else tensor._version
+
+
+def _layout(wanted: torch.memory_format) -> torch.memory_format:
+    """What is wanted, but under vmap, which hides a dimension, and knows no layout with it."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return torch.preserve_format
+    return wanted
+
+
 def _forget(module: FrozenVoVNet, *_: Any) -> None:
     """Drop what points to memory of buffers that may have been replaced."""
     module._caches.graphs.wait()
+    convolution.forget(module._caches.tensors)
     module._caches = Caches()

@@ -39,7 +39,7 @@ def of_model(model: Any, x: Tensor, dtype: torch.dtype) -> None:
         x: images on a GPU.
         dtype: of activations.
     """
-    if type(x) is not Tensor:
+    if type(x) is not Tensor or model.first_weight is None:
         return
 
     def plan(setting: Setting) -> Plan:
@@ -54,7 +54,7 @@ def of_model(model: Any, x: Tensor, dtype: torch.dtype) -> None:
 def key_of_model(model: Any, x: Tensor, dtype: torch.dtype) -> tuple[Hashable, ...]:
     """What decides which kernels a model launches; sizes of images count by octaves."""
     modes = (model.training, model.norm_eval, model.frozen_stages, model.with_cp)
-    parameter = model.stem.first_weight
+    parameter = model.first_weight
     gradient = torch.is_grad_enabled() and (x.requires_grad or parameter.requires_grad)
     layout = (model._encoded_spec, model.input_ch, model.out_features, parameter.dtype)
     return ("model", *layout, *modes, gradient, dtype, _octave(x))

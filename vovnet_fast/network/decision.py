@@ -10,6 +10,7 @@ own choice, kept by :mod:`vovnet_fast.tuning`. ``vovnet-fast explain`` prints de
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from .. import backends
 from ..ops.conv import Kinds
+from .watchers import watching
 
 CPU_PIXELS, CPU_PIXELS_TRAINING = 1600, 6400
 """Pixels of a map, N * H * W, from which ``auto`` runs a module as one op on a CPU: in fp32 without
@@ -56,8 +58,8 @@ GRADIENT = Decision(False, "autograd takes part: its blocks keep what their grad
 class Part(Protocol):
     """The stem or a block, as :class:`.fusing.Fusable` has it."""
 
-    def structure(self) -> tuple[Kinds, str | None]:
-        """Which kinds of layers it has, and why no op can take the place of its modules."""
+    def structure(self) -> tuple[Kinds | None, str | None]:
+        """Which kinds of layers it has, or why no op can take the place of its modules."""
 
     def needs(self, kinds: Kinds, *, backward: bool) -> tuple[str, ...]:
         """The functions of a backend that its op uses."""
@@ -87,19 +89,50 @@ def of_part(part: Part, x: Tensor) -> Decision:
     """
     if not fused(x, ()):
         return NO_BACKEND
-    gradient = needs_gradient(part, x)
+    watched = _watched(x)
+    if watched is not None:
+        return watched
     kinds, reason = part.structure()
+    if kinds is None:
+        assert reason is not None
+        if backends.chosen() != "auto":
+            raise backends.BackendError(reason)
+        say_once(reason)
+        return Decision(False, reason)
+    gradient = needs_gradient(part, x)
     # What has not four dimensions is refused by the op.
     if x.dim() == 4:
         pixels = x.shape[0] * x.shape[2] * x.shape[3]
         if faster_plain(x, pixels, batch=kinds.batch, gradient=gradient):
             return SMALL
-    if reason is not None:
-        if backends.chosen() != "auto":
-            raise backends.BackendError(reason)
-        return Decision(False, reason)
     # Only what is really going to run is worth a check.
     return OP if fused(x, part.needs(kinds, backward=gradient)) else NOT_RIGHT
+
+
+def of_function(x: Tensor, needs: tuple[str, ...]) -> Decision:
+    """What runs what is no module, the pool: an op that uses some functions of a backend.
+
+    Raises:
+        BackendError: a fused backend was asked for by name and cannot; the message says why.
+    """
+    if not fused(x, needs):
+        return NO_BACKEND
+    return _watched(x) or OP
+
+
+def of_frozen(x: Tensor, dtype: torch.dtype, needs: tuple[str, ...]) -> Decision:
+    """Whether a frozen network runs on a backend; otherwise it is PyTorch's own functions.
+
+    Args:
+        x: the images.
+        dtype: of activations.
+        needs: functions of the backend that it uses.
+
+    Raises:
+        BackendError: a fused backend was asked for by name and cannot; the message says why.
+    """
+    watched = _watched(x, modules=False)
+    return watched or (OP if backends.fused(x.device, dtype, needs) else NO_BACKEND)
 
 
 def of_network(network: Network, x: Tensor) -> Decision:
@@ -112,6 +145,9 @@ def of_network(network: Network, x: Tensor) -> Decision:
     """
     if not fused(x, ()):
         return NO_BACKEND
+    watched = _watched(x)
+    if watched is not None:
+        return watched
     if needs_gradient(network, x):
         return GRADIENT
     middle = x.shape[0] * x.shape[2] * x.shape[3] // 8**2  # Pixels of maps of stride 8.
@@ -121,6 +157,42 @@ def of_network(network: Network, x: Tensor) -> Decision:
     if reason is not None:
         return Decision(False, reason)
     return OP if fused(x, network.functions()) else NOT_RIGHT
+
+
+def _watched(x: Tensor, *, modules: bool = True) -> Decision | None:
+    """That modules run because somebody is watching (:mod:`.watchers`), or None.
+
+    Raises:
+        BackendError: a fused backend was asked for by name, which they would not understand.
+    """
+    found = watching(x, modules=modules)
+    if found is None:
+        return None
+    if backends.chosen() == "auto":
+        return Decision(False, found.why)
+    if found.knows_ops:
+        return None
+    raise backends.BackendError(
+        f"{found.why}: with backend auto the modules run, on plain PyTorch; {backends.chosen()} "
+        "was asked for"
+    )
+
+
+def say_once(reason: str) -> None:
+    """Log that modules have changed, once for each kind of change: it costs time and memory."""
+    where, _, what = reason.partition(": ")
+    if not torch.compiler.is_compiling() and what not in _said:
+        _said.add(what)
+        _log.warning(
+            "%s: %s. What it is part of runs as modules, on plain PyTorch, and so do others of "
+            "which the same is true",
+            where,
+            what,
+        )
+
+
+_said: set[str] = set()
+_log = logging.getLogger("vovnet_fast.network")
 
 
 # --------------------------------------------------------------------------------------

@@ -59,11 +59,58 @@ class Parts(NamedTuple):
 _FUSED_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, FrozenBatchNorm2d)
 
 
+class Geometry(NamedTuple):
+    """What an op takes a layer to be.
+
+    Attributes:
+        in_channels, out_channels: of the layer.
+        kernel: 3 or 1.
+        depthwise: it is a depthwise 3x3, and then a 1x1.
+        strides: those that it may have.
+    """
+
+    in_channels: int
+    out_channels: int
+    kernel: int
+    depthwise: bool
+    strides: tuple[int, ...] = (1,)
+
+    def why_other(self, owner: nn.Module, name: str) -> str | None:
+        """Why the layer ``name`` of ``owner`` is something else, or None."""
+        c_in, c_out, k = self.in_channels, self.out_channels, self.kernel
+        convs: tuple[tuple[str, tuple[int, ...], tuple[int, ...], int], ...]
+        if self.depthwise:
+            convs = (
+                ("dw_conv3x3", (c_in, 1, 3, 3), self.strides, c_in),
+                ("pw_conv1x1", (c_out, c_in, 1, 1), (1,), 1),
+            )
+        else:
+            convs = (("conv", (c_out, c_in, k, k), self.strides, 1),)
+        for suffix, shape, strides, groups in convs:
+            conv: Any = owner._modules.get(f"{name}/{suffix}")
+            reason = structure.why_other(conv, nn.Conv2d)
+            reason = reason or structure.why_other_conv(conv, shape, strides, groups)
+            if reason is None and suffix == "dw_conv3x3" and conv.bias is not None:
+                reason = "the fused path knows no bias here"
+            if reason is not None:
+                return f"{name}/{suffix}: {reason}"
+        suffix = "pw_norm" if self.depthwise else "norm"
+        reason = structure.why_other(owner._modules.get(f"{name}/{suffix}"), *_FUSED_NORMS)
+        return None if reason is None else f"{name}/{suffix}: {reason}"
+
+
 class Fusable(nn.Module):
     """A module whose convolution layers can run as one op."""
 
     def conv_layers(self) -> dict[str, Parts]:
-        """Its convolution layers by name, in the order in which they run."""
+        """Its convolution layers by name, in the order in which they run.
+
+        It is asked where :meth:`why_other_layers` has nothing to say.
+        """
+        raise NotImplementedError
+
+    def why_other_layers(self) -> str | None:
+        """Why its op computes something else than its modules, which have changed, or None."""
         raise NotImplementedError
 
     def needs(self, kinds: Kinds, *, backward: bool) -> tuple[str, ...]:
@@ -90,27 +137,23 @@ class Fusable(nn.Module):
             any(isinstance(norm, nn.SyncBatchNorm) for norm in batch),
         )
 
-    @property
-    def batch(self) -> bool:
-        """Whether a norm takes its statistics from the batch."""
-        return self.structure()[0].batch
+    def structure(self) -> tuple[Kinds | None, str | None]:
+        """Its :attr:`kinds`, or the reason why no op can take the place of its parts."""
+        return structure.kept(self, self._structure)
 
-    def structure(self) -> tuple[Kinds, str | None]:
-        """Its :attr:`kinds`, and the reason why no op can take the place of its parts, or None."""
-        return structure.kept(self, lambda: (self.kinds, self.why_not_fused()))
+    def _structure(self) -> tuple[Kinds | None, str | None]:
+        reason = self.why_not_fused()
+        return (self.kinds, None) if reason is None else (None, reason)
 
     def why_not_fused(self) -> str | None:
-        """That reason, found out."""
-        for name, parts in self.conv_layers().items():
-            for conv in parts.convs():
-                if type(conv) is not nn.Conv2d:
-                    return f"{name}: the fused path knows nn.Conv2d, not {type(conv).__name__}"
-            if type(parts.norm) not in _FUSED_NORMS:
-                return f"{name}: the fused path knows batch norms, not {parts.norm}"
+        """That reason, found out. It begins with the module that it is about."""
+        reason = self.why_other_layers()
+        if reason is not None:
+            return reason
         for name, child in self.named_modules():
             if name and has_hooks(child):
                 return (
-                    f"{name} has hooks, and the fused path does not run this module: remove "
+                    f"{name}: it has hooks, and the fused path does not run this module; remove "
                     "them, or use the reference backend"
                 )
         return None
@@ -134,7 +177,7 @@ def conv_params(layers: Sequence[Parts], dtype: torch.dtype) -> list[ConvParams]
             eps = norm.eps
             if isinstance(norm, nn.SyncBatchNorm) and norm.training:
                 group = batch_norm.group_name(norm.process_group)
-            channels = conv.out_channels
+            channels = conv.weight.shape[0]
             scale, shift = (
                 conv.weight.new_full((channels,), value, dtype=high) if t is None else t.to(high)
                 for t, value in ((norm.weight, 1.0), (norm.bias, 0.0))

@@ -7,28 +7,23 @@ loads as it is.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from .. import reference
-from ..ops import BlockParams, ConvParams, max_pool
+from ..ops import ConvParams
 from ..ops.chain import conv_chain
 from ..ops.chain import needs as chain_needs
 from ..ops.conv import Kinds
-from ..ops.max_pool import needs as pool_needs
-from ..ops.max_pool import output_size as pooled_size
-from ..ops.osa import needs as block_needs
-from ..ops.osa import osa_block_with_statistics
-from ..specs import BlockPlan, Gate, Pool
-from .decision import compute_dtype, faster_plain, fused, needs_gradient
-from .fusing import Fusable, Parts, conv_params, update_running_statistics
+from ..specs import Gate
+from .decision import compute_dtype, needs_gradient
+from .fusing import Fusable, Geometry, Parts, conv_params, update_running_statistics
 from .norms import NormCfg, build_norm
+from .structure import computed_by
+from .telling import told
 
 
 def _add_conv_norm_relu(
@@ -63,6 +58,7 @@ def _run_conv_norm_relu(owner: nn.Module, name: str, x: Tensor) -> Tensor:
     return reference.conv_norm_relu(x, parts.convs(), parts.norm)
 
 
+@computed_by("name")
 class ConvNormReLU(nn.Module):
     """Convolution, normalisation, ReLU, under the keys ``<name>/conv`` and ``<name>/norm``.
 
@@ -92,6 +88,7 @@ class ConvNormReLU(nn.Module):
         return Parts.of(self, self.name)
 
 
+@computed_by()
 class Stem(Fusable):
     """Three convolution layers that take an image to stride 4 (2 in the seed dialect).
 
@@ -116,6 +113,7 @@ class Stem(Fusable):
         norm_cfg: NormCfg | None,
     ) -> None:
         super().__init__()
+        self._geometry: dict[str, Geometry] = {}
         in_channels = input_ch
         for i, (out_channels, stride) in enumerate(zip(channels, strides, strict=True), start=1):
             separable = depthwise and i > 1
@@ -129,25 +127,27 @@ class Stem(Fusable):
                 bias=separable and pointwise_bias,
                 norm_cfg=norm_cfg,
             )
+            self._geometry[f"stem_{i}"] = Geometry(
+                in_channels, out_channels, 3, separable, (stride,)
+            )
             in_channels = out_channels
 
-    @property
-    def first_weight(self) -> Tensor:
-        """Weight of the network's first convolution; its dtype and device are the network's."""
-        first: Any = self._modules["stem_1/conv"]
-        return first.weight
-
-    def forward(self, x: Tensor, *, width: int = 0) -> tuple[Tensor, Tensor]:
-        """``[N, C, H, W]`` to the outputs of the second and of the third layer.
-
-        ``width`` is :attr:`OSABlock.room` of the block that takes the third, if one does.
-        """
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """``[N, C, H, W]`` to the outputs of the second and of the third layer."""
         if self.decide(x).op:
+            width, apart = told(self)
             layers = list(self.conv_layers().values())
             dtype = compute_dtype(x)
-            outs, statistics = conv_chain(
-                x.to(dtype), conv_params(layers, dtype), width=width, op="stem"
-            )
+            x = x.to(dtype)
+            outs: list[Tensor] = []
+            statistics: list[Tensor] = []
+            gradient = apart and needs_gradient(self, x)
+            for part in (layers[:2], layers[2:]) if gradient else (layers,):
+                room = width if part[-1] is layers[-1] else 0
+                found, of_norms = conv_chain(x, conv_params(part, dtype), width=room, op="stem")
+                x = found[-1]
+                outs += found
+                statistics += of_norms
             update_running_statistics(layers, statistics)
             return outs[1], outs[2]
         stem_2 = _run_conv_norm_relu(self, "stem_2", _run_conv_norm_relu(self, "stem_1", x))
@@ -159,13 +159,19 @@ class Stem(Fusable):
 
     def conv_layers(self) -> dict[str, Parts]:
         """See :class:`Fusable`."""
-        return {name: Parts.of(self, name) for name in ("stem_1", "stem_2", "stem_3")}
+        return {name: Parts.of(self, name) for name in self._geometry}
+
+    def why_other_layers(self) -> str | None:
+        """See :class:`Fusable`."""
+        reasons = (layer.why_other(self, name) for name, layer in self._geometry.items())
+        return next((reason for reason in reasons if reason is not None), None)
 
     def needs(self, kinds: Kinds, *, backward: bool) -> tuple[str, ...]:
         """See :class:`Fusable`."""
         return chain_needs(kinds, backward=backward)
 
 
+@computed_by("gate")
 class ESE(nn.Module):
     """Effective Squeeze-Excitation (arXiv:1911.06667, section 3.2).
 
@@ -182,207 +188,8 @@ class ESE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` to the same."""
-        assert self.fc.bias is not None
-        return reference.ese(x, self.fc.weight, self.fc.bias, self.gate)
+        # As a module: it may have hooks, or something else may be in its place.
+        return x * reference.gate(self.fc(F.adaptive_avg_pool2d(x, 1)), self.gate)
 
     def extra_repr(self) -> str:
         return f"gate={self.gate}"
-
-
-class OSABlock(Fusable):
-    """One-Shot Aggregation: L chained layers, one concat, a 1x1, eSE, identity add.
-
-    Args:
-        plan: widths and options of the block.
-        gate: nonlinearity of the eSE gate.
-        pointwise_bias: the 1x1 convolutions have a bias.
-        norm_cfg: see :func:`build_norm`.
-        with_cp: in training, keep only the block's input and compute the rest
-            again in the backward pass. Running statistics are updated once.
-    """
-
-    def __init__(
-        self,
-        plan: BlockPlan,
-        gate: Gate,
-        pointwise_bias: bool,
-        norm_cfg: NormCfg | None,
-        with_cp: bool,
-    ) -> None:
-        super().__init__()
-        self.plan = plan
-        self.with_cp = with_cp
-        name, mid = plan.name, plan.mid_channels
-        pointwise: dict[str, Any] = dict(kernel_size=1, bias=pointwise_bias, norm_cfg=norm_cfg)
-        self.conv_reduction = (
-            ConvNormReLU(f"{name}_reduction_0", plan.in_channels, mid, **pointwise)
-            if plan.reduction
-            else None
-        )
-        self.layers = nn.ModuleList(
-            ConvNormReLU(
-                f"{name}_{i}",
-                mid if i > 0 or plan.depthwise else plan.in_channels,
-                mid,
-                depthwise=plan.depthwise,
-                bias=plan.depthwise and pointwise_bias,
-                norm_cfg=norm_cfg,
-            )
-            for i in range(plan.num_layers)
-        )
-        self.concat = ConvNormReLU(
-            f"{name}_concat", plan.concat_channels, plan.out_channels, **pointwise
-        )
-        self.ese = ESE(plan.out_channels, gate) if plan.ese else None
-
-    def forward(self, x: Tensor, *, width: int = 0) -> Tensor:
-        """``[N, C_in, H, W]`` to ``[N, C_out, H, W]``.
-
-        ``width`` is :attr:`room` of the block that takes the output, if one does.
-        """
-        if self.decide(x).op:
-            dtype = compute_dtype(x)
-            y, statistics = osa_block_with_statistics(
-                x.to(dtype),
-                self.fold(dtype),
-                recompute=self.with_cp and self.training,
-                width=width,
-            )
-            update_running_statistics(list(self.conv_layers().values()), statistics)
-            return y
-        if self.with_cp and self.training and torch.is_grad_enabled():
-            return checkpoint(
-                self._aggregate,
-                x,
-                use_reentrant=False,
-                preserve_rng_state=False,  # Nothing in a block draws random numbers.
-                context_fn=lambda: (contextlib.nullcontext(), _spare_statistics(self)),
-            )
-        return self._aggregate(x)
-
-    def room(self, x: Tensor, pixels: int) -> int:
-        """Channels of the concat buffer in which the producer of its input should make it.
-
-        Zero where that would keep the buffer alive longer than it is needed, or where the
-        block will not run as an op on maps of so many pixels, N * H * W, that are made of ``x``.
-        """
-        gradient = needs_gradient(self, x)
-        if self.with_cp or self.batch or faster_plain(x, pixels, batch=False, gradient=gradient):
-            return 0
-        return self.plan.concat_channels
-
-    def why_not_fused(self) -> str | None:
-        """The reason why no op can take the place of its parts, or None."""
-        if self.ese is not None and type(self.ese.fc) is not nn.Conv2d:
-            return f"ese.fc: the fused path knows nn.Conv2d, not {type(self.ese.fc).__name__}"
-        return super().why_not_fused()
-
-    def fold(self, dtype: torch.dtype) -> BlockParams:
-        """Parameters of the ops for activations of ``dtype``, fixed norms folded."""
-        params = iter(conv_params(list(self.conv_layers().values()), dtype))
-        reduction = None if self.conv_reduction is None else next(params)
-        layers = tuple(next(params) for _ in self.layers)
-        return BlockParams(
-            layers,
-            next(params),
-            reduction,
-            None if self.ese is None else self.ese.fc.weight.flatten(1),
-            None if self.ese is None else self.ese.fc.bias,
-            "hard_sigmoid" if self.ese is None else self.ese.gate,
-            self.plan.identity,
-        )
-
-    def conv_layers(self) -> dict[str, Parts]:
-        """See :class:`Fusable`; the order is that of :meth:`BlockParams.convs`."""
-        modules: list[Any] = [self.conv_reduction, *self.layers, self.concat]
-        return {m.name: Parts.of(m, m.name) for m in modules if m is not None}
-
-    def needs(self, kinds: Kinds, *, backward: bool) -> tuple[str, ...]:
-        """See :class:`Fusable`."""
-        gated, identity = self.ese is not None, self.plan.identity
-        return block_needs(kinds, gated=gated, identity=identity, backward=backward)
-
-    def _aggregate(self, x: Tensor) -> Tensor:
-        return reference.osa_block(
-            x,
-            list(self.layers),
-            self.concat,
-            reduction=self.conv_reduction,
-            ese=self.ese,
-            identity=self.plan.identity,
-        )
-
-
-@contextlib.contextmanager
-def _spare_statistics(module: nn.Module) -> Iterator[None]:
-    """Let batch norms update copies of their running statistics, thrown away at the end.
-
-    Entered around the second forward pass of activation checkpointing, which
-    would otherwise update running statistics a second time with the same batch.
-    Copies, and not ``track_running_stats=False``: that pass must save the very
-    tensors that the first one saved, and batch norm saves its statistics.
-    """
-    kept = [
-        (m, name, buffer)
-        for m in module.modules()
-        if isinstance(m, _BatchNorm) and m.training
-        for name, buffer in m._buffers.items()
-        if buffer is not None
-    ]
-    for norm, name, buffer in kept:
-        norm._buffers[name] = buffer.clone()
-    try:
-        yield
-    finally:
-        for norm, name, buffer in kept:
-            norm._buffers[name] = buffer
-
-
-def _room(block: nn.Module | None, x: Tensor, pixels: int) -> int:
-    """:meth:`OSABlock.room`, zero for none and for what has taken the place of a block."""
-    return block.room(x, pixels) if isinstance(block, OSABlock) else 0
-
-
-class OSAStage(nn.Module):
-    """A max pool (except in the first stages of some dialects) and a row of OSA blocks.
-
-    Args:
-        blocks: the blocks, which become children named by their plan.
-        pool: mode of the max pool, or None for no pool.
-    """
-
-    def __init__(self, blocks: list[OSABlock], pool: Pool | None) -> None:
-        super().__init__()
-        self.pool: Pool | None = pool
-        for block in blocks:
-            self.add_module(block.plan.name, block)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``[N, C_in, H, W]`` to ``[N, C_out, H', W']``."""
-        blocks = list(self.children())
-        needs: tuple[str, ...] = ()
-        n, _, height, width = x.shape
-        if self.pool is not None:
-            needs = pool_needs(backward=torch.is_grad_enabled() and x.requires_grad)
-            height, width = pooled_size(height, width, self.pool)
-        ops = fused(x, needs)
-        rooms = [_room(b, x, n * height * width) if ops else 0 for b in [*blocks, None]]
-        if self.pool is not None and ops:
-            x = max_pool(x, self.pool, width=rooms[0])
-        elif self.pool is not None:
-            x = reference.max_pool(x, self.pool)
-        for block, following in zip(blocks, rooms[1:], strict=True):
-            room = following if isinstance(block, OSABlock) else 0
-            x = block(x, width=room) if room else block(x)
-        return x
-
-    def room(self, x: Tensor, pixels: int) -> int:
-        """:meth:`OSABlock.room` of the first block, zero behind a pool."""
-        return 0 if self.pool is not None else _room(next(self.children()), x, pixels)
-
-    def blocks(self) -> list[OSABlock]:
-        """The OSA blocks in the order in which they run."""
-        return [block for block in self.children() if isinstance(block, OSABlock)]
-
-    def extra_repr(self) -> str:
-        return f"pool={self.pool}"

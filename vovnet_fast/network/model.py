@@ -9,28 +9,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import backends, first_use, ops, specs
+from ..ops import _checks
 from ..ops.features import check_size
 from ..ops.features import needs as features_need
 from ..specs import FIRST_STAGE, NUM_STAGES, VoVNetSpec
-from . import decision
+from . import decision, structure
+from .blocks import OSABlock, OSAStage
 from .decision import compute_dtype, fused
 from .filling import AllOrNothing
-from .layers import OSABlock, OSAStage, Stem
+from .layers import Stem
 from .norms import NormCfg
-from .structure import has_hooks, kept
+from .structure import computed_by, has_hooks
+from .telling import Told, call
 
 STAGE_NAMES = tuple(f"stage{FIRST_STAGE + i}" for i in range(NUM_STAGES))
 
 _DEFAULT_SPEC = "V-39-eSE"
 
 
+@computed_by()
 class VoVNet(AllOrNothing):
     """VoVNet backbone of any published architecture.
 
@@ -132,6 +136,11 @@ class VoVNet(AllOrNothing):
         strides = self.spec.feature_strides()
         return tuple(strides[name] for name in self.out_features)
 
+    @property
+    def first_weight(self) -> Tensor | None:
+        """The first floating parameter: the others are of its dtype, and on its device."""
+        return next((p for p in self.parameters() if p.is_floating_point()), None)
+
     def reset_parameters(self) -> None:
         """Initialise as the original of the dialect does.
 
@@ -189,7 +198,7 @@ class VoVNet(AllOrNothing):
         Raises:
             BackendError: a part of the network cannot be folded; the message says which.
         """
-        reason = self._why_not_folded()
+        reason = self.why_not_one_op()
         if reason is not None:
             raise backends.BackendError(reason)
         return ops.NetworkParams(
@@ -203,30 +212,57 @@ class VoVNet(AllOrNothing):
         stages = [cast(OSAStage, getattr(self, name)) for name in STAGE_NAMES]
         return [block for stage in stages for block in stage.blocks()]
 
-    def _why_not_folded(self) -> str | None:
-        """The reason why there are no parameters for an op, or None."""
-        for part in (self.stem, *self._blocks()):
-            reason = part.why_not_fused()
+    def why_other(self) -> str | None:
+        """Why the modules are not what an op computes in some mode, or None."""
+        for name, module in self.named_modules():
+            if name and has_hooks(module):
+                return f"{name}: it has hooks, and one op would not run this module"
+        reason = self._why_other_parts()
+        if reason is not None:
+            return reason
+        reasons = (part.why_not_fused() for part in (self.stem, *self._blocks()))
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def _why_other_parts(self) -> str | None:
+        """Why the network is made of other parts than its architecture has, or None."""
+        reason = structure.why_other(self._modules.get("stem"), Stem)
+        if reason is not None:
+            return f"stem: {reason}"
+        plans = list(self.spec.blocks())
+        for number, name in enumerate(STAGE_NAMES, start=FIRST_STAGE):
+            stage: Any = self._modules.get(name)
+            reason = structure.why_other(stage, OSAStage)
             if reason is not None:
-                return reason
-            if part.batch:
-                first = next(iter(part.conv_layers()))
-                return f"norms of {first} and after are in training mode: call eval() first"
+                return f"{name}: {reason}"
+            for child, block in stage.named_children():
+                reason = structure.why_other(block, OSABlock)
+                if reason is not None:
+                    return f"{name}.{child}: {reason}"
+            if [block.plan for block in stage.children()] != [
+                p for p in plans if p.stage == number
+            ]:
+                return f"{name}: its blocks are no longer those of {self.spec.name}"
+            if stage.pool != (self.spec.pool if number >= self.spec.first_pooled_stage else None):
+                return f"{name}: its pool is no longer that of {self.spec.name}, but {stage.pool!r}"
+            for child, block in stage.named_children():
+                gate = None if block.ese is None else getattr(block.ese, "gate", None)
+                if gate != (self.spec.gate if block.plan.ese else None):
+                    return f"{name}.{child}.ese: {self.spec.name} has another gate, or none"
         return None
 
     def why_not_one_op(self) -> str | None:
         """The reason why one op cannot take the place of the modules, or None."""
-        return kept(self, self._why_not_one_op)
+        return structure.kept(self, self._why_not_one_op)
 
     def _why_not_one_op(self) -> str | None:
-        for stage in STAGE_NAMES:
-            for name, block in getattr(self, stage).named_children():
-                if not isinstance(block, OSABlock):
-                    return f"{stage}.{name} is no OSABlock but {type(block).__name__}"
-        for name, module in self.named_modules():
-            if name and has_hooks(module):
-                return f"{name} has hooks, and one op would not run this module"
-        return self._why_not_folded()
+        reason = self.why_other()
+        if reason is not None:
+            return reason
+        for part in (self.stem, *self._blocks()):
+            if part.kinds.batch:
+                first = next(iter(part.conv_layers()))
+                return f"{first}: norms of it and after are in training mode; call eval() first"
+        return None
 
     def functions(self) -> tuple[str, ...]:
         """The functions of a backend that it uses as one op."""
@@ -237,11 +273,11 @@ class VoVNet(AllOrNothing):
         wanted, features = self.out_features, []
         # A feature that is returned keeps its memory: it should be no larger than itself.
         room = 0
-        if "stem" not in wanted and fused(x, ()):
+        if "stem" not in wanted and isinstance(self.stage2, OSAStage) and fused(x, ()):
             n, _, height, width = x.shape
             pixels = n * height * width // math.prod(self.spec.stem_strides) ** 2
-            room = cast(OSAStage, self.stage2).room(x, pixels)
-        stem_2, x = self.stem(x, width=room) if room else self.stem(x)
+            room = self.stage2.room(x, pixels)
+        stem_2, x = call(self.stem, x, Told(room, "stem_2" in wanted))
         features += [f for name, f in (("stem_2", stem_2), ("stem", x)) if name in wanted]
         del stem_2  # A feature that nobody asked for must not live through the stages.
         for name in STAGE_NAMES:
@@ -268,6 +304,7 @@ class VoVNet(AllOrNothing):
                 getattr(self, name).eval().requires_grad_(False)
 
     def _check_input(self, x: Tensor) -> None:
+        _checks.tensor("the images of a VoVNet", x)
         if x.ndim != 4:
             raise ValueError(
                 f"VoVNet takes a batch of images [N, {self.input_ch}, H, W], "
@@ -282,7 +319,9 @@ class VoVNet(AllOrNothing):
             raise ValueError(
                 f"VoVNet was built for {self.input_ch} input channels, got {list(x.shape)}{hint}"
             )
-        weight = self.stem.first_weight
+        weight = self.first_weight
+        if weight is None:  # All of them are kept by something else, which knows its own.
+            return
         if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(
                 f"the image is {x.dtype} and the parameters are {weight.dtype}: convert one of "

@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .structure import computed_by
+
 NormCfg = Mapping[str, Any]
 
 
+@computed_by()
 class FrozenBatchNorm2d(nn.Module):
     """Batch normalisation whose statistics and affine terms are constants.
 

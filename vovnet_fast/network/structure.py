@@ -1,8 +1,10 @@
-"""Answers about modules that are kept until one of the modules changes.
+"""Whether modules still are what an op computes in their place, and answers about them.
 
-What is looked at is all that decisions depend on: which children there are and of which class,
-hooks, modes, and whether norms have running statistics. Looking takes a tenth of the time of
-finding the answer again.
+Anybody may change a module after it was built: its attributes, its ``forward``, its class, its
+children, a weight. The modules themselves are looked at, therefore, whenever something depends on
+them. An answer is kept until one of them looks different: which children there are and of which
+class, hooks, modes, whose ``forward`` runs, geometry, shapes of weights. Looking takes a tenth of
+the time of finding the answer again.
 """
 
 from __future__ import annotations
@@ -12,11 +14,36 @@ from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 Answer = TypeVar("Answer")
+Class = TypeVar("Class", bound=type[nn.Module])
 
-_Look = tuple[type, bool, int, bool, bool]
+_PLAIN = (Tensor, nn.Parameter)
+"""What parameters are, other than those that a quantisation or a sharding has wrapped."""
+
+
+_classes: dict[type, tuple[Any, tuple[str, ...]]] = {}
+"""By class of modules, its ``forward`` as it was defined, and the attributes that it depends on."""
+
+
+def computed_by(*attributes: str) -> Callable[[Class], Class]:
+    """Decorate a class of modules in whose place ops can run.
+
+    Args:
+        attributes: what its ``forward`` depends on, beside parameters and buffers.
+    """
+
+    def remember(cls: Class) -> Class:
+        _classes[cls] = cls.forward, attributes
+        return cls
+
+    return remember
+
+
+for _cls in (nn.BatchNorm2d, nn.SyncBatchNorm, nn.ModuleList):
+    computed_by()(_cls)
+computed_by("stride", "padding", "dilation", "groups", "padding_mode")(nn.Conv2d)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -29,23 +56,88 @@ def has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _look(module: nn.Module) -> _Look:
+def why_other(module: Any, *classes: type[nn.Module]) -> str | None:
+    """Why calling ``module`` may do something else than its class was written to do, or None.
+
+    Args:
+        module: whatever there is in the place of a module.
+        classes: of which it may be. A class derived from them is another one.
+    """
+    cls = type(module)
+    if cls not in classes:
+        return f"the fused path knows {' and '.join(c.__name__ for c in classes)}, not {_name(cls)}"
+    if "forward" in module.__dict__:
+        return f"this {cls.__name__} has a forward of its own"
+    if cls.forward is not _classes[cls][0]:
+        return f"{cls.__name__}.forward has been replaced"
+    for name in ("weight", "bias"):
+        tensor = getattr(module, name, None)
+        if tensor is not None and type(tensor) not in _PLAIN:
+            return f"the fused path knows plain tensors, and its {name} is a {_name(type(tensor))}"
+    return None
+
+
+def _name(cls: type) -> str:
+    return "None" if cls is type(None) else cls.__name__
+
+
+def why_other_conv(
+    conv: nn.Conv2d, shape: tuple[int, ...], strides: tuple[int, ...], groups: int = 1
+) -> str | None:
+    """Why an ``nn.Conv2d`` is not the one that an op computes, or None.
+
+    Args:
+        conv: the convolution.
+        shape: of its weight. Padding is half the kernel.
+        strides: those that it may have.
+        groups: of its channels.
+    """
+    weight = getattr(conv, "weight", None)
+    if weight is None or tuple(weight.shape) != shape:
+        found = "gone" if weight is None else str(list(weight.shape))
+        return f"its weight is {found}, and was built as {list(shape)}"
+    half = shape[2] // 2
+    expected: tuple[tuple[str, Any, tuple[Any, ...]], ...] = (
+        ("stride", conv.stride, tuple((s, s) for s in strides)),
+        ("padding", conv.padding, ((half, half),)),
+        ("dilation", conv.dilation, ((1, 1),)),
+        ("groups", conv.groups, (groups,)),
+        ("padding_mode", conv.padding_mode, ("zeros",)),
+    )
+    for name, value, known in expected:
+        if value not in known:
+            return f"the fused path knows {name}={' or '.join(map(str, known))}, not {value!r}"
+    return None
+
+
+def _look(module: nn.Module) -> tuple[Any, ...]:
+    own, cls = module.__dict__, module.__class__
+    parameters = own["_parameters"]
+    weight = parameters.get("weight", own.get("weight"))  # Of FSDP's views, no parameters.
+    bias = parameters.get("bias", own.get("bias"))
+    known = _classes.get(cls)
     return (
-        module.__class__,
-        module.training,
-        len(module._modules),
+        cls,
+        cls.forward,
+        own["training"],
+        "forward" in own,
+        len(own["_modules"]),
         has_hooks(module),
-        module._buffers.get("running_mean") is None,
+        own["_buffers"].get("running_mean") is None,
+        weight.__class__,
+        bias.__class__,
+        None if weight is None else weight.shape,
+        None if known is None else [own.get(name) for name in known[1]],
     )
 
 
-class _Known(Generic[Answer]):
+class _Kept(Generic[Answer]):
     """An answer, and what was seen when it was given.
 
     It must not hold the module that it is about, which is the key that it is kept by.
     """
 
-    __slots__ = ("_below", "_children", "_looks", "_parents", "answer")
+    __slots__ = ("_below", "_children", "_looks", "_own", "_parents", "answer")
 
     def __init__(self, root: nn.Module, answer: Answer) -> None:
         self.answer = answer
@@ -63,7 +155,7 @@ class _Known(Generic[Answer]):
         )
 
 
-_known: WeakKeyDictionary[nn.Module, _Known[Any]] = WeakKeyDictionary()
+_kept: WeakKeyDictionary[nn.Module, _Kept[Any]] = WeakKeyDictionary()
 
 
 def kept(root: nn.Module, find: Callable[[], Answer]) -> Answer:
@@ -74,7 +166,7 @@ def kept(root: nn.Module, find: Callable[[], Answer]) -> Answer:
     """
     if torch.compiler.is_compiling():
         return find()
-    known: _Known[Answer] | None = _known.get(root)
+    known: _Kept[Answer] | None = _kept.get(root)
     if known is None or not known.holds(root):
-        known = _known[root] = _Known(root, find())
+        known = _kept[root] = _Kept(root, find())
     return known.answer

@@ -14,6 +14,7 @@ that ``torch.compile(fullgraph=True)`` sees no graph break. Which backend works 
 said by :mod:`vovnet_fast.backends`. All but :func:`features` are differentiable once.
 """
 
+from . import _checks, flops
 from .chain import conv_bn_relu
 from .conv import ConvParams, fold
 from .ese import ese
@@ -32,3 +33,6 @@ __all__ = [
     "max_pool",
     "osa_block",
 ]
+
+flops.let_count()
+_checks.on_modes.append(flops.let_count)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import backends
 
@@ -21,8 +22,9 @@ def activations(op: str, name: str, x: Tensor, channels: int | None = None) -> N
 
     Raises:
         ValueError: wrong rank or channels.
-        TypeError: no supported dtype.
+        TypeError: no tensor, a sparse one, or no supported dtype.
     """
+    tensor(f"{op}: {name}", x)
     if x.ndim != 4:
         raise ValueError(f"{op}: {name} must be [N, C, H, W], got shape {list(x.shape)}")
     if x.dtype not in DTYPES:
@@ -31,6 +33,23 @@ def activations(op: str, name: str, x: Tensor, channels: int | None = None) -> N
         )
     if channels is not None and x.shape[1] != channels:
         raise ValueError(f"{op}: {name} must have {channels} channels, got shape {list(x.shape)}")
+
+
+def tensor(what: str, x: Any) -> None:
+    """A tensor whose elements all lie in memory.
+
+    Raises:
+        TypeError: something else.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"{what} must be a tensor [N, C, H, W], got {type(x).__name__}: torch.as_tensor or "
+            "torch.stack makes one of numbers, arrays or images"
+        )
+    if x.layout != torch.strided:
+        raise TypeError(
+            f"{what} must be a dense tensor, got a sparse one ({x.layout}): call to_dense() first"
+        )
 
 
 def parameter(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
@@ -71,8 +90,48 @@ def in_given_dtypes(run: Callable[..., Result]) -> Callable[..., Result]:
 
 
 def traced(x: Tensor) -> bool:
-    """Whether a graph is being made of what happens to ``x``, and only ops must happen to it."""
-    return torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter)
+    """Whether somebody follows what happens to ``x``, and only ops must happen to it.
+
+    That is a graph that is being made, a subclass of ``Tensor``, or a dispatch mode.
+    """
+    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+        return True
+    if backends.sees_shapes_only(backends.chosen()):
+        return False
+    return torch.jit.is_tracing() or notice_modes()
+
+
+on_modes: list[Callable[[], None]] = []
+"""Called when an op is run under a dispatch mode: a counter of FLOP may be one."""
+
+
+def notice_modes() -> bool:
+    """Whether there is a dispatch mode; then :data:`on_modes` are called."""
+    if torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    for notice in on_modes:
+        notice()
+    return True
+
+
+def transforms(op: str, *tensors: Tensor | None) -> None:
+    """Refuse what a kernel would drop without a word.
+
+    Raises:
+        NotImplementedError: a transform of ``torch.func`` is active, or one of ``tensors`` has a
+            tangent of forward-mode AD.
+    """
+    if torch.compiler.is_compiling():
+        return
+    dual = forward_ad._current_level >= 0 and any(
+        t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
+    )
+    if dual or torch._C._are_functorch_transforms_active():
+        what = "forward-mode AD" if dual else "transforms of torch.func"
+        raise NotImplementedError(
+            f"vovnet_fast.ops.{op} has no rule for {what}: call the modules of a VoVNet, or the "
+            "functions of vovnet_fast.reference, which have"
+        )
 
 
 def call(op: torch.library.CustomOpDef, choice: str, *args: Any) -> Any:
@@ -98,8 +157,46 @@ def batch_statistics(op: str, eps: float | None, group: str, values: int) -> Non
         )
 
 
-def refuse_second_order(op: torch.library.CustomOpDef, name: str) -> None:
-    """Make the derivative of a backward op an error that says what to do."""
+def for_each_gradient(
+    compute: Callable[..., Sequence[Tensor | None]], *douts: Tensor | None
+) -> Sequence[Tensor | None]:
+    """``compute(*douts)``, where douts may be many in one, and then one call for each.
+
+    ``torch.autograd.grad(..., is_grads_batched=True)`` runs a backward pass once, on tensors
+    that stand for a batch of gradients each.
+    """
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    if not any(dout is not None and batched(dout) for dout in douts):
+        return compute(*douts)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    whole = [
+        # Of a tensor without that dimension it makes a view that repeats, of some size.
+        dout if dout is None or not batched(dout) else torch._remove_batch_dim(dout, level, 1, 0)
+        for dout in douts
+    ]
+    sizes = {
+        t.shape[0]
+        for t, dout in zip(whole, douts, strict=True)
+        if t is not None and dout is not None and batched(dout)
+    }
+    each = [
+        compute(
+            *(
+                t[i] if t is not None and dout is not None and batched(dout) else t
+                for t, dout in zip(whole, douts, strict=True)
+            )
+        )
+        for i in range(max(sizes))
+    ]
+    return [
+        None if same[0] is None else torch._add_batch_dim(torch.stack(same), 0, level)
+        for same in zip(*each, strict=True)
+    ]
+
+
+def backward_op(op: torch.library.CustomOpDef, name: str) -> None:
+    """Make the derivative of a backward op an error that says what to do, and vmap a loop."""
 
     def backward(ctx, *_):
         raise NotImplementedError(
@@ -108,6 +205,24 @@ def refuse_second_order(op: torch.library.CustomOpDef, name: str) -> None:
         )
 
     op.register_autograd(backward)
+
+    def loop(info, in_dims, *args):
+        each = [op(*_select(args, in_dims, i)) for i in range(info.batch_size)]
+        if isinstance(each[0], Tensor):
+            return torch.stack(each), 0
+        found = [torch.stack(same) for same in zip(*each, strict=True)]
+        return (found, [0] * len(found)) if isinstance(each[0], list) else (tuple(found), (0,) * 3)
+
+    op.register_vmap(loop)
+
+
+def _select(args: Any, dims: Any, i: int) -> Any:
+    """Arguments of one of the calls that a vmap stands for."""
+    if isinstance(args, (tuple, list)):
+        if not isinstance(dims, (tuple, list)):
+            dims = [dims] * len(args)
+        return type(args)(_select(a, d, i) for a, d in zip(args, dims, strict=True))
+    return args if dims is None else args.select(dims, i)
 
 
 def nhwc(x: Tensor) -> Tensor:

@@ -70,6 +70,7 @@ def conv_chain(
         _checks.batch_statistics(op, layer.eps, layer.group, x.shape[0] * size[0] * size[1])
     flat = conv.flatten(op, list(layers))
     tensors = [t for group in flat[:4] for t in group]
+    _checks.transforms(op, x, *tensors)
     keep, choice = _checks.needs_gradient(x, *tensors), backends.chosen()
     if _checks.traced(x):
         found = torch.ops.vovnet_fast.conv_chain(x, *flat, keep, choice)
@@ -249,7 +250,7 @@ def _(
     return [nchw(x.new_empty(nhwc(x).shape)), *grads] if needs[0] else grads
 
 
-_checks.refuse_second_order(_conv_chain_backward, "conv_chain")
+_checks.backward_op(_conv_chain_backward, "conv_chain")
 
 
 def _saved(found: Sequence[Tensor], epsilons: list[float]) -> list[Tensor]:
@@ -265,6 +266,7 @@ def _gradients(
     strides, epsilons, _ = flat
     if not any(dout is not None for dout in douts):
         return iter([None] * len(needs))
+    needs = _reached(needs, strides, douts)
     count = 1 + 3 * len(strides) + sum(stride < 0 for stride in strides)
     x, *rest = ctx.saved_tensors
     tensors, saved = rest[: count - 1], rest[count - 1 :]
@@ -286,6 +288,17 @@ def _gradients(
         )
     )
     return iter([next(found) if need else None for need in needs])
+
+
+def _reached(
+    needs: Sequence[bool], strides: list[int], douts: Sequence[Tensor | None]
+) -> list[bool]:
+    """Which tensors have a gradient: none of a layer on which no output in use depends."""
+    last = max(i for i, dout in enumerate(douts) if dout is not None)
+    by_layer = [i <= last for i in range(len(strides))]
+    depthwise = [reached for reached, s in zip(by_layer, strides, strict=True) if s < 0]
+    reached = [True, *by_layer, *by_layer, *by_layer, *depthwise]
+    return [need and r for need, r in zip(needs, reached, strict=True)]
 
 
 def _setup_context(ctx, inputs, output):
@@ -325,5 +338,9 @@ class _Chain(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        douts = list(grads[: len(ctx.flat[0])])
-        return None, None, None, *_gradients(ctx, ctx.flat, douts, list(ctx.needs_input_grad[3:]))
+        needs = list(ctx.needs_input_grad[3:])
+        found = _checks.for_each_gradient(
+            lambda *douts: list(_gradients(ctx, ctx.flat, list(douts), needs)),
+            *grads[: len(ctx.flat[0])],
+        )
+        return None, None, None, *found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -98,6 +98,7 @@ def ese(
         BackendError: the backend that was asked for cannot run.
     """
     _checks.activations("ese", "x", x)
+    _checks.transforms("ese", x, fc_weight, fc_bias, identity)
     check("ese", fc_weight, fc_bias, kind, x.shape[1], x)
     if identity is not None and (identity.shape != x.shape or identity.dtype != x.dtype):
         raise ValueError(
@@ -163,7 +164,7 @@ def _(dout, x, gates, mean, fc_weight, kind, choice):
     return nchw(dout.new_empty(n, h, w, c)), dweight, dbias
 
 
-_checks.refuse_second_order(_ese_backward, "ese")
+_checks.backward_op(_ese_backward, "ese")
 
 
 def _setup_context(ctx, inputs, output):
@@ -178,9 +179,11 @@ def _backward(ctx, grads):
     if dout is None:
         return None, None, None, None, None, None
     x, fc_weight, *kept = ctx.saved_tensors
-    dx, dweight, dbias = torch.ops.vovnet_fast.ese_backward(
-        dout, x, *kept, fc_weight, ctx.kind, ctx.choice
+    found: Any = _checks.for_each_gradient(
+        lambda g: torch.ops.vovnet_fast.ese_backward(g, x, *kept, fc_weight, ctx.kind, ctx.choice),
+        dout,
     )
+    dx, dweight, dbias = found
     identity = dout if ctx.identity else None
     return dx, dweight.to(fc_weight.dtype), dbias.to(ctx.bias_dtype), None, identity, None
 

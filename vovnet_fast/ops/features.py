@@ -99,7 +99,11 @@ def features(x: Tensor, params: NetworkParams, out_features: tuple[str, ...]) ->
         osa.check(op, block, x)
     layers, fcs = params.convs(), params.fcs()
     *tensors, strides, epsilons, _ = conv.flatten(op, layers)
-    if _checks.needs_gradient(x, *(t for group in tensors for t in group), *fcs):
+    if not torch.compiler.is_compiling():
+        _checks.notice_modes()
+    every = [x, *(t for group in tensors for t in group), *fcs]
+    _checks.transforms(op, *every)
+    if _checks.needs_gradient(*every):
         raise NotImplementedError(
             f"{op} keeps nothing for a backward pass: call it under torch.no_grad() or "
             "torch.inference_mode(), or call the modules, which are differentiable"
@@ -260,7 +264,8 @@ def _run_stage(
 # --------------------------------------------------------------------------------------
 
 
-_decode = functools.cache(VoVNetSpec.decode)
+decode = functools.cache(VoVNetSpec.decode)
+"""As :meth:`VoVNetSpec.decode`, but an architecture once."""
 
 
 def rebuild(
@@ -301,7 +306,7 @@ def _features(
     out_features: str,
 ) -> list[Tensor]:
     layers = conv.unflatten(weights, scales, shifts, depthwise, strides)
-    params = rebuild(layers, fcs, _decode(spec), spec)
+    params = rebuild(layers, fcs, decode(spec), spec)
     backend = backends.get(x.device, x.dtype, needs(params.spec))
     found = run(backend, nhwc(x), params, tuple(out_features.split(",")))
     return [nchw(feature) for feature in found]
@@ -309,7 +314,7 @@ def _features(
 
 @_features.register_fake
 def _(x, weights, scales, shifts, depthwise, strides, fcs, spec, out_features):
-    architecture, wanted = _decode(spec), out_features.split(",")
+    architecture, wanted = decode(spec), out_features.split(",")
     n, _, h, w = x.shape
     channels, maps = architecture.feature_channels(), sizes(architecture, h, w)
     return [nchw(x.new_empty(n, *maps[name], channels[name])) for name in wanted]

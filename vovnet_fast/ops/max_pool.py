@@ -47,6 +47,7 @@ def max_pool(x: Tensor, mode: Pool = "ceil", *, width: int = 0) -> Tensor:
         BackendError: the backend that was asked for cannot run.
     """
     _checks.activations("max_pool", "x", x)
+    _checks.transforms("max_pool", x)
     if mode not in ("ceil", "padded"):
         raise ValueError(f"max_pool: mode must be ceil or padded, got {mode!r}")
     if mode == "ceil" and min(x.shape[2:]) < 2:
@@ -101,7 +102,7 @@ def _(dout, argmax, height, width, mode, choice):
     return nchw(dout.new_empty(dout.shape[0], height, width, dout.shape[1]))
 
 
-_checks.refuse_second_order(_max_pool_backward, "max_pool")
+_checks.backward_op(_max_pool_backward, "max_pool")
 
 
 def _gradient(ctx, dout):
@@ -139,4 +140,5 @@ class _MaxPool(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout):
-        return _gradient(ctx, dout), None, None, None
+        [found] = _checks.for_each_gradient(lambda g: [_gradient(ctx, g)], dout)
+        return found, None, None, None

@@ -14,7 +14,9 @@ none depends on the number of threads.
 
 from __future__ import annotations
 
+import os
 import threading
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +27,8 @@ from .. import _extension
 from .._extension.fields import DTYPES, packed, view
 
 ATEN = "aten"
+
+CHECK_ENVIRONMENT = "VOVNET_FAST_CHECK"
 
 PREFERRED: dict[torch.dtype, tuple[str, ...]] = {
     torch.bfloat16: ("amx",),
@@ -137,11 +141,37 @@ def _tiles(engine: str, weight: Tensor) -> Tensor:
     with _lock:
         found: _Packed | None = _kept.get(weight)
     now = (engine, weight.data_ptr(), weight._version)
-    if found is None or found[:3] != now:
+    if found is not None and found[:3] == now and checking():
+        if not torch.equal(found.tiles, _pack(engine, weight)):
+            raise RuntimeError(
+                f"a weight of {list(weight.shape)} was written to in a way that PyTorch does not "
+                "count (tensor.data, NumPy, DLPack, shared memory), and what was packed of it is "
+                "not what it is now: call refresh() of the frozen network after such writes"
+            )
+    elif found is None or found[:3] != now:
         found = _Packed(*now, _pack(engine, weight))
         with _lock:
             _kept[weight] = found
     return found.tiles
+
+
+def forget(weights: Iterable[Tensor]) -> None:
+    """Drop the packed forms of weights, which were written to without PyTorch's counting it."""
+    with _lock:
+        for weight in weights:
+            _kept.pop(weight, None)
+
+
+def checking() -> bool:
+    """Whether ``VOVNET_FAST_CHECK`` asks that packed weights are compared with weights.
+
+    Raises:
+        ValueError: it is neither 0 nor 1.
+    """
+    value = os.environ.get(CHECK_ENVIRONMENT) or "0"
+    if value not in ("0", "1"):
+        raise ValueError(f"{CHECK_ENVIRONMENT} must be 0 or 1, got {value!r}")
+    return value == "1"
 
 
 def _pack(engine: str, weight: Tensor) -> Tensor:

@@ -50,8 +50,9 @@ def osa_block_with_statistics(
         take them from the batch, in the order of :meth:`BlockParams.convs`.
     """
     op = "osa_block"
-    _checks.activations(op, "x", x, params.in_channels)
+    _checks.activations(op, "x", x)
     check(op, params, x)
+    _checks.activations(op, "x", x, params.in_channels)
     for layer in params.convs():
         values = x.shape[0] * x.shape[2] * x.shape[3]
         _checks.batch_statistics(op, layer.eps, layer.group, values)
@@ -59,6 +60,7 @@ def osa_block_with_statistics(
     fcs = params.fcs()
     options = (params.reduction is not None, params.gate, params.identity)
     tensors = [t for group in (*flat[:4], fcs) for t in group]
+    _checks.transforms(op, x, *tensors)
     needed = _checks.needs_gradient(x, *tensors)
     keep = KEEP_NOTHING if not needed else RECOMPUTE if recompute else KEEP
     choice = backends.chosen()

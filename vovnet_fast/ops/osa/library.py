@@ -122,7 +122,7 @@ def _(
     return [nchw(x.new_empty(nhwc(x).shape)), *grads] if needs[0] else grads
 
 
-_checks.refuse_second_order(_osa_block_backward, "osa_block")
+_checks.backward_op(_osa_block_backward, "osa_block")
 
 
 class Statics(NamedTuple):
@@ -238,4 +238,6 @@ class Block(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dout, *_):
-        return None, None, *_gradients(ctx, dout, list(ctx.needs_input_grad[2:]))
+        needs = list(ctx.needs_input_grad[2:])
+        found = _checks.for_each_gradient(lambda g: list(_gradients(ctx, g, needs)), dout)
+        return None, None, *found

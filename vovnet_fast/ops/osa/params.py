@@ -111,10 +111,9 @@ def needs(kinds: Kinds, *, gated: bool, identity: bool, backward: bool) -> tuple
 
 def check(op: str, params: BlockParams, x: Tensor) -> None:
     """Refuse parameters that do not fit each other or the activations."""
-    channels = params.in_channels
     if not params.layers:
         raise ValueError(f"{op}: an OSA block needs at least one layer")
-    width = channels
+    channels = width = params.in_channels
     for layer in params.convs()[:-1]:
         conv.check(op, layer, x, width)
         width = layer.weight.shape[0]
