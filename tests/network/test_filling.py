@@ -220,17 +220,17 @@ def test_tensors_that_take_the_place_of_parameters():
     """assign=True: their own dtype, and skeletons; but nothing that is no weight."""
     model = VoVNet(SPEC)
     model.load_state_dict(in_dtype(torch.float64), assign=True)
-    assert model.stem.first_weight.dtype == torch.float64
+    assert model.first_weight.dtype == torch.float64
     model.load_state_dict({k: v.to("meta") for k, v in filled().items()}, assign=True)
-    assert model.stem.first_weight.is_meta
+    assert model.first_weight.is_meta
     for kind in ("int8", "complex64", "quantised", "sparse", "fp8"):
         state = filled()
         state[KEY] = BAD[kind][0](state[KEY])
         before = VoVNet(SPEC)
-        first = before.stem.first_weight
+        first = before.first_weight
         with pytest.raises(CheckpointError, match="expected"):
             before.load_state_dict(state, assign=True)
-        assert before.stem.first_weight is first
+        assert before.first_weight is first
 
 
 def test_a_network_on_the_meta_device_holds_nothing():
@@ -292,7 +292,7 @@ def test_parts_that_read_other_names_than_they_write_are_left_to_pytorch():
     model.stem.get_submodule("stem_1/conv").register_load_state_dict_pre_hook(rename)
     state["stem.stem_1/conv.old"] = state.pop("stem.stem_1/conv.weight")
     model.load_state_dict(state)
-    assert torch.equal(model.stem.first_weight, state["stem.stem_1/conv.old"])
+    assert torch.equal(model.first_weight, state["stem.stem_1/conv.old"])
 
 
 class Endless(collections.UserDict):
