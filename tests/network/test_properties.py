@@ -228,11 +228,11 @@ class Life(RuleBasedStateMachine):
 
         self.both(act)
 
-    @precondition(lambda self: self.hooks)
     @rule()
     def unhook(self):
-        while self.hooks:
-            self.hooks.pop().remove()
+        # Of copies too, whose handles nobody has.
+        self.both(lambda m: [module._forward_hooks.clear() for module in m.modules()])
+        self.hooks.clear()
 
     @precondition(lambda self: not self.changed and self.ours.spec.name == "tiny-detectron2")
     @rule(
