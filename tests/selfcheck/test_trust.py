@@ -201,9 +201,10 @@ def test_a_damaged_file_is_said_aloud_and_the_check_runs_again(
     assert backends.select(CPU, FP32, ("gates",)) == "fake"
     assert f"ignoring the file {verified}" in caplog.text
     assert len(checks) == 1
-    forget()
+    forget()  # It may be a newer version's file, which is left as it is.
     assert backends.select(CPU, FP32, ("gates",)) == "fake"
-    assert len(checks) == 1
+    assert len(checks) == 2
+    assert verified.read_text() == content
 
 
 def test_a_file_that_cannot_be_written_is_said_aloud(fake, checks, verified, caplog, monkeypatch):

@@ -37,6 +37,10 @@ class Outcome(NamedTuple):
         return f"{text}, {len(self.failed)} failed, the first of them {first.name}: {first.problem}"
 
 
+_LOCK_SECONDS = 600.0
+"""What fills the cache of a whole network on few cores takes minutes."""
+
+
 def fill(jobs: Sequence[Job], workers: int, *, progress: bool = False) -> Outcome:
     """Compile what Triton's cache lacks, in so many processes.
 
@@ -48,13 +52,14 @@ def fill(jobs: Sequence[Job], workers: int, *, progress: bool = False) -> Outcom
     Raises:
         ValueError, WorkersError: as :func:`.workers.compile_all`.
         OSError: the cache cannot be written.
+        TimeoutError: another process has been filling it for ten minutes, or is stopped.
     """
     from rich.console import Console
     from rich.progress import Progress
 
     begin, folder = time.perf_counter(), cache_folder()
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):  # Whoever waited here may find everything done.
+    with locked(folder, _LOCK_SECONDS):  # Whoever waited here may find everything done.
         wanted = missing(jobs, folder)
         results = []
         with Progress(console=Console(stderr=True), disable=not progress or not wanted) as bar:

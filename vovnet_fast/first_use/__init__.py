@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import backends, tuning
-from .._files import replacing
+from .._files import read_text, replacing
 from ..compiling import side_by_side
 from ..compiling.side_by_side import say_once
 
@@ -202,8 +202,10 @@ class Note:
         from ..compiling.jobs import is_compiled
 
         try:
-            found = json.loads(path.read_text())
-        except (OSError, ValueError):
+            found = json.loads(read_text(path))
+        except (OSError, ValueError, RecursionError):
+            return False
+        if not isinstance(found, dict) or not all(isinstance(n, str) for n in found.values()):
             return False
         return all(is_compiled(key, name, self._folder) for key, name in found.items())
 

@@ -128,15 +128,11 @@ def _compile(functions: Collection[str], dtype: torch.dtype, device: torch.devic
 
 
 def _keep(keys: Iterable[_Key]) -> None:
-    """Remember in the file that these passed; only warn where it cannot be written."""
+    """Remember in the file that these passed; only warn, once, where it cannot be written."""
     passed: tuning.Choices = {}
     for machine, subject in keys:
         passed.setdefault(machine, {})[subject] = tuning.Choice(_PASSED)
-    file = _file()
-    try:
-        file.add(passed, replace=True)
-    except OSError as error:
-        _log.warning("cannot keep verdicts in %s: %s", file.path, error)
+    _file().keep(passed, "verdicts")
 
 
 def _key(backend: str, device: torch.device, dtype: torch.dtype, function: str) -> _Key:
@@ -151,9 +147,9 @@ def _key(backend: str, device: torch.device, dtype: torch.dtype, function: str) 
 
 
 def _file() -> tuning.Table:
-    return _table(tuning.cache_file().with_name("verified.json"))
+    return _table(tuning.kept_in("verified.json"))
 
 
 @functools.cache
-def _table(path: Path) -> tuning.Table:
+def _table(path: Path | None) -> tuning.Table:
     return tuning.Table(path)

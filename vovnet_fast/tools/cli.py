@@ -335,6 +335,7 @@ def _tuning_file(file: Path) -> tuning.Choices:
 
 def _tuning_import(args: argparse.Namespace) -> None:
     found = _tuning_file(args.file)
+    tuning.cache_file()  # To keep them in memory alone would be of no use here.
     table = tuning.table()
     table.add(found, replace=args.replace)
     fate = "replaced" if args.replace else "kept"

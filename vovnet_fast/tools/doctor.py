@@ -283,7 +283,8 @@ def _settings() -> _Found:
             yield name, os.environ[name]
     choices = tuning.table().choices()
     count = sum(map(len, choices.values()))
-    yield "tuning", f"{count} choices of {len(choices)} machine(s) in {tuning.cache_file()}"
+    where = tuning.table().path or "memory alone"
+    yield "tuning", f"{count} choices of {len(choices)} machine(s) in {where}"
 
 
 # --------------------------------------------------------------------------------------

@@ -149,10 +149,33 @@ def measured(candidates: Sequence[str] | Candidates) -> list[str]:
 
 
 def cache_file() -> Path:
-    """Where choices are kept."""
+    """Where choices are kept.
+
+    Raises:
+        OSError: there is no home folder, and the environment names no other.
+    """
     folder = os.environ.get(CACHE_ENVIRONMENT)
-    base = Path(folder) if folder else Path.home() / ".cache" / "vovnet_fast"
-    return base / "tuning.json"
+    if folder:
+        return Path(folder) / "tuning.json"
+    try:
+        home = Path.home()
+    except RuntimeError as error:  # Neither HOME nor an entry in the table of passwords.
+        raise OSError(f"no home folder to keep a cache in: set {CACHE_ENVIRONMENT}") from error
+    return home / ".cache" / "vovnet_fast" / "tuning.json"
+
+
+@functools.cache
+def _say_that_nothing_is_kept(error: str) -> None:
+    _log.warning("what is found out is kept in memory alone: %s", error)
+
+
+def kept_in(name: str) -> Path | None:
+    """A file of the cache; None, said once, where there can be none."""
+    try:
+        return cache_file().with_name(name)
+    except OSError as error:
+        _say_that_nothing_is_kept(str(error))
+        return None
 
 
 @functools.cache
@@ -188,7 +211,7 @@ def _driver_version() -> str:
 @functools.cache
 def _table(folder: str | None, beneath: str | None) -> Table:
     """By the values of the two environment variables: it is asked for at every launch."""
-    path = cache_file()
+    path = kept_in("tuning.json")
     if beneath is None:
         return Table(path)
     try:
@@ -220,7 +243,7 @@ def _announce() -> None:
     _log.warning(
         "measuring which engines are fastest for layers not seen before on this machine; this "
         "compiles many kernels, takes minutes, and is remembered in %s (%s=0 does without)",
-        cache_file(),
+        table().path or "memory",
         ENVIRONMENT,
     )
 

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .._files import locked, replacing
+from .._files import locked, read_text, replacing
 
 FORMAT = 2
 _READABLE = (1, FORMAT)
@@ -79,17 +79,20 @@ class Table:
     """Choices by machine and problem, in memory and in a file.
 
     Args:
-        path: the file. It is read on first use, and written after each new choice;
-            processes that write at the same time lose nothing.
+        path: the file, or None where there can be none and choices are kept in memory alone.
+            It is read on first use, and written after each new choice; processes that write at
+            the same time lose nothing. One that is damaged or of another format is never
+            written: it may be a newer version's.
         beneath: what is asked for problems that the file does not know. It is not
             written into the file.
     """
 
-    def __init__(self, path: Path, beneath: Choices | None = None) -> None:
+    def __init__(self, path: Path | None, beneath: Choices | None = None) -> None:
         self.path = path
         self._beneath = beneath or {}
         self._lock = threading.RLock()
         self._choices: Choices | None = None
+        self._refused = False
 
     def get(self, machine: str, problem: str) -> str | None:
         """The choice for a problem, or None."""
@@ -99,27 +102,44 @@ class Table:
         return None if known is None else known.name
 
     def put(self, machine: str, problem: str, choice: str | Choice) -> None:
-        """Remember a choice, and write the file; only warn where that is impossible."""
+        """Remember a choice, and write the file.
+
+        Where that is impossible it is said once, and not tried again: whoever waited for a lock
+        would wait for it at every layer.
+        """
         found = Choice(choice) if isinstance(choice, str) else choice
-        try:
-            self.add({machine: {problem: found}}, replace=True)
-        except OSError as error:
-            _log.warning("cannot keep choices in %s: %s", self.path, error)
+        self.keep({machine: {problem: found}})
+
+    def keep(self, choices: Choices, what: str = "choices") -> None:
+        """:meth:`put` of several, called ``what`` in the warning."""
+        with self._lock:
+            if self._refused:
+                self._choices = merge(self._loaded(), choices)
+                return
+            try:
+                self.add(choices, replace=True)
+            except (OSError, ValueError) as error:
+                self._refused = True
+                _log.warning("cannot keep %s in %s: %s", what, self.path, error)
 
     def add(self, choices: Choices, *, replace: bool = False) -> None:
         """Remember choices, and write the file. Known ones stay, unless ``replace``.
 
         Raises:
-            OSError: the file cannot be written. They are remembered in memory all the same.
+            OSError: the file cannot be read or written, or another process holds the folder.
+            ValueError: the file is damaged or of another format, and is left as it is.
+                Either way the choices are remembered in memory.
         """
         with self._lock:
             own = self._loaded()
             self._choices = merge(own, choices) if replace else merge(choices, own)
+            if self.path is None:
+                return
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Without a lock, what two processes write at the same moment may be lost: it is found
             # out again.
             with locked(self.path.parent):
-                self._choices = merge(read(self.path), self._choices)
+                self._choices = merge(_for_writing(self.path), self._choices)
                 export(self._choices, self.path)
 
     def choices(self) -> Choices:
@@ -129,7 +149,7 @@ class Table:
 
     def _loaded(self) -> Choices:
         if self._choices is None:
-            self._choices = read(self.path)
+            self._choices = {} if self.path is None else read(self.path)
         return self._choices
 
 
@@ -148,7 +168,10 @@ def load(path: Path) -> Choices:
         OSError: it cannot be read.
         ValueError: it is damaged or of another format.
     """
-    content = json.loads(path.read_text())
+    try:
+        content = json.loads(read_text(path))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(content, dict) or "format" not in content:
         raise ValueError("it names no format")
     if content["format"] not in _READABLE:
@@ -172,6 +195,23 @@ def read(path: Path) -> Choices:
     except (OSError, ValueError) as error:
         _log.warning("ignoring the file %s: %s", path, error)
         return {}
+
+
+def _for_writing(path: Path) -> Choices:
+    """What a file has that is about to be replaced.
+
+    Raises:
+        OSError, ValueError: as :func:`load`, unless there is no file.
+    """
+    try:
+        return load(path)
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is damaged or a newer version's, and is left as it is: {error}; move it away "
+            "or delete it"
+        ) from error
 
 
 def export(choices: Choices, path: Path) -> None:
