@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vovnet_fast"
 
 FLOORS = (
-    ("_version", "_dtypes", "_files", "_optional", "specs"),
+    ("_version", "_dtypes", "_environment", "_files", "_optional", "specs"),
     ("_provenance", "reference"),
     ("kernels",),
     ("aot", "compiling", "tuning"),

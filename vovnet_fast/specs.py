@@ -90,6 +90,10 @@ class BlockPlan:
         return self.in_channels + self.num_layers * self.mid_channels
 
 
+def _count(value: object) -> bool:
+    return type(value) is int and value >= 1
+
+
 @dataclass(frozen=True)
 class VoVNetSpec:
     """One architecture. The defaults are the detectron2 dialect.
@@ -135,6 +139,8 @@ class VoVNetSpec:
     dialect: Dialect = "detectron2"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"a spec needs a name, got {self.name!r}")
         for field, length in (
             ("stem_channels", 3),
             ("stem_strides", 3),
@@ -143,17 +149,25 @@ class VoVNetSpec:
             ("blocks_per_stage", NUM_STAGES),
         ):
             value = getattr(self, field)
-            if not isinstance(value, tuple) or len(value) != length or min(value) < 1:
+            if not isinstance(value, tuple) or len(value) != length or not all(map(_count, value)):
                 raise ValueError(
                     f"spec {self.name!r}: {field} must be a tuple of {length} positive "
                     f"integers, got {value!r}"
                 )
-        if self.layers_per_block < 1:
+        if not _count(self.layers_per_block):
             raise ValueError(
-                f"spec {self.name!r}: layers_per_block must be at least 1, "
-                f"got {self.layers_per_block}"
+                f"spec {self.name!r}: layers_per_block must be an integer of at least 1, "
+                f"got {self.layers_per_block!r}"
             )
+        if max(self.stem_strides) > 2:
+            raise ValueError(
+                f"spec {self.name!r}: stem_strides must be 1 or 2 each, got {self.stem_strides}"
+            )
+        stages = range(FIRST_STAGE, FIRST_STAGE + NUM_STAGES + 1)
         for field, allowed in (
+            ("first_pooled_stage", stages),  # The last one means none.
+            ("depthwise", (False, True)),
+            ("pointwise_bias", (False, True)),
             ("pool", get_args(Pool)),
             ("ese", get_args(ESEPlacement)),
             ("gate", get_args(Gate)),
@@ -163,7 +177,7 @@ class VoVNetSpec:
         ):
             if getattr(self, field) not in allowed:
                 raise ValueError(
-                    f"spec {self.name!r}: {field} must be one of {', '.join(allowed)}, "
+                    f"spec {self.name!r}: {field} must be one of {', '.join(map(str, allowed))}, "
                     f"got {getattr(self, field)!r}"
                 )
         if self.depthwise and len(set(self.stem_channels)) != 1:

@@ -117,7 +117,7 @@ def test_a_debug_check_finds_what_cannot_be_seen(frozen, x, change, monkeypatch)
         frozen.refresh()
         frozen(x)
         monkeypatch.setenv("VOVNET_FAST_CHECK", "yes")
-        with pytest.raises(ValueError, match="VOVNET_FAST_CHECK must be 0 or 1, got 'yes'"):
+        with pytest.raises(ValueError, match="VOVNET_FAST_CHECK must be one of 0, 1, got 'yes'"):
             frozen(x)
 
 

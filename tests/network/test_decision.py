@@ -5,10 +5,12 @@ import gc
 import weakref
 
 import pytest
+import torch
 from torch import nn
 
+from tests.fused import fused
 from tests.tiny import TINY
-from vovnet_fast import VoVNet
+from vovnet_fast import VoVNet, backends
 from vovnet_fast.network import decision, structure
 
 
@@ -115,3 +117,22 @@ def test_nothing_is_kept_alive():
 def test_a_decision_says_why():
     assert str(decision.OP) == "an op"
     assert str(decision.SMALL).startswith("modules: on maps as small as these")
+
+
+@pytest.mark.parametrize("norm_eval", [True, False])
+def test_no_images_are_what_plain_pytorch_makes_of_them(norm_eval):
+    """A rank of a data-parallel training can be left without any."""
+    x = torch.zeros(0, 3, 40, 40)
+    model = VoVNet(TINY["detectron2"], norm_eval=norm_eval).train()
+    twin = copy.deepcopy(model)
+    with backends.use_backend("reference"):
+        expected = twin(x)
+        sum(y.sum() for y in expected).backward()
+    with fused():
+        found = model(x)
+        sum(y.sum() for y in found).backward()
+    assert [y.shape for y in found] == [y.shape for y in expected]
+    for (name, p), q in zip(model.named_parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad, msg=name)
+    for (name, p), q in zip(model.named_buffers(), twin.buffers(), strict=True):
+        torch.testing.assert_close(p, q, equal_nan=True, msg=name)

@@ -100,7 +100,7 @@ from types import ModuleType
 
 import torch
 
-from .. import tuning
+from .. import _environment, tuning
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 ENVIRONMENT = "VOVNET_FAST_BACKEND"
@@ -247,7 +247,8 @@ def select(
     Raises:
         BackendError: the backend that was asked for cannot run on ``device``, or ``auto``
             has yet to check a function while a CUDA graph is being captured.
-        ValueError: ``VOVNET_FAST_BACKEND`` names no backend.
+        ValueError: ``VOVNET_FAST_BACKEND`` names no backend, or another variable of the package
+            says what it may not (:mod:`.._environment`).
     """
     name = choice or chosen()
     if name == "auto":
@@ -289,6 +290,10 @@ _settled._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _decide(device: torch.device, dtype: torch.dtype, needs: tuple[str, ...], tf32: bool) -> str:
     from .. import selfcheck  # It takes a third of the time of importing the package.
 
+    _environment.require()
+    refused = _module("_extension").loading.refused_isa() if device.type == "cpu" else None
+    if refused is not None:  # Plain PyTorch in its place would be slower without a word.
+        raise ValueError(refused)
     if dtype in selfcheck.DTYPES:
         for name in CANDIDATES.get(device.type, ()):
             if why_not(name, device) is None and _trusted(name, device, dtype, needs):

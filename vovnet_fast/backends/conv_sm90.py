@@ -12,13 +12,13 @@ It is not verified on a GPU yet, and so not on offer unless the environment vari
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import _environment
 from . import _extension
 
 NAME = "conv-sm90"
@@ -93,7 +93,7 @@ def configs(c_out: int) -> list[Config]:
 
 def why_not(device: torch.device) -> str | None:
     """The reason why nothing at all is offered on ``device``, or None."""
-    if os.environ.get(ENVIRONMENT) != "1":
+    if not _environment.flag("CONV_SM90"):
         return f"it is not verified on a GPU yet: {ENVIRONMENT}=1 offers it all the same"
     if device.type != "cuda":
         return f"it needs tensors on an NVIDIA GPU, these are on {device}"

@@ -51,6 +51,7 @@ class Decision(NamedTuple):
 OP = Decision(True)
 NO_BACKEND = Decision(False, "no backend for ops runs here")
 SMALL = Decision(False, "on maps as small as these, plain modules are faster on a CPU")
+NO_IMAGES = Decision(False, "statistics of no image are what PyTorch makes of them")
 NOT_RIGHT = Decision(False, "no backend has proved right in all functions that it needs")
 GRADIENT = Decision(False, "autograd takes part: its blocks keep what their gradients need")
 
@@ -100,6 +101,8 @@ def of_part(part: Part, x: Tensor) -> Decision:
         say_once(reason)
         return Decision(False, reason)
     gradient = needs_gradient(part, x)
+    if kinds.batch and x.numel() == 0 and backends.chosen() == "auto":
+        return NO_IMAGES
     # What has not four dimensions is refused by the op.
     if x.dim() == 4:
         pixels = x.shape[0] * x.shape[2] * x.shape[3]

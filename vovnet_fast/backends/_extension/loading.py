@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import sys
 from importlib.machinery import PathFinder
 from types import ModuleType
@@ -12,6 +13,8 @@ from typing import Any
 from ..._version import __version__
 
 NAME = "vovnet_fast._C"
+
+ISA_ENVIRONMENT = "VOVNET_FAST_CPU_ISA"
 
 _REBUILD = (
     "pip install --force-reinstall --no-binary vovnet-fast vovnet-fast, or in a working copy: "
@@ -50,6 +53,13 @@ def why_not(half: str) -> str | None:
         f"the extension {NAME} was built without its {half} half, which takes nvcc at "
         f"installation (VOVNET_FAST_CUDA=1 says why it is not built; {_REBUILD})"
     )
+
+
+def refused_isa() -> str | None:
+    """That the environment asks for an instruction set that is not to be had here, or None."""
+    asked = os.environ.get(ISA_ENVIRONMENT)
+    _, reason = _loaded()
+    return reason if asked and reason and f"{ISA_ENVIRONMENT}={asked}" in reason else None
 
 
 def build_info() -> dict[str, Any] | None:

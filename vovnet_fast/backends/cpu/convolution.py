@@ -14,7 +14,6 @@ none depends on the number of threads.
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -23,12 +22,11 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ... import _environment
 from .. import _extension
 from .._extension.fields import DTYPES, packed, view
 
 ATEN = "aten"
-
-CHECK_ENVIRONMENT = "VOVNET_FAST_CHECK"
 
 PREFERRED: dict[torch.dtype, tuple[str, ...]] = {
     torch.bfloat16: ("amx",),
@@ -141,7 +139,7 @@ def _tiles(engine: str, weight: Tensor) -> Tensor:
     with _lock:
         found: _Packed | None = _kept.get(weight)
     now = (engine, weight.data_ptr(), weight._version)
-    if found is not None and found[:3] == now and checking():
+    if found is not None and found[:3] == now and _environment.flag("CHECK"):
         if not torch.equal(found.tiles, _pack(engine, weight)):
             raise RuntimeError(
                 f"a weight of {list(weight.shape)} was written to in a way that PyTorch does not "
@@ -160,18 +158,6 @@ def forget(weights: Iterable[Tensor]) -> None:
     with _lock:
         for weight in weights:
             _kept.pop(weight, None)
-
-
-def checking() -> bool:
-    """Whether ``VOVNET_FAST_CHECK`` asks that packed weights are compared with weights.
-
-    Raises:
-        ValueError: it is neither 0 nor 1.
-    """
-    value = os.environ.get(CHECK_ENVIRONMENT) or "0"
-    if value not in ("0", "1"):
-        raise ValueError(f"{CHECK_ENVIRONMENT} must be 0 or 1, got {value!r}")
-    return value == "1"
 
 
 def _pack(engine: str, weight: Tensor) -> Tensor:
