@@ -31,3 +31,11 @@ def fused(*, watched=True):
             patch.setattr(decision, "watching", lambda *_, **options: None)
             patch.setattr(_checks, "notice_modes", lambda: False)
         yield
+
+
+@contextlib.contextmanager
+def asked_for(name="cpu"):
+    """The same where a backend was asked for by name, which may then not be passed over."""
+    with fused(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backends, "chosen", lambda: name)
+        yield

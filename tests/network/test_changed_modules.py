@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from tests.fused import fused
+from tests.fused import asked_for, fused
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, freeze, use_backend
 from vovnet_fast.backends import BackendError
@@ -280,7 +280,7 @@ def test_freeze_refuses_a_model_that_does_something_else():
 def test_a_backend_that_was_asked_for_says_what_it_cannot(fused_everywhere):
     model, x = changed("dilation"), torch.randn(1, 3, 64, 64, dtype=torch.float64)
     with (
-        use_backend("cpu"),
+        asked_for(),
         pytest.raises(BackendError, match=r"OSA3_2_0/conv: .*\(1, 1\)"),
     ):
         model(x)

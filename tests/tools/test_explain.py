@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import vovnet_fast
+from tests.extension_cases import require
 from vovnet_fast import backends
 from vovnet_fast.network import decision
 from vovnet_fast.tools import cli
@@ -50,6 +51,7 @@ def test_why_not():
 
 
 def test_the_command(capsys):
+    require("cpu")
     assert cli.main(["explain", SPEC, "2x256x320", "--train", "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert [row["part"] for row in rows][:3] == [NETWORK, "stem", "OSA2_1"]
