@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from tests.fused import asked_for, fused
+from tests.fused import asked_for, fused, needs_traces
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, freeze, use_backend
 from vovnet_fast.backends import BackendError
@@ -329,3 +329,31 @@ def test_a_fused_block_is_fused(fused_everywhere):
         assert block_of(twin).decide(torch.randn(1, 24, 8, 8, dtype=torch.float64)).op
         model(x)
     assert called
+
+
+@needs_traces
+@pytest.mark.parametrize("name", ["a forward of a convolution", "dilation"])
+def test_a_compiled_model_notices_as_well(name):
+    """But for hooks: torch.compile looks for those when it traces, of plain modules too."""
+    model, x = changed(None), torch.randn(1, 3, 40, 40, dtype=torch.float64)
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        with fused():
+            compiled(x)
+            CHANGES[name](model)
+            found = compiled(x)
+        with use_backend("reference"):
+            expected = model(x)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_the_forward_of_another_instance_is_one_of_its_own():
+    model, x = changed(None), torch.randn(1, 3, 40, 40, dtype=torch.float64)
+    first, second = (layer._modules[f"{layer.name}/norm"] for layer in block_of(model).layers)
+    first.forward = second.forward
+    with use_backend("reference"):
+        expected = model(x)
+    with fused():
+        for a, b in zip(model(x), expected, strict=True):
+            torch.testing.assert_close(a, b)
