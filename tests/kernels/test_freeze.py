@@ -170,6 +170,9 @@ def test_a_repeated_call_allocates_nothing_but_the_features(name, monkeypatch):
     """And, in the backend, the eSE pool's sums and the gates. Kernels are not run here."""
     frozen, x = freeze(network(name, torch.float32)), image(2, 3, 64, 64)
     monkeypatch.setattr("vovnet_fast.kernels._common.Launch.run", lambda *_: None)
+    # The test's own mode is to see what happens without one.
+    monkeypatch.setattr("vovnet_fast.deploy.frozen.watching", lambda *_, **options: None)
+    monkeypatch.setattr("vovnet_fast.network.decision.watching", lambda *_, **options: None)
     with backends.use_backend("triton"):
         frozen(x)
         with Allocations() as record:

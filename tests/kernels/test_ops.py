@@ -156,7 +156,7 @@ def test_model_runs_on_the_backend_that_was_chosen(backend):
     assert ran == [1]
     handle.remove()
     handle = model.stage3.OSA3_1.concat.register_forward_hook(lambda *_: ran.append(1))
-    with pytest.raises(backends.BackendError, match="concat has hooks"):
+    with pytest.raises(backends.BackendError, match="concat: it has hooks"):
         model(x)
     handle.remove()
     group = VoVNet(TINY["detectron2"], norm_cfg=dict(type="GN", num_groups=4)).double()
@@ -285,7 +285,9 @@ def test_what_features_cannot_do_is_refused():
     with torch.no_grad(), pytest.raises(NotImplementedError, match="fixed statistics only"):
         ops.features(x, params, model.out_features)
     model.norm_eval = False
-    with pytest.raises(backends.BackendError, match="stem_1 and after are in training mode"):
+    with pytest.raises(
+        backends.BackendError, match="stem_1: norms of it and after are in training mode"
+    ):
         model.train().fold(x.dtype)
 
 
