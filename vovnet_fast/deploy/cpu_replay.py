@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..backends import _extension
+from ..backends._extension.fields import pointer
 from ..backends.cpu import convolution
 
 _ALLOCATING = {
@@ -99,8 +100,10 @@ class _Recording(NamedTuple):
     kept: list[Tensor]
 
     def repeat(self, image: Tensor) -> list[Tensor]:
-        features = [torch.empty(shape, dtype=dtype) for shape, dtype in self.features]
-        addresses = [tensor.data_ptr() for tensor in (image, *features)]
+        features = [
+            torch.empty(shape, dtype=dtype, device=image.device) for shape, dtype in self.features
+        ]
+        addresses = [pointer("image", image), *(pointer("feature", each) for each in features)]
         self.calls.run(torch.get_num_threads(), addresses)
         return features
 
@@ -122,8 +125,10 @@ def _record(
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
     """The first address of a tensor, and the bytes from there to its end."""
+    if tensor.numel() == 0:
+        return 0, 0
     last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), (last + 1) * tensor.itemsize
+    return pointer("image or feature", tensor), (last + 1) * tensor.itemsize
 
 
 class _Watch(TorchDispatchMode):
