@@ -1,7 +1,8 @@
 // From Python's keyword arguments to the structs of params.h.
 //
 // A pointer is an integer, or None; a View is (pointer, stride_n, stride_h, stride_w), or None; an
-// Array is (pointer, dtype), or None. All fields must be given, and nothing else.
+// Array is (pointer, dtype), or None. All fields must be given, and nothing else. What they hold is
+// checked (conditions.h) before any function of a half sees it.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -13,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "conditions.h"
 #include "cpu/conv_engines.h"
 #include "cpu/recording.h"
 #include "cuda/conv_sm90/launch.h"
@@ -23,6 +25,22 @@ namespace vovnet_fast {
 namespace bind {
 
 namespace py = pybind11;
+
+// What a field takes, in words.
+inline const char* words(const int32_t&) { return "an integer of 32 bits"; }
+inline const char* words(const int64_t&) { return "an integer of 64 bits"; }
+inline const char* words(const double&) { return "a number"; }
+inline const char* words(const void*) { return "an address or None"; }
+inline const char* words(const View&) { return "(address, stride_n, stride_h, stride_w) or None"; }
+inline const char* words(const Array&) { return "(address, dtype) or None"; }
+
+// Raises OverflowError for integers that are too large, or TypeError.
+[[noreturn]] inline void refuse(py::handle name, const char* expected, py::handle value) {
+  const auto message = "argument " + std::string(py::str(name)) +
+                       " has a wrong type: " + std::string(py::repr(value)) + " is not " + expected;
+  if (PyLong_Check(value.ptr())) throw std::overflow_error(message);
+  throw py::type_error(message);
+}
 
 inline void assign(int32_t& field, py::handle value) { field = value.cast<int32_t>(); }
 inline void assign(int64_t& field, py::handle value) { field = value.cast<int64_t>(); }
@@ -37,7 +55,7 @@ inline void assign(View& field, py::handle value) {
   field = {};
   if (value.is_none()) return;
   const auto parts = value.cast<py::tuple>();
-  if (parts.size() != 4) throw std::invalid_argument("a view is (pointer and three strides)");
+  if (parts.size() != 4) throw py::cast_error("not a pointer and three strides");
   assign(field.data, parts[0]);
   assign(field.stride_n, parts[1]);
   assign(field.stride_h, parts[2]);
@@ -48,7 +66,7 @@ inline void assign(Array& field, py::handle value) {
   field = {};
   if (value.is_none()) return;
   const auto parts = value.cast<py::tuple>();
-  if (parts.size() != 2) throw std::invalid_argument("an array is (pointer, dtype)");
+  if (parts.size() != 2) throw py::cast_error("not a pointer and a dtype");
   assign(field.data, parts[0]);
   assign(field.dtype, parts[1]);
 }
@@ -70,27 +88,30 @@ void assign_all(const std::vector<PyObject*>& names, const py::kwargs& values, F
   const auto next = [&](auto& field) {
     PyObject* value = PyDict_GetItemWithError(values.ptr(), names[i]);
     const auto name = py::reinterpret_borrow<py::str>(names[i++]);
-    if (value == nullptr) throw std::invalid_argument("missing argument: " + std::string(name));
+    if (value == nullptr) {
+      if (PyErr_Occurred() != nullptr) throw py::error_already_set();
+      throw py::type_error("missing argument: " + std::string(name));
+    }
     try {
       assign(field, value);
     } catch (const py::cast_error&) {
-      throw std::invalid_argument("argument " + std::string(name) +
-                                  " has a wrong type: " + std::string(py::repr(value)));
+      refuse(name, words(field), value);
     }
   };
   (next(fields), ...);
   if (values.size() != names.size()) {
-    throw std::invalid_argument("takes " + std::to_string(names.size()) + " arguments, got " +
-                                std::to_string(values.size()));
+    throw py::type_error("takes " + std::to_string(names.size()) + " arguments, got " +
+                         std::to_string(values.size()));
   }
 }
 
-// A struct of params.h, from keyword arguments.
+// A struct of params.h, from keyword arguments, checked.
 template <class Params>
 Params read(const py::kwargs& values) {
   static const auto& names = *new std::vector<PyObject*>(names_of(Fields<Params>::kNames));
   Params params{};
   Fields<Params>::visit(params, [&](auto&... fields) { assign_all(names, values, fields...); });
+  check(params);
   return params;
 }
 
@@ -103,12 +124,32 @@ inline cpu::Recording*& recording() {
 // Run an op of the CPU half, and keep the call where this thread is recording.
 template <class Params>
 void run(const py::kwargs& fields, int threads, std::function<void(const Params&, int)> op) {
+  checks::threads(threads);
   const auto params = read<Params>(fields);
   {
     const py::gil_scoped_release released;
     op(params, threads);
   }
   if (recording() != nullptr) recording()->add(params, std::move(op));
+}
+
+// A half's functions of sizes alone.
+template <int64_t (*kReductionParts)(int64_t, int64_t, int64_t, int64_t),
+          int64_t (*kMergeGroups)(int64_t, int64_t)>
+void bind_sizes(py::module_ m) {
+  m.def("reduction_parts", [](int64_t n, int64_t height, int64_t width, int64_t c) {
+    checks::extent("n", n);
+    checks::extent("height", height);
+    checks::extent("width", width);
+    checks::extent("c", c);
+    checks::count("what is reduced", {n, height, width, c});
+    return kReductionParts(n, height, width, c);
+  });
+  m.def("merge_groups", [](int64_t parts, int64_t c) {
+    checks::extent("parts", parts);
+    checks::extent("c", c);
+    return kMergeGroups(parts, c);
+  });
 }
 
 // `name(threads, **fields)`.
@@ -118,15 +159,26 @@ inline void bind_cpu(py::module_ m) {
         [](int threads, const py::kwargs& fields) { run<Params>(fields, threads, &cpu::name); });
   VF_OPS(VF_DEFINE)
 #undef VF_DEFINE
-  m.def("reduction_parts", &cpu::reduction_parts);
-  m.def("merge_groups", &cpu::merge_groups);
+  bind_sizes<&cpu::reduction_parts, &cpu::merge_groups>(m);
 }
 
 // `name(threads, engine, **fields)`.
 inline void bind_cpu_conv(py::module_ m) {
   m.def("conv_engines", &cpu::conv_engines);
-  m.def("conv_parts", &cpu::conv_parts);
-  m.def("conv_pack_bytes", &cpu::conv_pack_bytes);
+  m.def("conv_parts", [](const std::string& engine, int64_t out_height, int64_t out_width,
+                         int64_t c_in, int64_t c_out, int64_t kernel, int64_t stride) {
+    checks::extent("out_height", out_height);
+    checks::extent("out_width", out_width);
+    checks::filter_extents(c_out, kernel, c_in);
+    checks::choice("stride", stride, {1, 2});
+    checks::count("the input", {out_height, out_width, c_in});
+    return cpu::conv_parts(engine, out_height, out_width, c_in, c_out, kernel, stride);
+  });
+  m.def("conv_pack_bytes",
+        [](const std::string& engine, int64_t c_out, int64_t kernel, int64_t c_in) {
+          checks::filter_extents(c_out, kernel, c_in);
+          return cpu::conv_pack_bytes(engine, c_out, kernel, c_in);
+        });
   m.def("conv", [](int threads, const std::string& engine, const py::kwargs& fields) {
     run<ConvParams>(fields, threads, [engine](const ConvParams& params, int count) {
       cpu::conv(params, engine, count);
@@ -134,6 +186,7 @@ inline void bind_cpu_conv(py::module_ m) {
   });
   // Not recorded: weights are packed once, and the calls that follow read what it leaves.
   m.def("conv_pack", [](int threads, const std::string& engine, const py::kwargs& fields) {
+    checks::threads(threads);
     const auto params = read<ConvPackParams>(fields);
     const py::gil_scoped_release released;
     cpu::conv_pack(params, engine, threads);
@@ -146,23 +199,41 @@ inline void bind_cpu_conv(py::module_ m) {
 inline void bind_recording(py::module_ m) {
   py::class_<cpu::Recording>(m, "Recording")
       .def(py::init<>())
-      .def(
-          "__enter__",
-          [](cpu::Recording& self) -> cpu::Recording& {
-            if (recording() != nullptr) throw std::logic_error("this thread records already");
-            recording() = &self;
-            return self;
-          },
-          py::return_value_policy::reference)
-      .def("__exit__", [](cpu::Recording&, const py::args&) { recording() = nullptr; })
+      .def("__enter__",
+           [](py::object self) {
+             auto& calls = self.cast<cpu::Recording&>();
+             if (recording() != nullptr) throw std::logic_error("this thread records already");
+             calls.begin();
+             recording() = &calls;
+             self.inc_ref();  // While calls are added to it, it is there.
+             return self;
+           })
+      .def("__exit__",
+           [](py::object self, const py::args&) {
+             auto& calls = self.cast<cpu::Recording&>();
+             if (recording() != &calls) throw std::logic_error("this thread does not record this");
+             recording() = nullptr;
+             calls.end();
+             self.dec_ref();
+           })
       .def("__len__", &cpu::Recording::size)
       .def("move",
            [](cpu::Recording& self, const std::vector<std::pair<uintptr_t, uint64_t>>& pieces) {
              std::vector<cpu::Recording::Memory> memory;
-             for (const auto& [first, bytes] : pieces) memory.push_back({first, bytes});
+             for (const auto& [first, bytes] : pieces) {
+               memory.push_back({first, bytes});
+               if (bytes == 0) continue;
+               checks::address("a piece's address", reinterpret_cast<void*>(first), 1);
+               if (bytes > static_cast<uint64_t>(checks::kBytesLimit) ||
+                   first > UINTPTR_MAX - bytes) {
+                 throw std::overflow_error("a piece must be memory that there is, got " +
+                                           std::to_string(bytes) + " bytes");
+               }
+             }
              self.move(memory);
            })
       .def("run", [](cpu::Recording& self, int threads, const std::vector<uintptr_t>& addresses) {
+        checks::threads(threads);
         const py::gil_scoped_release released;
         self.run(addresses, threads);
       });
@@ -181,8 +252,7 @@ inline void bind_cuda(py::module_ m) {
   VF_DEFINE(conv_sm90, ConvSm90Params)
 #endif
 #undef VF_DEFINE
-  m.def("reduction_parts", &cuda::reduction_parts);
-  m.def("merge_groups", &cuda::merge_groups);
+  bind_sizes<&cuda::reduction_parts, &cuda::merge_groups>(m);
   m.def("runtime_version", &cuda::runtime_version);
   m.def("probe", &cuda::probe);
 }

@@ -4,6 +4,7 @@
 #include "conv_engines.h"
 #include "conv_plan.h"
 #include "dispatch.h"
+#include "loops.h"
 
 #if defined(__linux__) && defined(__x86_64__)
 #include <cpuid.h>
@@ -40,9 +41,11 @@ struct Engine {
   void (*run)(const ConvParams& params, int threads);
   void (*pack)(const ConvPackParams& params, int threads);
   int64_t chunk;  // channels that make 64 bytes
+  bool (*takes)(int32_t dtype);
 };
 
 [[maybe_unused]] bool always() { return true; }
+[[maybe_unused]] bool up_to_fp32(int32_t dtype) { return dtype != kFloat64; }
 
 #ifdef VF_WITH_AMX
 // Whether the processor has it, and Linux lets this process have its large registers.
@@ -57,6 +60,8 @@ bool find_amx() {
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
 
+bool only_bf16(int32_t dtype) { return dtype == kBFloat16; }
+
 bool has_amx() {
   static const bool found = find_amx();
   return found;
@@ -65,15 +70,15 @@ bool has_amx() {
 
 constexpr Engine kEngines[] = {
 #ifdef VF_WITH_AVX2
-    {"fma", "avx2", always, avx2::conv_fma, avx2::conv_pack_fma, 16},
+    {"fma", "avx2", always, avx2::conv_fma, avx2::conv_pack_fma, 16, up_to_fp32},
 #endif
 #ifdef VF_WITH_AVX512
-    {"fma", "avx512", always, avx512::conv_fma, avx512::conv_pack_fma, 16},
+    {"fma", "avx512", always, avx512::conv_fma, avx512::conv_pack_fma, 16, up_to_fp32},
 #endif
 #ifdef VF_WITH_AMX
-    {"amx", "avx512", has_amx, amx::conv_amx, amx::conv_pack_amx, 32},
+    {"amx", "avx512", has_amx, amx::conv_amx, amx::conv_pack_amx, 32, only_bf16},
 #endif
-    {"", "", nullptr, nullptr, nullptr, 0},  // No array is empty.
+    {"", "", nullptr, nullptr, nullptr, 0, nullptr},  // No array is empty.
 };
 
 bool runs(const Engine& engine) { return engine.isa == isa() && engine.supported(); }
@@ -84,6 +89,12 @@ const Engine& find(const std::string& name) {
   }
   throw std::invalid_argument("no convolution engine \"" + name + "\" runs on instruction set " +
                               isa());
+}
+
+const Engine& find(const std::string& name, int32_t dtype) {
+  const Engine& engine = find(name);
+  if (!engine.takes(dtype)) refuse_dtype(dtype);
+  return engine;
 }
 
 }  // namespace
@@ -97,11 +108,13 @@ std::vector<std::string> conv_engines() {
 }
 
 void conv(const ConvParams& params, const std::string& engine, int threads) {
-  find(engine).run(params, threads);
+  const Engine& found = find(engine, params.dtype);
+  if (params.n == 0 || params.out_height == 0 || params.out_width == 0 || params.c_out == 0) return;
+  found.run(params, threads);
 }
 
 void conv_pack(const ConvPackParams& params, const std::string& engine, int threads) {
-  find(engine).pack(params, threads);
+  find(engine, params.dtype).pack(params, threads);
 }
 
 int64_t conv_pack_bytes(const std::string& engine, int64_t c_out, int64_t kernel, int64_t c_in) {
@@ -111,8 +124,9 @@ int64_t conv_pack_bytes(const std::string& engine, int64_t c_out, int64_t kernel
 
 int64_t conv_parts(const std::string& engine, int64_t out_height, int64_t out_width, int64_t c_in,
                    int64_t c_out, int64_t kernel, int64_t stride) {
-  return conv::divide({out_height, out_width, c_in, c_out, kernel, stride}, find(engine).chunk)
-      .strips;
+  const int64_t chunk = find(engine).chunk;
+  if (out_height == 0) return 0;
+  return conv::divide({out_height, out_width, c_in, c_out, kernel, stride}, chunk).strips;
 }
 
 }  // namespace cpu

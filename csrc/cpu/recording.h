@@ -3,15 +3,17 @@
 
 #include <atomic>
 #include <cstdint>
+#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "../fields.h"
+#include "../conditions.h"
 
 namespace vovnet_fast {
 namespace cpu {
@@ -26,6 +28,14 @@ class Recording {
     uint64_t bytes;
   };
 
+  // Memory of zeros is an empty recording too: Python can make one without its constructor.
+  static void* operator new(size_t bytes) {
+    void* memory = std::calloc(1, bytes);
+    if (memory == nullptr) throw std::bad_alloc();
+    return memory;
+  }
+  static void operator delete(void* memory) { std::free(memory); }
+
   template <class Params>
   void add(const Params& params, std::function<void(const Params&, int)> op) {
     calls_.push_back(std::make_unique<CallOf<Params>>(params, std::move(op)));
@@ -33,10 +43,16 @@ class Recording {
 
   size_t size() const { return calls_.size(); }
 
+  // Calls are added between these: nobody makes or moves them meanwhile.
+  void begin() { take(); }
+  void end() { busy_ = false; }
+
   // From now on `run` takes addresses for these pieces of memory. They do not overlap.
   void move(const std::vector<Memory>& pieces) {
+    take();
+    const Done done{busy_};
     moved_.clear();
-    pieces_ = pieces.size();
+    pieces_ = pieces;
     for (const auto& call : calls_) {
       call->each_pointer([&](void* field) {
         uintptr_t address;
@@ -44,7 +60,9 @@ class Recording {
         for (size_t i = 0; i < pieces.size(); ++i) {
           // An address before the piece wraps around, past its end.
           const uint64_t offset = address - pieces[i].first;
-          if (address != 0 && offset < pieces[i].bytes) moved_.push_back({field, i, offset});
+          if (address != 0 && offset < pieces[i].bytes) {
+            moved_.push_back({field, i, offset, call.get()});
+          }
         }
       });
     }
@@ -52,21 +70,26 @@ class Recording {
 
   // Make all calls, in their order. For one thread at a time.
   void run(const std::vector<uintptr_t>& addresses, int threads) {
-    if (addresses.size() != pieces_) {
+    if (addresses.size() != pieces_.size()) {
       throw std::invalid_argument("the recording needs the addresses of " +
-                                  std::to_string(pieces_) + " pieces of memory, got " +
+                                  std::to_string(pieces_.size()) + " pieces of memory, got " +
                                   std::to_string(addresses.size()));
     }
-    if (running_.exchange(true)) {
-      throw std::logic_error("a recording is for one thread at a time: make one a thread");
+    take();
+    const Done done{busy_};
+    for (size_t i = 0; i < addresses.size(); ++i) {
+      if (pieces_[i].bytes > 0) {
+        checks::address("a piece's address", reinterpret_cast<void*>(addresses[i]), 1);
+      }
     }
-    const struct Done {
-      std::atomic<bool>& running;
-      ~Done() { running = false; }
-    } done{running_};
     for (const Moved& moved : moved_) {
       const uintptr_t address = addresses[moved.piece] + moved.offset;
       std::memcpy(moved.field, &address, sizeof(address));
+    }
+    const Call* checked = nullptr;
+    for (const Moved& moved : moved_) {
+      if (moved.call != checked) moved.call->check();
+      checked = moved.call;
     }
     for (const auto& call : calls_) call->run(threads);
   }
@@ -75,6 +98,7 @@ class Recording {
   struct Call {
     virtual ~Call() = default;
     virtual void run(int threads) const = 0;
+    virtual void check() = 0;
     // `each` gets the address of every field that is a pointer, or begins with one.
     virtual void each_pointer(const std::function<void(void*)>& each) = 0;
   };
@@ -85,6 +109,7 @@ class Recording {
         : params(params), op(std::move(op)) {}
 
     void run(int threads) const override { op(params, threads); }
+    void check() override { vovnet_fast::check(params); }
 
     void each_pointer(const std::function<void(void*)>& each) override {
       Fields<Params>::visit(params, [&](auto&... fields) { (pass(each, fields), ...); });
@@ -108,12 +133,24 @@ class Recording {
     void* field;  // in the arguments of a call
     size_t piece;
     uint64_t offset;
+    Call* call;
   };
+
+  struct Done {
+    std::atomic<bool>& busy;
+    ~Done() { busy = false; }
+  };
+
+  void take() {
+    if (busy_.exchange(true)) {
+      throw std::logic_error("a recording is for one thread at a time: make one a thread");
+    }
+  }
 
   std::vector<std::unique_ptr<Call>> calls_;
   std::vector<Moved> moved_;
-  size_t pieces_ = 0;
-  std::atomic<bool> running_{false};
+  std::vector<Memory> pieces_;
+  std::atomic<bool> busy_{false};
 };
 
 static_assert(sizeof(uintptr_t) == sizeof(void*), "pointers are exchanged as integers");

@@ -143,13 +143,13 @@ def test_fields_are_named_and_complete(extension):
         parts=0, c=0, groups=0, dtype=2
     )
     extension.batch_norm_merge(1, **fields)
-    with pytest.raises(ValueError, match="missing argument: groups"):
+    with pytest.raises(TypeError, match="missing argument: groups"):
         extension.batch_norm_merge(1, **{k: v for k, v in fields.items() if k != "groups"})
-    with pytest.raises(ValueError, match="takes 7 arguments, got 8"):
+    with pytest.raises(TypeError, match="takes 7 arguments, got 8"):
         extension.batch_norm_merge(1, **fields, more=1)
-    with pytest.raises(ValueError, match="argument c has a wrong type: 'x'"):
+    with pytest.raises(TypeError, match="argument c has a wrong type: 'x'"):
         extension.batch_norm_merge(1, **{**fields, "c": "x"})
-    with pytest.raises(ValueError, match="no kernel for the dtype with code 0"):
+    with pytest.raises(ValueError, match="dtype must be one of 2, 3, got 0"):
         extension.batch_norm_merge(1, **{**fields, "dtype": 0})
 
 
@@ -282,7 +282,7 @@ def test_it_takes_tensors_on_the_cpu():
     assert cpu.why_not(CPU) is None
     assert "needs tensors on the CPU, these are on meta" in cpu.why_not(torch.device("meta"))
     x = torch.empty(1, 2, 2, 3, device="meta")
-    with pytest.raises(AssertionError, match="takes tensors on the CPU, not meta"):
+    with pytest.raises(TypeError, match=r"z must be a plain tensor, .* on meta"):
         cpu.normalize(x, x.new_ones(3), x.new_ones(3), x)
 
 

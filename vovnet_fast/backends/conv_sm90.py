@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .. import _environment
 from . import _extension
+from ._extension.fields import pointer
 
 NAME = "conv-sm90"
 """Names of engines begin with it; the pixels and the output channels of a tile follow."""
@@ -164,8 +165,8 @@ class Launch:
     tiles: int
 
 
-def _view(view: Tensor) -> tuple[int, ...]:
-    return view.data_ptr(), *view.stride()[:3]
+def _view(name: str, view: Tensor) -> tuple[int, ...]:
+    return pointer(name, view), *view.stride()[:3]
 
 
 def _vector(name: str, vector: Tensor, c_out: int) -> int:
@@ -174,7 +175,7 @@ def _vector(name: str, vector: Tensor, c_out: int) -> int:
         f"{name} must be a contiguous fp32 tensor of shape ({c_out},), got {vector.dtype}, "
         f"{tuple(vector.shape)}, strides {vector.stride()}"
     )
-    return vector.data_ptr()
+    return pointer(name, vector)
 
 
 def plan(
@@ -203,7 +204,7 @@ def plan(
         height, width = 1, height * width
     tile = config.tile(height, width, kernel)
     fields = dict(
-        x=_view(x), out=_view(out), weight=weight.data_ptr(),
+        x=_view("x", x), out=_view("out", out), weight=pointer("weight", weight),
         scale=_vector("scale", scale, c_out), shift=_vector("shift", shift, c_out),
         n=n, height=height, width=width, c_in=c_in, c_out=c_out, kernel=kernel,
         tile_h=tile[0], tile_w=tile[1], block_out=config.block_out,
@@ -239,8 +240,8 @@ def run(
     config = next(config for config in configs(weight.shape[0]) if config.name == engine)
     launch = plan(config, x, weight, scale, shift, out, relu=relu)
     partials = scale.new_empty(x.shape[0], launch.tiles, weight.shape[0]) if pool else None
-    pointer = None if partials is None else partials.data_ptr()
+    address = None if partials is None else pointer("pool_partials", partials)
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
-        _extension.load("cuda").conv_sm90(stream, **launch.fields, pool_partials=pointer)
+        _extension.load("cuda").conv_sm90(stream, **launch.fields, pool_partials=address)
     return partials

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import _environment
 from ..backends import _extension
+from ..backends._extension.fields import pointer
 from ..backends.cpu import convolution
 
 _ALLOCATING = {
@@ -100,8 +101,10 @@ class _Recording(NamedTuple):
     kept: list[Tensor]
 
     def repeat(self, image: Tensor) -> list[Tensor]:
-        features = [torch.empty(shape, dtype=dtype) for shape, dtype in self.features]
-        addresses = [tensor.data_ptr() for tensor in (image, *features)]
+        features = [
+            torch.empty(shape, dtype=dtype, device=image.device) for shape, dtype in self.features
+        ]
+        addresses = [pointer("image", image), *(pointer("feature", each) for each in features)]
         self.calls.run(torch.get_num_threads(), addresses)
         return features
 
@@ -123,8 +126,10 @@ def _record(
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
     """The first address of a tensor, and the bytes from there to its end."""
+    if tensor.numel() == 0:
+        return 0, 0
     last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.data_ptr(), (last + 1) * tensor.itemsize
+    return pointer("image or feature", tensor), (last + 1) * tensor.itemsize
 
 
 class _Watch(TorchDispatchMode):

@@ -11,10 +11,34 @@ DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 
 """Codes of dtypes."""
 
 
+def pointer(name: str, tensor: Tensor) -> int:
+    """The address of a tensor's first element, for somebody who reads or writes memory.
+
+    Raises:
+        TypeError: it has no memory that can be read so, as on the meta device, within
+            ``FakeTensorMode`` or a transform of ``torch.func``, or in another layout.
+    """
+    reason = f"on {tensor.device} in layout {tensor.layout}"
+    if tensor.layout is torch.strided and not tensor.is_meta:
+        try:
+            address = tensor.data_ptr()
+        except RuntimeError as error:
+            reason = str(error)
+        else:
+            if address or not tensor.numel():
+                return address
+            reason = "one without memory"
+    raise TypeError(
+        f"{name} must be a plain tensor, with memory that a kernel can read, got a "
+        f"{type(tensor).__name__}: {reason} (the reference backend takes all that PyTorch takes)"
+    )
+
+
 def view(name: str, tensor: Tensor | None, like: Tensor, *shape: int) -> tuple[int, ...] | None:
     """A ``[N, H, W, C]`` view of this shape, in the dtype and on the device of another."""
     if tensor is None:
         return None
+    address = pointer(name, tensor)
     assert tuple(tensor.shape) == shape, (
         f"{name} must have shape {shape}, got {tuple(tensor.shape)}"
     )
@@ -24,27 +48,28 @@ def view(name: str, tensor: Tensor | None, like: Tensor, *shape: int) -> tuple[i
     assert (tensor.dtype, tensor.device) == (like.dtype, like.device), (
         f"{name} must be {like.dtype} on {like.device}, got {tensor.dtype} on {tensor.device}"
     )
-    return tensor.data_ptr(), *tensor.stride()[:3]
+    return address, *tensor.stride()[:3]
 
 
 def packed(name: str, tensor: Tensor | None, dtype: torch.dtype, *shape: int) -> int | None:
     """The pointer of a contiguous tensor of this dtype and shape."""
     if tensor is None:
         return None
+    address = pointer(name, tensor)
     assert (tuple(tensor.shape), tensor.dtype, tensor.is_contiguous()) == (shape, dtype, True), (
         f"{name} must be a contiguous {dtype} tensor of shape {shape}, "
         f"got {tensor.dtype}, {tuple(tensor.shape)}, strides {tensor.stride()}"
     )
-    return tensor.data_ptr()
+    return address
 
 
 def array(name: str, tensor: Tensor | None, *shape: int) -> tuple[int, int] | None:
     """A contiguous tensor of this shape and of any floating dtype."""
     if tensor is None:
         return None
-    pointer = packed(name, tensor, tensor.dtype, *shape)
-    assert pointer is not None
-    return pointer, DTYPES[tensor.dtype]
+    address = packed(name, tensor, tensor.dtype, *shape)
+    assert address is not None
+    return address, DTYPES[tensor.dtype]
 
 
 def image(tensor: Tensor) -> dict[str, int]:

@@ -66,8 +66,8 @@ class Forward(Passes):
     def batch_norm_merge(self, partials: Tensor) -> Tensor:
         """See :mod:`vovnet_fast.backends`."""
         out, scratch = partials.new_empty(partials.shape[1:]), self._groups(partials)
-        fields = self._merging(partials, scratch)
-        self._run("batch_norm_merge", partials, out=out.data_ptr(), **fields)
+        address = fields.pointer("out", out)
+        self._run("batch_norm_merge", partials, out=address, **self._merging(partials, scratch))
         return out
 
     def batch_norm_finish(
@@ -79,7 +79,7 @@ class Forward(Passes):
         self._run(
             "batch_norm_finish",
             partials,
-            out=norm.data_ptr(),
+            out=fields.pointer("out", norm),
             gamma=fields.array("gamma", gamma, c),
             beta=fields.array("beta", beta, c),
             eps=eps,
@@ -97,7 +97,7 @@ class Forward(Passes):
         parts, _, c = partials.shape
         return dict(
             partials=fields.packed("partials", partials, accumulator(partials.dtype), parts, 3, c),
-            scratch=scratch.data_ptr(),
+            scratch=fields.pointer("scratch", scratch),
             parts=parts,
             c=c,
             groups=scratch.shape[0],
@@ -127,8 +127,8 @@ class Forward(Passes):
             "gates",
             partials,
             partials=fields.packed("partials", partials, accumulator(partials.dtype), n, tiles, c),
-            mean=mean.data_ptr(),
-            out=out.data_ptr(),
+            mean=fields.pointer("mean", mean),
+            out=fields.pointer("out", out),
             fc_weight=fields.array("fc_weight", fc_weight, c, c),
             fc_bias=fields.array("fc_bias", fc_bias, c),
             n=n,

@@ -118,8 +118,8 @@ class Passes:
             "channel_sums",
             g,
             g=fields.view("g", g, g, *g.shape),
-            partials=partials.data_ptr(),
-            out=out.data_ptr(),
+            partials=fields.pointer("partials", partials),
+            out=fields.pointer("out", out),
             parts=parts,
             **fields.image(g),
         )
@@ -147,7 +147,7 @@ class Passes:
         self._run(
             name,
             out,
-            weight=(weight.data_ptr(), fields.DTYPES[weight.dtype]),
+            weight=(fields.pointer("weight", weight), fields.DTYPES[weight.dtype]),
             scale=fields.array("scale", scale, weight.shape[0]),
             out=fields.packed("out", out, out.dtype, *shape),
             **fields.weight_strides(weight),
@@ -169,7 +169,7 @@ class Passes:
         self._run(
             "pack_backward",
             dweight,
-            products=(products.data_ptr(), fields.DTYPES[products.dtype]),
+            products=(fields.pointer("products", products), fields.DTYPES[products.dtype]),
             weight=None if scale is None else fields.array("weight", weight, *products.shape),
             scale=fields.packed("scale", scale, high, weight.shape[0]),
             dweight=fields.packed("dweight", dweight, high, *products.shape),

@@ -24,7 +24,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ... import _environment
 from .. import _extension
-from .._extension.fields import DTYPES, packed, view
+from .._extension.fields import DTYPES, packed, pointer, view
 
 ATEN = "aten"
 
@@ -93,10 +93,10 @@ def run_engine(
         engine,
         x=view("x", x, x, n, height, width, c_in),
         out=view("out", out, x, n, out_height, out_width, c_out),
-        tiles=tiles.data_ptr(),
+        tiles=pointer("tiles", tiles),
         scale=packed("scale", scale, torch.float32, c_out),
         shift=packed("shift", shift, torch.float32, c_out),
-        pool_partials=None if partials is None else partials.data_ptr(),
+        pool_partials=None if partials is None else pointer("pool_partials", partials),
         n=n,
         height=height,
         width=width,
@@ -165,12 +165,12 @@ def _pack(engine: str, weight: Tensor) -> Tensor:
     cpu = _extension.load("cpu")
     size = cpu.conv_pack_bytes(engine, c_out, kernel, c_in)
     with torch.inference_mode(False):
-        tiles = torch.empty(size, dtype=torch.uint8)
+        tiles = torch.empty(size, dtype=torch.uint8, device=weight.device)
     cpu.conv_pack(
         torch.get_num_threads(),
         engine,
         weight=packed("weight", weight, weight.dtype, *weight.shape),
-        out=tiles.data_ptr(),
+        out=pointer("tiles", tiles),
         c_out=c_out,
         c_in=c_in,
         kernel=kernel,

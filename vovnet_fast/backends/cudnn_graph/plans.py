@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._extension.fields import pointer
 from . import installed
 from .problems import DTYPES, Operand, Problem, refusal
 
@@ -127,11 +128,11 @@ class Plans:
         """Enqueue a plan on the current stream."""
         index, tensors = self.names.index(name), self._graph
         pointers = {
-            tensors.x: x.data_ptr(),
-            tensors.weight: weight.data_ptr(),
-            tensors.scale: scale.data_ptr(),
-            tensors.shift: shift.data_ptr(),
-            tensors.out: out.data_ptr(),
+            tensors.x: pointer("x", x),
+            tensors.weight: pointer("weight", weight),
+            tensors.scale: pointer("scale", scale),
+            tensors.shift: pointer("shift", shift),
+            tensors.out: pointer("out", out),
         }
         with _on_stream(self._device) as handle:
             # Allocated for this launch, on its stream: streams never share one.

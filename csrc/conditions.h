@@ -1,0 +1,304 @@
+// check(params): what the fields of each struct of params.h must hold, as the comments there say.
+#pragma once
+
+#include "checks.h"
+
+namespace vovnet_fast {
+namespace checks {
+
+// Of a convolution, and as arguments of their own.
+inline void filter_extents(int64_t c_out, int64_t kernel, int64_t c_in) {
+  extent("c_out", c_out);
+  extent("c_in", c_in);
+  choice("kernel", kernel, {1, 3});
+  count("weight", {c_out, kernel, kernel, c_in});
+}
+
+// Of the sums of an image: with no parts there is nothing to divide its pixels by.
+inline void parts(int64_t parts, int64_t height, int64_t width) {
+  if (parts < 1 && height > 0 && width > 0) {
+    refuse("parts", "at least 1 where images have pixels", std::to_string(parts));
+  }
+}
+
+// Output of windows that lie `stride` apart, padded so that the first pixel is in the middle.
+template <class Params>
+void strided_output(const Params& p) {
+  choice("stride", p.stride, {1, 2});
+  same("out_height", p.out_height, strided_size(p.height, p.stride));
+  same("out_width", p.out_width, strided_size(p.width, p.stride));
+}
+
+template <class Params>
+void pooled_output(const Params& p) {
+  choice("pad", p.pad, {0, 1});
+  same("out_height", p.out_height, p.pad == 0 ? p.height / 2 : strided_size(p.height, 2));
+  same("out_width", p.out_width, p.pad == 0 ? p.width / 2 : strided_size(p.width, 2));
+}
+
+template <class Params>
+Image input(const Params& p) {
+  return {p.n, p.height, p.width, p.c};
+}
+
+template <class Params>
+Image output(const Params& p) {
+  return {p.n, p.out_height, p.out_width, p.c};
+}
+
+inline void high_dtype(int32_t dtype) { choice("dtype", dtype, {kFloat32, kFloat64}); }
+
+inline void tensors(const EpilogueParams& p) {
+  const int64_t bytes = bytes_of("dtype", p.dtype), high = high_bytes(bytes);
+  const int64_t pixels = count("z", {p.height, p.width}), tiles = ceil_div(pixels, kTilePixels);
+  choice("relu", p.relu, {0, 1});
+  together("scale", p.scale, "shift", p.shift);
+  if (p.scale == nullptr && p.pool_partials != nullptr) {
+    refuse("pool_partials", "None where scale is", "an address");
+  }
+  if (p.scale != nullptr && p.statistics != nullptr) {
+    refuse("statistics", "None where scale is given", "an address");
+  }
+  view("z", p.z, bytes, input(p));
+  view("out", p.out, bytes, input(p));
+  packed("scale", p.scale, high, {p.c}, kOptional);
+  packed("shift", p.shift, high, {p.c}, kOptional);
+  packed("pool_partials", p.pool_partials, high, {p.n, tiles, p.c}, kOptional);
+  packed("statistics", p.statistics, high, {p.n, tiles, kStatisticsRows, p.c}, kOptional);
+}
+
+inline void tensors(const ConvParams& p) {
+  const int64_t bytes = bytes_of("dtype", p.dtype);
+  choice("kernel", p.kernel, {1, 3});
+  choice("relu", p.relu, {0, 1});
+  strided_output(p);
+  if (p.c_in < 1) refuse("c_in", "at least 1", std::to_string(p.c_in));
+  const Image out{p.n, p.out_height, p.out_width, p.c_out};
+  view("x", p.x, bytes, {p.n, p.height, p.width, p.c_in});
+  view("out", p.out, bytes, out);
+  packed("tiles", p.tiles, bytes, {p.c_out, p.kernel, p.kernel, p.c_in}, false, kTilesAlignment);
+  packed("scale", p.scale, 4, {p.c_out});
+  packed("shift", p.shift, 4, {p.c_out});
+  packed("pool_partials", p.pool_partials, 4, {out.n, out.height, out.c}, kOptional);
+}
+
+inline void tensors(const ConvPackParams& p) {
+  const int64_t bytes = bytes_of("dtype", p.dtype);
+  choice("kernel", p.kernel, {1, 3});
+  packed("weight", p.weight, bytes, {p.c_out, p.kernel, p.kernel, p.c_in});
+  packed("out", p.out, bytes, {p.c_out, p.kernel, p.kernel, p.c_in}, false, kTilesAlignment);
+}
+
+inline void tensors(const AccumulateParams& p) {
+  const int64_t bytes = bytes_of("dtype", p.dtype);
+  if (p.add_c > p.c) refuse("add_c", "at most c", std::to_string(p.add_c));
+  if (p.mask_c > p.c) refuse("mask_c", "at most c", std::to_string(p.mask_c));
+  view("z", p.z, bytes, input(p));
+  view("out", p.out, bytes, input(p));
+  view("add", p.add, bytes, {p.n, p.height, p.width, p.add_c}, kOptional);
+  view("mask", p.mask, bytes, {p.n, p.height, p.width, p.mask_c}, kOptional);
+}
+
+inline void tensors(const DepthwiseParams& p) {
+  const int64_t bytes = bytes_of("dtype", p.dtype);
+  strided_output(p);
+  view("x", p.x, bytes, input(p));
+  view("out", p.out, bytes, output(p));
+  packed("weight", p.weight, bytes, {3, 3, p.c});
+}
+
+inline void tensors(const DepthwiseInputGradParams& p) {
+  const int64_t bytes = bytes_of("dtype", p.dtype);
+  strided_output(p);
+  view("g", p.g, bytes, output(p));
+  view("out", p.out, bytes, input(p));
+  view("add", p.add, bytes, input(p), kOptional);
+  view("mask", p.mask, bytes, input(p), kOptional);
+  packed("weight", p.weight, bytes, {3, 3, p.c});
+}
+
+inline void tensors(const DepthwiseWeightGradParams& p) {
+  const int64_t bytes = bytes_of("dtype", p.dtype), high = high_bytes(bytes);
+  strided_output(p);
+  parts(p.parts, p.out_height, p.out_width);
+  view("x", p.x, bytes, input(p));
+  view("g", p.g, bytes, output(p));
+  packed("partials", p.partials, high, {p.n, p.parts, 3, 3, p.c});
+  packed("out", p.out, high, {3, 3, p.c});
+}
+
+inline void tensors(const GatesParams& p) {
+  high_dtype(p.dtype);
+  choice("kind", p.kind, {kHardSigmoid, kSigmoid});
+  if (p.num_pixels < 1 && p.n > 0) {
+    refuse("num_pixels", "at least 1 where there are images", std::to_string(p.num_pixels));
+  }
+  const int64_t bytes = bytes_of("dtype", p.dtype);
+  count("out", {p.n, p.c, p.c});  // products
+  packed("partials", p.partials, bytes, {p.n, p.tiles, p.c});
+  packed("mean", p.mean, bytes, {p.n, p.c});
+  packed("out", p.out, bytes, {p.n, p.c});
+  array("fc_weight", p.fc_weight, {p.c, p.c});
+  array("fc_bias", p.fc_bias, {p.c});
+}
+
+inline void tensors(const ApplyGatesParams& p) {
+  const int64_t bytes = bytes_of("dtype", p.dtype);
+  view("z", p.z, bytes, input(p));
+  view("out", p.out, bytes, input(p));
+  view("identity", p.identity, bytes, input(p), kOptional);
+  packed("gates", p.gates, high_bytes(bytes), {p.n, p.c}, kOptional);
+}
+
+inline void tensors(const GateSumsParams& p) {
+  const int64_t bytes = bytes_of("dtype", p.dtype), high = high_bytes(bytes);
+  parts(p.parts, p.height, p.width);
+  view("dout", p.dout, bytes, input(p));
+  view("y", p.y, bytes, input(p));
+  packed("partials", p.partials, high, {p.n, p.parts, p.c});
+  packed("out", p.out, high, {p.n, p.c});
+}
+
+inline void tensors(const GatesBackwardParams& p) {
+  high_dtype(p.dtype);
+  choice("kind", p.kind, {kHardSigmoid, kSigmoid});
+  if (p.num_pixels < 1 && p.n > 0) {
+    refuse("num_pixels", "at least 1 where there are images", std::to_string(p.num_pixels));
+  }
+  const int64_t bytes = bytes_of("dtype", p.dtype);
+  count("dfc_weight", {p.n, p.c, p.c});  // products
+  packed("dgates", p.dgates, bytes, {p.n, p.c});
+  packed("gates", p.gates, bytes, {p.n, p.c});
+  packed("mean", p.mean, bytes, {p.n, p.c});
+  array("fc_weight", p.fc_weight, {p.c, p.c});
+  packed("dpixel", p.dpixel, bytes, {p.n, p.c});
+  packed("dfc_weight", p.dfc_weight, bytes, {p.c, p.c});
+  packed("dfc_bias", p.dfc_bias, bytes, {p.c});
+}
+
+inline void tensors(const ApplyGatesBackwardParams& p) {
+  const int64_t bytes = bytes_of("dtype", p.dtype), high = high_bytes(bytes);
+  view("dout", p.dout, bytes, input(p));
+  view("y", p.y, bytes, input(p));
+  view("out", p.out, bytes, input(p));
+  if (count("gates", {p.n, p.c}) > 0) together("gates", p.gates, "dpixel", p.dpixel);
+  packed("gates", p.gates, high, {p.n, p.c}, kOptional);
+  packed("dpixel", p.dpixel, high, {p.n, p.c}, kOptional);
+}
+
+inline void tensors(const MaxPoolParams& p) {
+  const int64_t bytes = bytes_of("dtype", p.dtype);
+  pooled_output(p);
+  view("x", p.x, bytes, input(p));
+  view("out", p.out, bytes, output(p));
+  packed("argmax", p.argmax, 1, {p.n, p.out_height, p.out_width, p.c}, kOptional);
+}
+
+inline void tensors(const MaxPoolBackwardParams& p) {
+  const int64_t bytes = bytes_of("dtype", p.dtype);
+  pooled_output(p);
+  view("dout", p.dout, bytes, output(p));
+  view("out", p.out, bytes, input(p));
+  packed("argmax", p.argmax, 1, {p.n, p.out_height, p.out_width, p.c});
+}
+
+template <class Params>
+void merging(const Params& p, int64_t rows) {
+  high_dtype(p.dtype);
+  const int64_t bytes = bytes_of("dtype", p.dtype);
+  packed("partials", p.partials, bytes, {p.parts, kStatisticsRows, p.c});
+  packed("scratch", p.scratch, 8, {p.groups, kStatisticsRows, p.c});
+  packed("out", p.out, bytes, {rows, p.c});
+}
+
+inline void tensors(const BatchNormMergeParams& p) { merging(p, kStatisticsRows); }
+
+inline void tensors(const BatchNormFinishParams& p) {
+  merging(p, kNormRows);
+  array("gamma", p.gamma, {p.c}, kOptional);
+  array("beta", p.beta, {p.c}, kOptional);
+}
+
+inline void tensors(const BatchNormSumsParams& p) {
+  const int64_t bytes = bytes_of("dtype", p.dtype), high = high_bytes(bytes);
+  parts(p.parts, p.height, p.width);
+  view("g", p.g, bytes, input(p));
+  view("z", p.z, bytes, input(p));
+  packed("norm", p.norm, high, {kNormRows, p.c});
+  packed("partials", p.partials, high, {p.n, p.parts, 2, p.c});
+  packed("out", p.out, high, {2, p.c});
+}
+
+inline void tensors(const BatchNormInputGradParams& p) {
+  const int64_t bytes = bytes_of("dtype", p.dtype), high = high_bytes(bytes);
+  view("g", p.g, bytes, input(p));
+  view("z", p.z, bytes, input(p));
+  view("out", p.out, bytes, input(p));
+  packed("norm", p.norm, high, {kNormRows, p.c});
+  packed("sums", p.sums, high, {2, p.c});
+  array("gamma", p.gamma, {p.c}, kOptional);
+}
+
+inline void tensors(const ChannelSumsParams& p) {
+  const int64_t bytes = bytes_of("dtype", p.dtype), high = high_bytes(bytes);
+  parts(p.parts, p.height, p.width);
+  view("g", p.g, bytes, input(p));
+  packed("partials", p.partials, high, {p.n, p.parts, p.c});
+  packed("out", p.out, high, {p.c});
+}
+
+template <class Params>
+void filter(const char* name, const Array& array, const Params& p) {
+  strided(name, array.data, bytes_of(name, array.dtype), {p.c_out, p.kernel, p.kernel, p.c_in},
+          {p.stride_o, p.stride_h, p.stride_w, p.stride_i});
+}
+
+inline void tensors(const PackParams& p) {
+  filter("weight", p.weight, p);
+  array("scale", p.scale, {p.c_out}, kOptional);
+  packed("out", p.out, bytes_of("dtype", p.dtype), {p.c_out, p.kernel, p.kernel, p.c_in});
+}
+
+inline void tensors(const PackBackwardParams& p) {
+  high_dtype(p.dtype);
+  const int64_t bytes = bytes_of("dtype", p.dtype);
+  filter("products", p.products, p);
+  if (count("scale", {p.c_out}) > 0) together("scale", p.scale, "dscale", p.dscale);
+  // Of a filter without taps there is no memory, but of its scale there is.
+  if (p.scale != nullptr) array("weight", p.weight, {p.c_out, p.kernel, p.kernel, p.c_in});
+  packed("scale", p.scale, bytes, {p.c_out}, kOptional);
+  packed("dweight", p.dweight, bytes, {p.c_out, p.kernel, p.kernel, p.c_in});
+  packed("dscale", p.dscale, bytes, {p.c_out}, kOptional);
+}
+
+// Addresses and tiles are the matter of conv_sm90/plan.h.
+inline void tensors(const ConvSm90Params& p) {
+  choice("dtype", p.dtype, {kFloat16, kBFloat16});
+  choice("kernel", p.kernel, {1, 3});
+  choice("relu", p.relu, {0, 1});
+  for (const int32_t size : {p.tile_h, p.tile_w, p.block_out}) {
+    if (size < 1 || size > 256) {
+      refuse("tile_h, tile_w and block_out", "from 1 to 256", std::to_string(size));
+    }
+  }
+  const int64_t bytes = bytes_of("dtype", p.dtype);
+  const int64_t tiles = count("out", {ceil_div(p.height, static_cast<int64_t>(p.tile_h)),
+                                      ceil_div(p.width, static_cast<int64_t>(p.tile_w))});
+  view("x", p.x, bytes, {p.n, p.height, p.width, p.c_in});
+  view("out", p.out, bytes, {p.n, p.height, p.width, p.c_out});
+  packed("weight", p.weight, bytes, {p.c_out, p.kernel, p.kernel, p.c_in});
+  packed("scale", p.scale, 4, {p.c_out});
+  packed("shift", p.shift, 4, {p.c_out});
+  packed("pool_partials", p.pool_partials, 4, {p.n, tiles, p.c_out}, kOptional);
+}
+
+}  // namespace checks
+
+// Throws, as checks.h says.
+template <class Params>
+void check(Params& params) {
+  checks::extents(params);
+  checks::tensors(params);
+}
+
+}  // namespace vovnet_fast

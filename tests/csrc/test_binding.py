@@ -1,0 +1,369 @@
+"""What ``vovnet_fast._C`` is given is looked at before any pointer is followed.
+
+Its functions are called as the backend calls them, but with some fields spoilt, in a process of
+its own, so that a crash is a failure of the test. Fields are never spoilt so that they describe
+memory that is there but belongs to somebody else, such as a row more: nobody in C++ can know.
+"""
+
+import os
+import random
+import subprocess
+import sys
+import threading
+from collections import Counter
+
+import pytest
+import torch
+
+from tests.extension_cases import CASES, Tensors, require
+from vovnet_fast.backends import _extension
+from vovnet_fast.backends._extension import halves
+from vovnet_fast.backends.cpu import convolution
+
+CPU = torch.device("cpu")
+REFUSALS = (TypeError, ValueError, OverflowError)
+TIMES = 40  # Spoilt calls for each call of the backend, up to LIMIT for a function.
+LIMIT = 600
+
+NO_NUMBERS = (None, "x", 1.5, [], 2**63, -(2**63) - 1)
+NO_SIZES = (-1, -(2**63), 2**40, 2**62, 2**63 - 1)
+NO_CODES = (-1, 7, 99, 2**31 - 1, -(2**31), 2**31)
+NO_ADDRESSES = (8, 4095, -1, 2**64, "x", 1.5, ())
+NO_THREADS = (0, -1, 2**31 - 1, 2**31, 5000)
+
+CODES = {"dtype", "kind", "relu", "stride", "pad"}
+SIZES = {"n", "c", "c_in", "c_out", "add_c", "mask_c", "kernel", "tiles", "num_pixels"}
+SIZES |= {"height", "width", "out_height", "out_width", "parts", "groups"}
+SIZES |= {"stride_o", "stride_h", "stride_w", "stride_i"}
+
+
+# --------------------------------------------------------------------------------------
+# Spoilt arguments
+# --------------------------------------------------------------------------------------
+
+
+def spoil_address(rng, name, address):
+    """Returns an address, and whether it must be refused."""
+    kinds = [None, 0, *NO_ADDRESSES] + ([] if name == "argmax" or not address else [address + 1])
+    spoilt = rng.choice(kinds)
+    return spoilt, bool(address) and spoilt not in (None, 0)
+
+
+def spoil(rng, function, name, value):
+    """Another value of a field, and whether it must be refused."""
+    if name == "eps":
+        return rng.choice((float("nan"), float("inf"), -1.0)), False
+    if isinstance(value, tuple) and len(value) == 2:
+        if rng.random() < 0.5:
+            return (value[0], rng.choice(NO_CODES)), bool(value[0])
+        address, refused = spoil_address(rng, name, value[0])
+        return (address, value[1]), refused
+    if isinstance(value, tuple):
+        where = rng.randrange(5)
+        if where == 4:
+            return value[:3], True
+        if where == 0:
+            address, refused = spoil_address(rng, name, value[0])
+            return (address, *value[1:]), refused
+        # Strides of axes with one element do not matter.
+        return (*value[:where], rng.choice(NO_SIZES), *value[where + 1 :]), False
+    if name in CODES or (name == "kernel" and function.startswith("conv")):
+        return rng.choice(NO_CODES + NO_NUMBERS), True
+    if is_address(function, name):
+        return spoil_address(rng, name, value)
+    return (0, False) if rng.random() < 0.2 else (rng.choice(NO_SIZES + NO_NUMBERS), True)
+
+
+def is_address(function, name):
+    return name not in SIZES or (function, name) == ("conv", "tiles")
+
+
+class Spoiling:
+    """A half of the extension: calls its functions wrongly, and then as it was asked to."""
+
+    def __init__(self, half, seed, note):
+        self._half, self._random, self._note = half, random.Random(seed), note
+        self.calls, self.refused, self.words = Counter(), Counter(), set()
+
+    def __getattr__(self, name):
+        found = getattr(self._half, name)
+        if name in ("conv_parts", "conv_pack_bytes", "reduction_parts", "merge_groups"):
+            return lambda *given: self._sizes(name, found, given)
+        if name == "conv_engines":
+            return found
+        return lambda *given, **fields: self._fields(name, found, given, fields)
+
+    def _try(self, name, words, call, must_refuse):
+        self._note(f"{name}: {words}")
+        self.calls[name] += 1
+        try:
+            call()
+        except REFUSALS as error:
+            self.refused[name] += 1
+            self.words.add(str(error))
+        else:
+            assert not must_refuse, f"{name} took {words}"
+
+    def _sizes(self, name, found, given):
+        for _ in range(TIMES):
+            spoilt = list(given)
+            where = self._random.randrange(len(given))
+            other = self._random.choice(("", "fma9", *NO_SIZES, *NO_NUMBERS))
+            spoilt[where] = other
+            self._try(name, spoilt, lambda now=spoilt: found(*now), True)
+        for _ in range(TIMES):  # What is legal must not crash either.
+            spoilt = [
+                each if isinstance(each, str) else self._random.choice((0, 1, each, 2**20, 2**39))
+                for each in given
+            ]
+            self._try(name, spoilt, lambda now=spoilt: found(*now), False)
+        return found(*given)
+
+    def _fields(self, name, found, given, fields):
+        for _ in range(TIMES if self.calls[name] < LIMIT else 0):
+            spoilt, must_refuse, threads = dict(fields), False, given[0]
+            kind = self._random.random()
+            if kind < 0.05:
+                del spoilt[self._random.choice(list(fields))]
+                must_refuse = True
+            elif kind < 0.1:
+                spoilt["more"], must_refuse = 1, True
+            elif kind < 0.15:
+                threads, must_refuse = self._random.choice(NO_THREADS), True
+            else:
+                for field in self._random.sample(list(fields), self._random.choice((1, 1, 1, 2))):
+                    if fields[field] is None:  # Something for what is absent: it has no memory.
+                        continue
+                    spoilt[field], refused = spoil(self._random, name, field, fields[field])
+                    must_refuse |= refused
+            sizes = [v for k, v in fields.items() if not is_address(name, k)]
+            if kind > 0.15 and (0 in sizes or any(spoilt.get(k) == 0 for k in SIZES)):
+                must_refuse = False  # There may be no memory to look at.
+            arguments = (threads, *given[1:])
+            self._try(
+                name,
+                f"{threads} {spoilt}",
+                lambda a=arguments, f=spoilt: found(*a, **f),
+                must_refuse,
+            )
+        return found(*given, **fields)
+
+
+def fuzz(seed, path):
+    """In a process of its own: what is being called is in the file."""
+    file = os.open(path, os.O_WRONLY | os.O_CREAT)
+    half = _extension.load("cpu")
+    spoiling = Spoiling(half, seed, lambda text: os.pwrite(file, f"{text}\n".encode(), 0))
+    torch.manual_seed(0)
+    torch.set_num_threads(2)
+    kernels = halves.Ops(lambda: spoiling, halves._threads)
+    convolution._extension.load = lambda half: spoiling
+    for case in CASES:
+        if case.words and "17, 31" in case.words:
+            continue
+        for dtype in (torch.float32, torch.bfloat16):
+            list(case.call(kernels, Tensors(dtype, dtype, CPU)))
+    for engine in spoiling.conv_engines():
+        for dtype in (torch.float32, torch.bfloat16):
+            if engine in convolution.PREFERRED.get(dtype, ()) or engine == "fma":
+                x, weight = (
+                    torch.rand(1, 5, 7, 8, dtype=dtype),
+                    torch.rand(24, 3, 3, 8, dtype=dtype),
+                )
+                out, scale = torch.empty(1, 5, 7, 24, dtype=dtype), torch.rand(24)
+                options = dict(stride=1, relu=True, pool=True)
+                for _ in range(8):
+                    convolution.run_engine(engine, x, weight, scale, scale, out, **options)
+                    convolution.forget([weight])
+    bound = {name for name in dir(half) if not name.startswith("_") and name not in OTHERS}
+    if not spoiling.conv_engines():
+        bound = {name for name in bound if not name.startswith("conv")}
+    assert bound <= set(spoiling.calls), bound - set(spoiling.calls)
+    assert all(spoiling.words)
+    assert all(spoiling.refused[name] > 20 for name in bound), spoiling.refused
+
+
+OTHERS = {"Recording", "isa", "isas", "use_isa", "conv_engines"}
+"""Bound too: what has no arguments that matter, and what has its own tests."""
+
+
+def run_python(code):
+    return subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+@pytest.fixture(autouse=True)
+def _built():
+    require("cpu")
+
+
+@pytest.fixture
+def extension():
+    return _extension.load("cpu")
+
+
+def test_no_arguments_crash_it(tmp_path):
+    last = tmp_path / "last"
+    said = run_python(f"from tests.csrc import test_binding as t; t.fuzz(0, {str(last)!r})")
+    words = last.read_text()[:3000].splitlines()[:1] if last.exists() else ""
+    assert said.returncode == 0, f"exit {said.returncode} of {words}\n{said.stderr[-3000:]}"
+
+
+# --------------------------------------------------------------------------------------
+# What the refusals say
+# --------------------------------------------------------------------------------------
+
+
+def sums(**changed):
+    """Fields of ``channel_sums`` of one pixel."""
+    memory = [torch.ones(4) for _ in range(3)]
+    g, partials, out = (each.data_ptr() for each in memory)
+    fields = dict(g=(g, 4, 4, 4), partials=partials, out=out, n=1, height=1, width=1, c=4, parts=1)
+    return memory, {**fields, "dtype": 2, **changed}
+
+
+@pytest.mark.parametrize(
+    ("error", "words", "changed"),
+    [
+        (ValueError, "out must be the address of a tensor, got None or 0", dict(out=None)),
+        (ValueError, "out must be the address of a tensor, got 64", dict(out=64)),
+        (ValueError, "partials must be an address that is a multiple of 4, got", dict(partials=1)),
+        (ValueError, "c must be at least 0, got -1", dict(c=-1)),
+        (OverflowError, r"height must be less than 2\^40, got", dict(height=2**62)),
+        (OverflowError, "g must be a tensor that memory has room for", dict(n=2**39, c=2**39)),
+        (ValueError, "parts must be at least 1 where images have pixels", dict(parts=0)),
+        (ValueError, "dtype must be the code of a dtype, from 0 to 3, got 9", dict(dtype=9)),
+        (OverflowError, "argument c has a wrong type: .* is not an integer of 64", dict(c=2**70)),
+        (TypeError, "argument g has a wrong type: 'x' is not .address, stride_n", dict(g="x")),
+    ],
+)
+def test_a_refusal_names_the_field(extension, error, words, changed):
+    memory, fields = sums()
+    extension.channel_sums(1, **fields)
+    assert memory[2].tolist() == [1.0] * 4
+    if changed.get("partials"):
+        changed = dict(partials=fields["partials"] + 1)
+    with pytest.raises(error, match=words):
+        extension.channel_sums(1, **{**fields, **changed})
+
+
+def test_strides_of_what_is_repeated_do_matter(extension):
+    _memory, fields = sums()
+    first = fields["g"][0]
+    extension.channel_sums(1, **{**fields, "g": (first, 2**62, -1, 2**62)})  # One pixel.
+    for stride, error in ((-4, ValueError), (2**41, OverflowError)):
+        with pytest.raises(error, match="g must be a view whose strides"):
+            extension.channel_sums(1, **{**fields, "n": 2, "g": (first, stride, 4, 4)})
+
+
+def test_threads_are_counted(extension):
+    _memory, fields = sums()
+    for number in (0, -1, 5000):
+        with pytest.raises(ValueError, match=f"threads must be from 1 to 4096, got {number}"):
+            extension.channel_sums(number, **fields)
+
+
+def test_an_engine_takes_its_own_dtypes(extension):
+    for engine in extension.conv_engines():
+        with pytest.raises(ValueError, match="no kernel for the dtype with code 3"):
+            extension.conv_pack(
+                1, engine, weight=None, out=None, c_out=0, c_in=0, kernel=1, dtype=3
+            )
+    with pytest.raises(ValueError, match='no convolution engine "bogus"'):
+        extension.conv_pack_bytes("bogus", 1, 1, 1)
+
+
+# --------------------------------------------------------------------------------------
+# Recordings
+# --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recorded(extension):
+    """A recording of one call, and the memory that it moves: what is read, what is written."""
+    memory, fields = sums()
+    with extension.Recording() as calls:
+        extension.channel_sums(1, **fields)
+    calls.move([(memory[0].data_ptr(), 16), (memory[2].data_ptr(), 16)])
+    return calls, memory
+
+
+def test_a_recording_looks_at_addresses(recorded):
+    calls, memory = recorded
+    x, out = torch.full((4,), 2.0), torch.zeros(4)
+    calls.run(1, [x.data_ptr(), out.data_ptr()])
+    assert out.tolist() == [2.0] * 4
+    with pytest.raises(ValueError, match="addresses of 2 pieces of memory, got 1"):
+        calls.run(1, [x.data_ptr()])
+    for bad in (0, 8):
+        with pytest.raises(ValueError, match="a piece's address must be the address of a tensor"):
+            calls.run(1, [x.data_ptr(), bad])
+    with pytest.raises(ValueError, match="out must be an address that is a multiple of 4"):
+        calls.run(1, [x.data_ptr(), out.data_ptr() + 1])
+    with pytest.raises(ValueError, match="threads must be from 1"):
+        calls.run(0, [x.data_ptr(), out.data_ptr()])
+    with pytest.raises(TypeError):
+        calls.run(1, [x.data_ptr(), -1])
+    calls.run(1, [x.data_ptr(), memory[2].data_ptr()])
+    assert memory[2].tolist() == [2.0] * 4
+
+
+def test_a_recording_looks_at_pieces(recorded):
+    calls, _memory = recorded
+    with pytest.raises(ValueError, match="a piece's address must be the address of a tensor"):
+        calls.move([(0, 16)])
+    for bytes_ in (2**63, 2**64 - 1):
+        with pytest.raises(OverflowError, match="a piece must be memory that there is"):
+            calls.move([(4096, bytes_)])
+    calls.move([(0, 0)])  # Of a tensor without elements.
+
+
+def test_a_recording_is_not_used_while_it_records(extension, recorded):
+    calls, memory = recorded
+    addresses = [memory[0].data_ptr(), memory[2].data_ptr()]
+    with calls:
+        for use in (lambda: calls.run(1, addresses), lambda: calls.move([])):
+            with pytest.raises(RuntimeError, match="one thread at a time"):
+                use()
+        found = []
+        thread = threading.Thread(target=lambda: found.append(raised(calls.__enter__)))
+        thread.start()
+        thread.join()
+        assert "one thread at a time" in found[0]
+    with pytest.raises(RuntimeError, match="this thread does not record this"):
+        calls.__exit__(None, None, None)
+    calls.run(1, addresses)
+
+
+def raised(call):
+    try:
+        call()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_a_recording_that_nobody_holds_is_kept_while_it_records():
+    said = run_python(
+        """
+import gc
+from tests.csrc.test_binding import sums
+from vovnet_fast.backends import _extension
+extension = _extension.load("cpu")
+memory, fields = sums()
+extension.Recording().__enter__()
+gc.collect()
+others = [extension.Recording() for _ in range(100)]
+for _ in range(1000): extension.channel_sums(1, **fields)
+assert not any(len(other) for other in others)
+hollow = extension.Recording.__new__(extension.Recording)
+for use in (hollow.__len__, lambda: hollow.run(1, []), lambda: hollow.move([]), hollow.__enter__):
+    try: use()
+    except (TypeError, RuntimeError): pass
+"""
+    )
+    assert said.returncode == 0, said.stderr[-3000:]
