@@ -11,7 +11,7 @@ from torch.nn.utils import parametrizations, prune
 
 from tests.fused import asked_for, fused, needs_traces
 from tests.tiny import TINY
-from vovnet_fast import VoVNet, freeze, use_backend
+from vovnet_fast import VoVNet, freeze, ops, use_backend
 from vovnet_fast.backends import BackendError
 from vovnet_fast.network import decision
 from vovnet_fast.network.blocks import OSABlock
@@ -333,13 +333,17 @@ def test_a_fused_block_is_fused(fused_everywhere):
 
 @needs_traces
 @pytest.mark.parametrize("name", ["a forward of a convolution", "dilation"])
-def test_a_compiled_model_notices_as_well(name):
+def test_a_compiled_model_notices_as_well(name, monkeypatch):
     """But for hooks: torch.compile looks for those when it traces, of plain modules too."""
     model, x = changed(None), torch.randn(1, 3, 40, 40, dtype=torch.float64)
     compiled = torch.compile(model, backend="eager")
+    ran = []
+    run = ops.features
+    monkeypatch.setattr(ops, "features", lambda *args: ran.append(1) or run(*args))
     with torch.no_grad():
         with fused():
             compiled(x)
+            assert ran
             CHANGES[name](model)
             found = compiled(x)
         with use_backend("reference"):

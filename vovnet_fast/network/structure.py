@@ -72,9 +72,8 @@ def why_other(module: Any, *classes: type[nn.Module]) -> str | None:
     cls = type(module)
     if cls not in classes:
         return f"the fused path knows {' and '.join(c.__name__ for c in classes)}, not {_name(cls)}"
-    # Asked in the first way torch.compile guards it; the second knows that of another instance too.
-    own = getattr(module.forward, "__func__", None) is not cls.forward
-    if own or (not torch.compiler.is_compiling() and "forward" in module.__dict__):
+    # The first is not guarded by torch.compile, which the second is.
+    if "forward" in module.__dict__ or module.forward.__func__ is not cls.forward:
         return f"this {cls.__name__} has a forward of its own"
     if cls.forward is not _forwards[cls]:
         return f"{cls.__name__}.forward has been replaced"
