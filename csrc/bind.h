@@ -105,13 +105,19 @@ void assign_all(const std::vector<PyObject*>& names, const py::kwargs& values, F
   }
 }
 
-// A struct of params.h, from keyword arguments, checked.
+// A struct of params.h, from keyword arguments of a function, checked.
 template <class Params>
-Params read(const py::kwargs& values) {
+Params read(const char* function, const py::kwargs& values) {
   static const auto& names = *new std::vector<PyObject*>(names_of(Fields<Params>::kNames));
   Params params{};
   Fields<Params>::visit(params, [&](auto&... fields) { assign_all(names, values, fields...); });
-  check(params);
+  try {
+    check(params);
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument(std::string(function) + ": " + error.what());
+  } catch (const std::overflow_error& error) {
+    throw std::overflow_error(std::string(function) + ": " + error.what());
+  }
   return params;
 }
 
@@ -123,9 +129,10 @@ inline cpu::Recording*& recording() {
 
 // Run an op of the CPU half, and keep the call where this thread is recording.
 template <class Params>
-void run(const py::kwargs& fields, int threads, std::function<void(const Params&, int)> op) {
+void run(const char* function, const py::kwargs& fields, int threads,
+         std::function<void(const Params&, int)> op) {
   checks::threads(threads);
-  const auto params = read<Params>(fields);
+  const auto params = read<Params>(function, fields);
   {
     const py::gil_scoped_release released;
     op(params, threads);
@@ -154,9 +161,10 @@ void bind_sizes(py::module_ m) {
 
 // `name(threads, **fields)`.
 inline void bind_cpu(py::module_ m) {
-#define VF_DEFINE(name, Params) \
-  m.def(#name,                  \
-        [](int threads, const py::kwargs& fields) { run<Params>(fields, threads, &cpu::name); });
+#define VF_DEFINE(name, Params)                            \
+  m.def(#name, [](int threads, const py::kwargs& fields) { \
+    run<Params>(#name, fields, threads, &cpu::name);       \
+  });
   VF_OPS(VF_DEFINE)
 #undef VF_DEFINE
   bind_sizes<&cpu::reduction_parts, &cpu::merge_groups>(m);
@@ -180,14 +188,14 @@ inline void bind_cpu_conv(py::module_ m) {
           return cpu::conv_pack_bytes(engine, c_out, kernel, c_in);
         });
   m.def("conv", [](int threads, const std::string& engine, const py::kwargs& fields) {
-    run<ConvParams>(fields, threads, [engine](const ConvParams& params, int count) {
+    run<ConvParams>("conv", fields, threads, [engine](const ConvParams& params, int count) {
       cpu::conv(params, engine, count);
     });
   });
   // Not recorded: weights are packed once, and the calls that follow read what it leaves.
   m.def("conv_pack", [](int threads, const std::string& engine, const py::kwargs& fields) {
     checks::threads(threads);
-    const auto params = read<ConvPackParams>(fields);
+    const auto params = read<ConvPackParams>("conv_pack", fields);
     const py::gil_scoped_release released;
     cpu::conv_pack(params, engine, threads);
   });
@@ -243,7 +251,7 @@ inline void bind_recording(py::module_ m) {
 inline void bind_cuda(py::module_ m) {
 #define VF_DEFINE(name, Params)                                 \
   m.def(#name, [](uintptr_t stream, const py::kwargs& fields) { \
-    const auto params = read<Params>(fields);                   \
+    const auto params = read<Params>(#name, fields);            \
     const py::gil_scoped_release released;                      \
     cuda::name(params, reinterpret_cast<void*>(stream));        \
   });
