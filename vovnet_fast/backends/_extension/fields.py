@@ -18,17 +18,17 @@ def pointer(name: str, tensor: Tensor) -> int:
         TypeError: it has no memory that can be read so, as on the meta device, within
             ``FakeTensorMode`` or a transform of ``torch.func``, or in another layout.
     """
-    reason = f"on {tensor.device} in layout {tensor.layout}"
-    if tensor.layout is torch.strided and not tensor.is_meta:
-        try:
-            address = tensor.data_ptr()
-        except RuntimeError as error:
-            reason = str(error)
-        else:
-            if address or not tensor.numel():
-                return address
-            reason = "one without memory"
-    raise TypeError(
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError as error:
+        raise _without_memory(name, tensor, str(error)) from error
+    if address == 0 and tensor.numel():
+        raise _without_memory(name, tensor, f"on {tensor.device} in layout {tensor.layout}")
+    return address
+
+
+def _without_memory(name: str, tensor: Tensor, reason: str) -> TypeError:
+    return TypeError(
         f"{name} must be a plain tensor, with memory that a kernel can read, got a "
         f"{type(tensor).__name__}: {reason} (the reference backend takes all that PyTorch takes)"
     )
