@@ -68,6 +68,16 @@ def test_a_view_s_own_elements_are_written(tmp_path, kind, ending):
         assert back["x"].stride() == value.stride()
 
 
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_whatever_the_default_device_is(tmp_path, ending):
+    flat = shared(1 << 10)
+    checkpoints.write({"x": flat[100:400]}, tmp_path / f"here{ending}")
+    with torch.device("meta"):
+        checkpoints.write({"x": flat[100:400]}, tmp_path / f"there{ending}")
+    here, there = (checkpoints.read(tmp_path / f"{n}{ending}")["x"] for n in ("here", "there"))
+    assert torch.equal(here, there)
+
+
 def test_dense_views_are_not_copied():
     flat = shared(1 << 16)
     for kind in ("slice", "block", "channels_last", "transposed", "scalar", "as bytes"):

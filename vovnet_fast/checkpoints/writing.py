@@ -125,7 +125,9 @@ def _in_own_storage(value: Tensor) -> Tensor:
     begin = value.storage_offset() * value.element_size()
     # A window on the same memory: what is large should not be there twice.
     window = storage[begin : begin + size]
-    return torch.empty(0, dtype=value.dtype).set_(window, 0, value.shape, value.stride())
+    return torch.empty(0, dtype=value.dtype, device="cpu").set_(
+        window, 0, value.shape, value.stride()
+    )
 
 
 def _is_dense(value: Tensor) -> bool:
