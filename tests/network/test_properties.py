@@ -28,7 +28,7 @@ from tests import straight_line  # noqa: E402
 from tests.fused import fused  # noqa: E402
 from tests.network.test_changed_modules import CHANGES  # noqa: E402
 from tests.tiny import TINY  # noqa: E402
-from vovnet_fast import VoVNet, backends, freeze, use_backend  # noqa: E402
+from vovnet_fast import VoVNet, backends, checkpoints, freeze, use_backend  # noqa: E402
 from vovnet_fast.backends import BackendError  # noqa: E402
 from vovnet_fast.network import decision  # noqa: E402
 
@@ -197,9 +197,31 @@ class Life(RuleBasedStateMachine):
         file.seek(0)
         self.ours = torch.load(file, weights_only=False)
 
-    @rule(dtype=st.sampled_from((torch.float32, torch.float64)))
+    @rule(dtype=st.sampled_from((torch.float16, torch.bfloat16, torch.float32, torch.float64)))
     def convert(self, dtype):
         self.both(lambda m: m.to(dtype).double())
+
+    @precondition(lambda self: not self.changed and self.ours.spec.dialect == "timm")
+    @rule()
+    def convert_a_checkpoint(self):
+        def act(model):
+            state = checkpoints.convert(model.state_dict(), model.spec, "timm")
+            checkpoints.load(model, state)
+
+        self.both(act)
+
+    @precondition(lambda self: EXAMPLES != 8)  # It takes seconds.
+    @rule()
+    def compile(self):
+        compiled = torch.compile(self.ours, backend="eager")
+        x = torch.randn(2, 3, 40, 40, dtype=torch.float64)
+        with torch.no_grad():
+            with fused():
+                twin, other = copy.deepcopy(self.ours), copy.deepcopy(self.theirs)
+                found = compiled(x)
+                self.ours.load_state_dict(twin.state_dict())
+            with use_backend("reference"):
+                torch.testing.assert_close(found, other(x))
 
     @rule(layout=st.sampled_from((torch.channels_last, torch.contiguous_format)))
     def lay_out(self, layout):
