@@ -37,6 +37,11 @@ def test_an_exception_helps(row, backend, subjects, before, monkeypatch):
     if backends.why_not(backend, None) if backend != "auto" else None:
         pytest.skip("the extension's CPU half is not built")
     monkeypatch.setattr(decision, "CPU_PIXELS", 0)  # For maps as small as these.
+    check(row, backend, subjects, before)
+
+
+def check(row, backend, subjects, before):
+    """That a row raises what it should, and that everything is as it was before."""
     x, state, features, frozen = before
     with use_backend(backend):
         with pytest.raises(row.error, match=f"(?s){row.words}") as caught:
