@@ -213,6 +213,7 @@ class Life(RuleBasedStateMachine):
     @precondition(lambda self: EXAMPLES != 8)  # It takes seconds.
     @rule()
     def compile(self):
+        torch.compiler.reset()  # It does not look for hooks again where it has traced.
         compiled = torch.compile(self.ours, backend="eager")
         x = torch.randn(2, 3, 40, 40, dtype=torch.float64)
         with torch.no_grad():
