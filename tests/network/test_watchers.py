@@ -181,6 +181,25 @@ def test_batched_gradients(norm_eval, x):
             torch.testing.assert_close(a, b)
 
 
+def test_gradients_under_vmap(model, x):
+    """As ``is_grads_batched``, by the transform of torch.func around ``torch.autograd.grad``."""
+    parameters = list(model.parameters())
+    fc = torch.randn(8, 8, dtype=DOUBLE, requires_grad=True)
+    z = torch.randn(1, 8, 4, 4, dtype=DOUBLE, requires_grad=True)
+
+    def each(y, inputs):
+        torch.manual_seed(1)
+        pull = lambda g: torch.autograd.grad(y, inputs, g, retain_graph=True)  # noqa: E731
+        return vmap(pull)(torch.randn(3, *y.shape, dtype=DOUBLE))
+
+    bias = torch.zeros(8, dtype=DOUBLE)
+    expected = plain(lambda: each(model(x)[-1], parameters))
+    gated = each(reference.ese(z, fc[:, :, None, None], bias), (z, fc))
+    with fused():
+        assert_same(each(model(x)[-1], parameters), expected)
+        assert_same(each(ops.ese(z, fc, bias), (z, fc)), gated)
+
+
 def test_a_trace_holds_no_constants(model, x):
     model.eval().requires_grad_(False)
     other = torch.randn_like(x)

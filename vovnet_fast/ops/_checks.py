@@ -211,7 +211,8 @@ def backward_op(op: torch.library.CustomOpDef, name: str) -> None:
         if isinstance(each[0], Tensor):
             return torch.stack(each), 0
         found = [torch.stack(same) for same in zip(*each, strict=True)]
-        return (found, [0] * len(found)) if isinstance(each[0], list) else (tuple(found), (0,) * 3)
+        kind = type(each[0])  # A list or a tuple, as the op's schema has it.
+        return kind(found), kind([0] * len(found))
 
     op.register_vmap(loop)
 
