@@ -28,7 +28,7 @@ except ImportError as error:
         "compiled ops)"
     ) from error
 
-from .. import checkpoints
+from .. import checkpoints, compat
 from ..network.model import STAGE_NAMES, VoVNet
 from ..network.norms import NormCfg
 from ..specs import VoVNetSpec
@@ -91,7 +91,7 @@ class VoVNetFast(VoVNet, BaseModule):
                 )
             init_cfg = dict(type="Pretrained", checkpoint=pretrained)
         self.init_cfg = init_cfg
-        self.register_load_state_dict_pre_hook(_refuse_partial_load)
+        compat.register_load_state_dict_pre_hook(self, _refuse_partial_load)
 
     def init_weights(self) -> None:
         """Apply ``init_cfg`` once; weights that are already loaded stay."""

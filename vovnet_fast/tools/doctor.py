@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import _optional, backends, selfcheck, tuning
+from .. import _optional, backends, compat, selfcheck, tuning
 from .._version import __version__
 from ..backends import _extension
 
@@ -157,7 +157,7 @@ def _version(module: str) -> str:
 
 @functools.cache
 def _distributions() -> dict[str, list[str]]:
-    return dict(importlib.metadata.packages_distributions())
+    return dict(compat.packages_distributions())
 
 
 def _mmcv_operators() -> str:
