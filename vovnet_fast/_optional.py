@@ -17,8 +17,8 @@ _REMEDIES = {
 
 _LEAST = {
     "triton": (
-        (3, 6),
-        "the first that has what the kernels need: install torch 2.10 or newer, which brings it",
+        (3, 2),
+        "the first that has what the kernels need: install torch 2.6 or newer, which brings it",
     ),
 }
 """Versions before which a package counts as missing, and why."""
