@@ -12,9 +12,7 @@ Nothing else in this package imports mmdet.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from typing import Any
 
 try:
     import mmdet.registry
@@ -29,12 +27,13 @@ except ImportError as error:
     ) from error
 
 from .. import checkpoints
-from ..network.model import STAGE_NAMES, VoVNet
+from ..network.model import STAGE_NAMES
 from ..network.norms import NormCfg
 from ..specs import VoVNetSpec
+from .whole import Guarded
 
 
-class VoVNetFast(VoVNet, BaseModule):
+class VoVNetFast(Guarded, BaseModule):
     """:class:`vovnet_fast.VoVNet` as an mmengine ``BaseModule``.
 
     Takes the arguments of :class:`~vovnet_fast.VoVNet`, and:
@@ -52,8 +51,9 @@ class VoVNetFast(VoVNet, BaseModule):
         UnknownSpecError, ValueError: as :class:`~vovnet_fast.VoVNet`.
 
     A checkpoint of a whole detector (``load_from``, ``resume``) that holds some
-    but not all of the backbone's parameters is refused too, and one that holds
-    none is warned about: a silent mismatch of keys trains from noise.
+    but not all of the backbone's parameters is refused too, and so is one that
+    holds none for a backbone that nothing has filled: a silent mismatch of keys
+    trains from noise (:mod:`.whole`).
     """
 
     _is_init: bool
@@ -91,7 +91,7 @@ class VoVNetFast(VoVNet, BaseModule):
                 )
             init_cfg = dict(type="Pretrained", checkpoint=pretrained)
         self.init_cfg = init_cfg
-        self.register_load_state_dict_pre_hook(_refuse_partial_load)
+        self.guard()
 
     def init_weights(self) -> None:
         """Apply ``init_cfg`` once; weights that are already loaded stay."""
@@ -112,31 +112,8 @@ class VoVNetFast(VoVNet, BaseModule):
                     f"({report.layout} keys)",
                 )
         self.init_cfg = cfgs or None
+        self.filled = self.filled or bool(cfgs)
         self._is_init = True
-
-
-def _refuse_partial_load(
-    module: VoVNetFast, state_dict: dict[str, Any], prefix: str, *_: Any
-) -> None:
-    """Stop a load that fills only part of the backbone, even a non-strict one."""
-    expected = [key for key in module.state_dict() if not key.endswith("num_batches_tracked")]
-    missing = [key for key in expected if prefix + key not in state_dict]
-    if not missing:
-        return
-    if len(missing) == len(expected):
-        warnings.warn(
-            f"the checkpoint holds nothing for the backbone: no key like {prefix + missing[0]!r}. "
-            "The backbone keeps its present weights. To fill it from a backbone file, use "
-            "init_cfg=dict(type='Pretrained', checkpoint=...)",
-            stacklevel=2,
-        )
-        return
-    shown = ", ".join(repr(prefix + key) for key in missing[:4])
-    raise checkpoints.CheckpointError(
-        f"the checkpoint fills {len(expected) - len(missing)} of the backbone's {len(expected)} "
-        f"tensors and lacks {shown}{' and others' if len(missing) > 4 else ''}: it was written "
-        f"for another architecture than {module.spec.name}"
-    )
 
 
 for _registry in (mmdet.registry.MODELS, mmengine.registry.MODELS):
