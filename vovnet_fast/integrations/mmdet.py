@@ -1,12 +1,13 @@
-"""``VoVNetFast`` for mmdetection 3.x, mmdetection3d 1.x and other mmengine code bases.
+"""``VoVNetFast`` for mmdetection, mmdetection3d and other code bases on mmengine or mmcv 1.x.
 
 In a config::
 
     custom_imports = dict(imports=["vovnet_fast.mmdet"], allow_failed_imports=False)
     model = dict(backbone=dict(_delete_=True, type="VoVNetFast", spec_name="V-39-eSE"))
 
-The class is registered in mmdet's ``MODELS`` and in mmengine's root registry,
-so that it is found from the scope of any code base that builds on them.
+The class is registered in mmdet's ``MODELS`` and in the root registry of mmengine,
+or of mmcv 1.x (mmdet 2.x), so that it is found from the scope of any code base that
+builds on them.
 Nothing else in this package imports mmdet.
 """
 
@@ -14,34 +15,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-try:
-    import mmdet.registry
-    import mmengine.registry
-    from mmengine.model import BaseModule
-    from mmengine.model.weight_init import PretrainedInit, update_init_info
-except ImportError as error:
-    raise ImportError(
-        f"vovnet_fast.mmdet needs mmdetection 3.x, and importing it failed with: {error}. "
-        'Install it with: pip install "vovnet-fast[mmdet]" (see the README for mmcv and its '
-        "compiled ops)"
-    ) from error
-
 from .. import checkpoints
 from ..network.model import STAGE_NAMES
 from ..network.norms import NormCfg
 from ..specs import VoVNetSpec
+from .openmmlab import REGISTRIES, BaseModule, PretrainedInit, update_init_info
 from .whole import Guarded
 
 
 class VoVNetFast(Guarded, BaseModule):
-    """:class:`vovnet_fast.VoVNet` as an mmengine ``BaseModule``.
+    """:class:`vovnet_fast.VoVNet` as a ``BaseModule`` of mmengine, or of mmcv 1.x.
 
     Takes the arguments of :class:`~vovnet_fast.VoVNet`, and:
 
     Args:
         pretrained: a checkpoint; short for
             ``init_cfg=dict(type='Pretrained', checkpoint=pretrained)``.
-        init_cfg: mmengine's initialisation. ``Pretrained`` goes through
+        init_cfg: initialisation in mmengine's manner. ``Pretrained`` goes through
             :func:`vovnet_fast.checkpoints.load`: every published layout is
             recognised, and a file that leaves a parameter unfilled is an error
             where mmengine would only warn. Its ``prefix`` is honoured. None
@@ -116,5 +106,5 @@ class VoVNetFast(Guarded, BaseModule):
         self._is_init = True
 
 
-for _registry in (mmdet.registry.MODELS, mmengine.registry.MODELS):
+for _registry in REGISTRIES:
     _registry.register_module(name="VoVNetFast", module=VoVNetFast)

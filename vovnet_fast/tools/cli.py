@@ -150,7 +150,7 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
             "Print what vovnet_fast finds: versions, GPUs, the extension and how it was built, "
             "every backend or why it cannot run; then run every function of the backends that "
             "can run on small tensors, and compare with fp64. The exit status is 1 if one of "
-            "them computes wrong numbers."
+            "them computes wrong numbers, or if packages of OpenMMLab's do not go together."
         ),
     )
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -373,6 +373,8 @@ def _print_doctor(report: doctor.Report) -> None:
             if failed
             else f"All {len(report.checks)} functions of the usable backends are right."
         )
+    for problem in report.problems:
+        console.print(f"[bold red]What is installed does not go together:[/] {escape(problem)}")
 
 
 def _count(choices: tuning.Choices) -> str:

@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
-import importlib.metadata
 import importlib.util
 import itertools
 import math
@@ -26,6 +24,7 @@ import torch
 from .. import _optional, backends, selfcheck, tuning
 from .._version import __version__
 from ..backends import _extension
+from ..integrations import installed
 
 
 class Fact(NamedTuple):
@@ -77,15 +76,17 @@ class Report(NamedTuple):
     Attributes:
         facts: section by section.
         checks: of every function of every usable backend; none without a self-test.
+        problems: what does not go together, and what to do about it.
     """
 
     facts: tuple[Fact, ...]
     checks: tuple[Check, ...]
+    problems: tuple[str, ...] = ()
 
     @property
     def healthy(self) -> bool:
-        """Whether everything that claims to be usable is right."""
-        return all(check.passed for check in self.checks)
+        """Whether everything that claims to be usable is right, and what is installed fits."""
+        return all(check.passed for check in self.checks) and not self.problems
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -93,6 +94,7 @@ class Report(NamedTuple):
         return {
             "healthy": self.healthy,
             **{section: {f.name: f.value for f in facts} for section, facts in by_section},
+            "problems": list(self.problems),
             "self-test": [check._asdict() for check in self.checks],
         }
 
@@ -112,7 +114,8 @@ def examine(*, self_test: bool = True) -> Report:
         "settings": _settings,
     }
     facts = tuple(fact for section, look in sections.items() for fact in _section(section, look()))
-    return Report(facts, tuple(_checks()) if self_test else ())
+    checks = tuple(_checks()) if self_test else ()
+    return Report(facts, checks, tuple(installed.problems()))
 
 
 _Found = Iterator[tuple[str, str]]
@@ -139,8 +142,10 @@ def _versions() -> _Found:
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     yield "torch", f"{torch.__version__}, {build}, {torch.get_num_threads()} threads"
     yield "triton", _version("triton")
-    yield "mmdet", _version("mmdet")
-    yield "mmcv", _version("mmcv") + _mmcv_operators()
+    for module in installed.MODULES:
+        if module in ("mmdet", "mmcv") or installed.installed(module):
+            operators = _mmcv_operators() if module == "mmcv" else ""
+            yield module, _version(module) + operators
 
 
 def _version(module: str) -> str:
@@ -148,16 +153,11 @@ def _version(module: str) -> str:
     reason = _optional.why_not(module)
     if reason is not None:
         return reason
-    names = _distributions().get(module, [])
-    if not names:
+    found = installed.installed(module)
+    if not found:
         return "of unknown version"
-    version = importlib.metadata.version(names[0])
-    return version if names[0] == module else f"{version} ({names[0]})"
-
-
-@functools.cache
-def _distributions() -> dict[str, list[str]]:
-    return dict(importlib.metadata.packages_distributions())
+    one = f"{found[0].version} ({found[0].name})" if found[0].name != module else found[0].version
+    return " and ".join([one, *map(str, found[1:])])
 
 
 def _mmcv_operators() -> str:
@@ -167,7 +167,10 @@ def _mmcv_operators() -> str:
     reason = _optional.why_not("mmcv._ext")
     if reason is None:
         return ", with its operators"
+    found = installed.installed("mmcv")
+    onedl = all(it.onedl for it in found)
     remedy = "pip install --no-build-isolation onedl-mmcv, after torch"
+    remedy = remedy if onedl else installed.remedy("mmcv._ext")
     return f", WITHOUT its operators: {reason} ({remedy})"
 
 
