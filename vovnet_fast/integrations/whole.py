@@ -16,22 +16,24 @@ from ..checkpoints.layouts import locate
 from ..network.filling import COUNTER, CheckpointError
 from ..network.model import VoVNet
 
-_REMEDY = (
-    "A file that holds a backbone alone, or that another code base wrote (DD3D and CenterMask: "
-    "names that begin with backbone.bottom_up., in 'model'), does not fit a whole detector: fill "
-    "the backbone with init_cfg=dict(type='Pretrained', checkpoint=FILE), or make a file that fits "
-    "with: vovnet-fast convert FILE OUT.pth --add-prefix {prefix}"
-)
-
 
 class Guarded(VoVNet):
     """A backbone that looks at what a detector's state dict has for it, before anything is copied.
 
     Attributes:
         filled: whether a state dict has filled all of it, or weights were set on purpose.
+        remedy: how its code base fills a backbone from a file, with a place for the prefix.
+        on_purpose: how one says there that random weights are meant.
     """
 
     filled = False
+    remedy = (
+        "A file that holds a backbone alone, or that another code base wrote (DD3D and CenterMask: "
+        "names that begin with backbone.bottom_up., in 'model'), does not fit a whole detector: "
+        "fill the backbone with init_cfg=dict(type='Pretrained', checkpoint=FILE), or make a file "
+        "that fits with: vovnet-fast convert FILE OUT.pth --add-prefix {prefix}"
+    )
+    on_purpose = "give it an init_cfg, dict(type='Kaiming', layer='Conv2d') for instance"
 
     def guard(self) -> None:
         """Begin to look. A deep copy goes on."""
@@ -62,12 +64,11 @@ def refuse_partial_load(
         f"tensors none was filled, as there is no key like {prefix + missing[0]!r}. "
         f"{_found(state_dict, prefix)}"
     )
-    remedy = _REMEDY.format(prefix=prefix or "backbone.")
+    remedy = module.remedy.format(prefix=prefix or "backbone.")
     if not module.filled:
         raise CheckpointError(
             f"{told}Nothing else has filled it either: it would be noise. {remedy}. To begin with "
-            "random weights on purpose, say so with an init_cfg, dict(type='Kaiming', "
-            "layer='Conv2d') for instance"
+            f"random weights on purpose, {module.on_purpose}"
         )
     warnings.warn(f"{told}It keeps the weights that it has. {remedy}", stacklevel=2)
 
