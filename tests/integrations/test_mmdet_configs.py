@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 pytest.importorskip("mmcv.ops", exc_type=Exception)
-pytest.importorskip("mmdet", exc_type=Exception)
+pytest.importorskip("mmdet.registry", exc_type=Exception)
 
 import mmcv.ops
 import mmdet.registry

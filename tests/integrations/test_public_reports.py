@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("mmcv.ops", exc_type=Exception)
-pytest.importorskip("mmdet", exc_type=Exception)
+pytest.importorskip("mmdet.registry", exc_type=Exception)
 
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules

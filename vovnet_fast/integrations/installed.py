@@ -8,6 +8,7 @@ too.
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
 import re
 from collections.abc import Iterator
@@ -61,17 +62,21 @@ def installed(module: str) -> list[Installed]:
 def _top_level(distribution: importlib.metadata.Distribution) -> set[str]:
     """The modules that it brings."""
     names = (distribution.read_text("top_level.txt") or "").split()
+    files = set(_recorded(distribution))
+    return {*names, *(module for module in MODULES if f"{module}/__init__.py" in files)}
+
+
+def _recorded(distribution: importlib.metadata.Distribution) -> list[str]:
+    """What was installed; ``distribution.files`` leaves out what is gone, from Python 3.12 on."""
     record = distribution.read_text("RECORD") or ""
-    return {
-        *names,
-        *(m for m in MODULES if re.search(rf"^{m}/__init__\.py,", record, re.MULTILINE)),
-    }
+    return [row[0] for row in csv.reader(record.splitlines()) if row]
 
 
 def _gone(distribution: importlib.metadata.Distribution, module: str) -> Iterator[str]:
-    for file in distribution.files or ():
-        if file.parts[0] == module and file.suffix == ".py" and not Path(file.locate()).exists():
-            yield str(file)
+    for file in _recorded(distribution):
+        ours = file.startswith(f"{module}/") and file.endswith(".py")
+        if ours and not Path(str(distribution.locate_file(file))).exists():
+            yield file
 
 
 def problems() -> list[str]:
