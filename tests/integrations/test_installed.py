@@ -173,5 +173,5 @@ def test_the_integration_and_the_doctor_say_it(site):
         assert found["problems"][0].startswith(PROBLEM)
     assert found["versions"]["mmdet"].startswith("mmdet cannot be imported: AssertionError")
     said = " ".join(done.stdout[end:].split())
-    assert f"What is installed does not go together: {found['problems'][0]}" in said
+    assert f"This does not go together: {found['problems'][0]}" in said
     assert status == "2"

@@ -83,12 +83,26 @@ def read(source: str | os.PathLike[str], *, mmap: bool = False) -> StateDict:
             f"cannot read {str(source)!r}: only files and http(s) addresses are understood. "
             "Download the file first"
         )
+    return _read_file(_existing(source), mmap)
+
+
+def read_whole(source: str | os.PathLike[str]) -> Any:
+    """What a file holds, wrappers and all, on the CPU; as :func:`read` with ``mmap``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it cannot be read.
+    """
+    return _content(_existing(source), True)
+
+
+def _existing(source: str | os.PathLike[str]) -> Path:
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if not path.is_file():
         raise CheckpointError(f"cannot read {path}: it is no file, but a folder, pipe or device")
-    return _read_file(path, mmap)
+    return path
 
 
 def _read_address(url: str, mmap: bool) -> StateDict:
@@ -105,10 +119,14 @@ def _read_address(url: str, mmap: bool) -> StateDict:
 
 
 def _read_file(path: Path, mmap: bool) -> StateDict:
+    return unwrap(_content(path, mmap))
+
+
+def _content(path: Path, mmap: bool) -> Any:
     try:
         if path.suffix == ".safetensors":
-            return unwrap(_load_safetensors(path, mmap))
-        return unwrap(_load_pickle(path, mmap))
+            return _load_safetensors(path, mmap)
+        return _load_pickle(path, mmap)
     except CheckpointError:
         raise
     except Exception as error:  # Damaged files raise almost anything.

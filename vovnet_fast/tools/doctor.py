@@ -25,6 +25,7 @@ from .. import _optional, backends, selfcheck, tuning
 from .._version import __version__
 from ..backends import _extension
 from ..integrations import installed
+from .config import examine as examine_config
 
 
 class Fact(NamedTuple):
@@ -85,7 +86,7 @@ class Report(NamedTuple):
 
     @property
     def healthy(self) -> bool:
-        """Whether everything that claims to be usable is right, and what is installed fits."""
+        """Whether everything that claims to be usable is right, and whether all goes together."""
         return all(check.passed for check in self.checks) and not self.problems
 
     def as_dict(self) -> dict[str, Any]:
@@ -99,10 +100,11 @@ class Report(NamedTuple):
         }
 
 
-def examine(*, self_test: bool = True) -> Report:
+def examine(*, self_test: bool = True, config: str | os.PathLike[str] | None = None) -> Report:
     """Look at everything.
 
     Args:
+        config: a training config to look at too (:mod:`.config`).
         self_test: run every function of every backend that can run here; seconds on a CPU,
             minutes on a GPU for which nothing was compiled before.
     """
@@ -114,8 +116,12 @@ def examine(*, self_test: bool = True) -> Report:
         "settings": _settings,
     }
     facts = tuple(fact for section, look in sections.items() for fact in _section(section, look()))
-    checks = tuple(_checks()) if self_test else ()
-    return Report(facts, checks, tuple(installed.problems()))
+    problems = installed.problems()
+    for finding in [] if config is None else examine_config(config):
+        facts += (Fact("config", finding.name, finding.value),)
+        if finding.wrong:
+            problems.append(f"{finding.name}: {finding.value}")
+    return Report(facts, tuple(_checks()) if self_test else (), tuple(problems))
 
 
 _Found = Iterator[tuple[str, str]]
