@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vovnet_fast"
 
 FLOORS = (
+    ("compat",),
     ("_version", "_dtypes", "_environment", "_files", "_optional", "specs"),
     ("_provenance", "reference"),
     ("kernels",),

@@ -31,6 +31,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
+from .compat import zip
+
 Dialect = Literal["detectron2", "timm", "seed"]
 ESEPlacement = Literal["every", "last", "none"]
 Gate = Literal["hard_sigmoid", "sigmoid"]

@@ -88,7 +88,7 @@ class VoVNetFast(Guarded, Backbone):
         super().__init__(*args, **kwargs)
         self.guard()
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
         """The features of images ``[N, C, H, W]`` by name, ``[N, C', H', W']`` each."""
         features = super().forward(x)
         return {name: features[i] for i, name in enumerate(self.out_features)}

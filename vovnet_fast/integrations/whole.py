@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from .. import compat
 from ..checkpoints import identify
 from ..checkpoints.files import unwrap
 from ..checkpoints.layouts import locate
@@ -37,7 +38,7 @@ class Guarded(VoVNet):
 
     def guard(self) -> None:
         """Begin to look. A deep copy goes on."""
-        self.register_load_state_dict_pre_hook(refuse_partial_load)
+        compat.register_load_state_dict_pre_hook(self, refuse_partial_load)
 
 
 def refuse_partial_load(

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import ctypes
+import functools
+import importlib.metadata
 import importlib.util
 import itertools
 import math
@@ -21,7 +23,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import _optional, backends, selfcheck, tuning
+from .. import _optional, backends, compat, selfcheck, tuning
 from .._version import __version__
 from ..backends import _extension
 from ..integrations import installed
@@ -159,11 +161,18 @@ def _version(module: str) -> str:
     reason = _optional.why_not(module)
     if reason is not None:
         return reason
-    found = installed.installed(module)
-    if not found:
+    names = _distributions().get(module, [])
+    if not names:
         return "of unknown version"
-    one = f"{found[0].version} ({found[0].name})" if found[0].name != module else found[0].version
-    return " and ".join([one, *map(str, found[1:])])
+    versions = [importlib.metadata.version(name) for name in names]
+    first = versions[0] if names[0] == module else f"{versions[0]} ({names[0]})"
+    return " and ".join([first, *(f"{v} ({n})" for n, v in zip(names[1:], versions[1:]))])
+
+
+@functools.cache
+def _distributions() -> dict[str, list[str]]:
+    found = compat.packages_distributions()
+    return {module: sorted(set(names)) for module, names in found.items()}
 
 
 def _mmcv_operators() -> str:
