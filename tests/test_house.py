@@ -26,7 +26,7 @@ FLOORS = (
     ("network",),
     ("checkpoints", "deploy"),
     ("integrations",),
-    ("mmdet", "tools"),
+    ("detectron2", "mmdet", "tools"),
 )
 """Rooms of the package. One imports those of the floors below, and none beside or above it."""
 

@@ -13,12 +13,14 @@ Key layouts, for the first layer of the second stage:
 ``detectron2`` is a file that vovnet-detectron2, PETR and their relatives run as
 the same function. Converting refuses where no such function exists.
 
-Nothing here executes code from a file: pickles are read with
+Nothing here executes code from a file: files of ``torch.save`` are read with
 ``weights_only=True``, and unknown classes in them (a trainer's log buffers, say)
-become inert placeholders.
+become inert placeholders; pickles of NumPy arrays, detectron2's ``.pkl`` files,
+are read without unpickling.
 
 ===================  ================================================================
 :mod:`.files`        reading files of tensors
+:mod:`.arrays`       reading pickles of NumPy arrays
 :mod:`.downloads`    files of http(s) addresses, kept
 :mod:`.writing`      writing them
 :mod:`.layouts`      what modules are called in every layout
