@@ -23,7 +23,8 @@ FLOORS = (
     ("ops",),
     ("first_use",),
     ("network",),
-    ("checkpoints", "deploy"),
+    ("checkpoints",),
+    ("deploy",),
     ("integrations",),
     ("mmdet", "tools"),
 )
