@@ -196,6 +196,17 @@ def load_frozen(
     return network
 
 
+def is_frozen(path: str | os.PathLike[str]) -> bool:
+    """Whether a file can be read as safetensors, and has the header of a frozen network."""
+    from safetensors import safe_open
+
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            return KEY in (file.metadata() or {})
+    except Exception:  # Whatever it is, it is another thing.
+        return False
+
+
 def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     from safetensors import safe_open
 
