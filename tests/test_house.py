@@ -24,7 +24,8 @@ FLOORS = (
     ("ops",),
     ("first_use",),
     ("network",),
-    ("checkpoints", "deploy"),
+    ("checkpoints",),
+    ("deploy",),
     ("integrations",),
     ("detectron2", "mmdet", "tools"),
 )

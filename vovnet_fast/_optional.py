@@ -12,6 +12,8 @@ _REMEDIES = {
     "matplotlib": 'pip install "vovnet-fast[bench]"',
     "mmcv": 'pip install "vovnet-fast[mmdet]"',
     "mmdet": 'pip install "vovnet-fast[mmdet]"',
+    "onnx": 'pip install "vovnet-fast[onnx]"',
+    "onnxruntime": 'pip install "vovnet-fast[onnx]"',
 }
 """Other than to install the package by its name."""
 
