@@ -25,7 +25,7 @@ FLOORS = (
     ("network",),
     ("checkpoints", "deploy"),
     ("integrations",),
-    ("mmdet", "tools"),
+    ("mmdet", "timm", "tools"),
 )
 """Rooms of the package. One imports those of the floors below, and none beside or above it."""
 

@@ -12,6 +12,7 @@ _REMEDIES = {
     "matplotlib": 'pip install "vovnet-fast[bench]"',
     "mmcv": 'pip install "vovnet-fast[mmdet]"',
     "mmdet": 'pip install "vovnet-fast[mmdet]"',
+    "timm": 'pip install "vovnet-fast[timm]"',
 }
 """Other than to install the package by its name."""
 
