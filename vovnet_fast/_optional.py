@@ -14,6 +14,7 @@ _REMEDIES = {
     "mmdet": 'pip install "vovnet-fast[mmdet]"',
     "onnx": 'pip install "vovnet-fast[onnx]"',
     "onnxruntime": 'pip install "vovnet-fast[onnx]"',
+    "timm": 'pip install "vovnet-fast[timm]"',
 }
 """Other than to install the package by its name."""
 
