@@ -18,13 +18,13 @@ VOVNET_FAST_CUDA ?= 0
 export VOVNET_FAST_CUDA
 
 # What else the tests marked `versions` run with: the oldest torch of pyproject.toml, whose Triton
-# is too old for the kernels, and a pair that machines with a GPU come with. NumPy is the newest.
+# is too old for the kernels, and whose NumPy is 1.26, and a pair that machines with a GPU come with.
 # PyPI has builds for CUDA alone, 5 GB each once unpacked. uv, which keeps them in its cache, took
 # 80 to 125 s for one on two busy cores, and 3 s from the cache; pip took 330 to 430 s.
 # UV_TORCH_BACKEND=cpu takes small builds instead, where PyTorch's own index can be reached.
 VERSIONS ?= .venv-versions
 PAIRS := oldest pair
-INSTALLED_oldest := torch==2.7.1
+INSTALLED_oldest := torch==2.1.2 "numpy<2"
 # timm and pytorchcv are what networks and weights are compared with; both want torchvision.
 INSTALLED_pair := torch==2.11.0 triton==3.6.0 torchvision==0.26.0 timm pytorchcv
 

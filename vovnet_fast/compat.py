@@ -10,6 +10,7 @@ import builtins
 import functools
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -118,6 +119,20 @@ def register_load_state_dict_pre_hook(module: torch.nn.Module, hook: Callable[..
         module.register_load_state_dict_pre_hook(hook)
     else:  # torch 2.4
         module._register_load_state_dict_pre_hook(hook, with_module=True)
+
+
+def unknown_globals(path: Path) -> list[str] | None:
+    """Names of what a pickle holds beside weights, None where torch cannot say.
+
+    It can from torch 2.6 on, of files that torch 1.6 or newer wrote.
+    """
+    known = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)
+    if known is None:
+        return None
+    try:
+        return list(known(path))
+    except ValueError:
+        return None
 
 
 def is_batched(x: Tensor) -> bool:

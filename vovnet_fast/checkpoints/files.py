@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import compat
 from ..network.filling import CheckpointError
 from . import arrays, downloads
 
@@ -148,17 +149,16 @@ def _load_pickle(path: Path, mmap: bool) -> Any:
         return arrays.load(path)
     mmap = mmap and head.startswith(_ZIP)
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
-        try:
-            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
-        except ValueError:  # A file of before torch 1.6.
+        unknown = compat.unknown_globals(path)
+        if unknown is None:
             raise CheckpointError(
                 f"{path} holds more than weights ({error}). Load it once where it was written, "
-                "and save its state_dict alone"
+                "and save its state_dict alone; files of torch 1.6 and newer are read by torch 2.6"
             ) from error
         with _inert(unknown):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from .. import backends, specs
+from .. import backends, compat, specs
 from ..compat import zip
 from ..network.model import VoVNet
 from ..specs import VoVNetSpec
@@ -122,6 +122,11 @@ def training_memory(
     """
     check_input(shape, dtype)
     architecture = specs.get(spec)
+    if compat.TORCH < (2, 4):
+        raise backends.BackendError(
+            f"bytes are counted on tensors without memory, on which torch {torch.__version__} "
+            "cannot checkpoint: install torch 2.4 or newer"
+        )
     device = None
     if measure:
         reason = backends.why_not("triton", torch.device("cuda"))
