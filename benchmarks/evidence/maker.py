@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Union
 
 from .carried import COMPILE_LOG, kernels, wheel_problem
 from .folder import Folder
@@ -65,7 +65,7 @@ def _sanitizer() -> str | None:
     )
 
 
-Rehearsed = Sequence[str] | str
+Rehearsed = Union[Sequence[str], str]
 """Words in place of those for a GPU, or the reason why there is nothing to rehearse."""
 
 

@@ -122,10 +122,10 @@ def training_memory(
     """
     check_input(shape, dtype)
     architecture = specs.get(spec)
-    if compat.TORCH < (2, 4):
+    if compat.TORCH < (2, 7):
         raise backends.BackendError(
             f"bytes are counted on tensors without memory, on which torch {torch.__version__} "
-            "cannot checkpoint: install torch 2.4 or newer"
+            "may not checkpoint: install torch 2.7 or newer"
         )
     device = None
     if measure:
