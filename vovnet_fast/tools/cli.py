@@ -19,7 +19,7 @@ from .._version import __version__
 from ..backends import BackendError
 from ..checkpoints import LAYOUTS, CheckpointError
 from ..network.model import VoVNet
-from . import doctor, explain, regret
+from . import classify, doctor, explain, regret
 from .bench import command as bench
 from .compile import command as compiling
 
@@ -92,6 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add(commands)
     compiling.add(commands)
     explain.add(commands)
+    classify.add(commands)
     _add_tuning(commands)
     _add_doctor(commands)
     return parser
