@@ -1,5 +1,7 @@
 """timm's names with ``_fast``: what timm's own networks compute, through all of timm's doors."""
 
+import contextlib
+import copy
 import re
 
 import pytest
@@ -7,6 +9,7 @@ import torch
 from torch import nn
 
 from tests import straight_line
+from tests.fused import fused
 from vovnet_fast import _optional, freeze, specs, use_backend
 from vovnet_fast.checkpoints import CheckpointError
 
@@ -16,6 +19,7 @@ if _reason is not None:
 
 import timm  # noqa: E402
 import timm.data  # noqa: E402
+import timm.optim  # noqa: E402
 
 from vovnet_fast.timm import NAMES  # noqa: E402
 
@@ -136,6 +140,20 @@ def test_gradients_are_timms(name):
         torch.testing.assert_close(found[key], p.grad, rtol=1e-6, atol=1e-6 * p.grad.abs().max())
 
 
+def test_ops_run_it():
+    """The fused path, in training and in inference, against plain modules."""
+    net = ours(SMALL, theirs(SMALL, num_classes=5), num_classes=5)
+    model, x, found = copy.deepcopy(net), images(), []
+    for network, path in ((net, contextlib.nullcontext()), (model, fused())):
+        with path:
+            assert network.backbone.stem.decide(x).op == (network is model)
+            network.train()(x).square().mean().backward()
+            with torch.no_grad():
+                logits = network.eval()(x)
+        found.append((logits, [p.grad for p in network.parameters()], list(network.buffers())))
+    torch.testing.assert_close(*found)
+
+
 @pytest.mark.parametrize("options", [dict(global_pool="catavgmax"), dict(global_pool="max")])
 def test_pools(options):
     net = theirs(SMALL, num_classes=3, **options)
@@ -179,7 +197,8 @@ def test_dropout():
 
 
 @pytest.mark.parametrize(
-    ("given", "taken"), [((4, 1), (1, 4)), ((-1,), (4,)), (2, (3, 4)), ((0, -2), (0, 3))]
+    ("given", "taken"),
+    [((4, 1), (1, 4)), ((-1,), (4,)), (2, (3, 4)), ((0, -3), (0, 2)), ((0,), (0,))],
 )
 def test_indices(given, taken):
     model = timm.create_model(f"{SMALL}_fast", features_only=True, out_indices=given)
@@ -191,6 +210,10 @@ def test_indices(given, taken):
     assert [tuple(f.shape) for f in features] == [
         (2, channels[i], 64 // strides[i], 96 // strides[i]) for i in taken
     ]
+    model.train()
+    sum(f.sum() for f in model(images())).backward()
+    for name, p in model.named_parameters():  # As DDP wants it.
+        assert p.requires_grad == (p.grad is not None), name
     names = [name for name, _ in timm.create_model(f"{SMALL}_fast").named_modules()]
     assert set(model.feature_info.module_name()) <= set(names)
 
@@ -260,6 +283,15 @@ def test_pretrained_weights(tmp_path):
             timm.create_model(f"{SMALL}_fast", **overlay, **options)
 
 
+def test_files_of_torch_hub_are_of_another_function(tmp_path):
+    path = tmp_path / "vovnet39_torchvision.pth"
+    torch.save(straight_line.build("V-39").state_dict(), path)
+    with pytest.raises(CheckpointError, match="cannot be read as vovnet39a"):
+        timm.create_model(
+            "vovnet39a_fast", pretrained=True, pretrained_cfg_overlay=dict(file=str(path))
+        )
+
+
 def test_files_go_both_ways(tmp_path):
     net, x = theirs(DEEP, num_classes=4).float(), images(1, 3, 64, 64).float()
     torch.save({"state_dict": net.state_dict()}, tmp_path / "timm.pth")
@@ -295,11 +327,23 @@ def test_what_does_not_fit_changes_nothing():
 
 
 def test_groups_and_checkpointing():
-    model = ours(DEEP)
-    for coarse in (False, True):
-        patterns = model.group_matcher(coarse).values()
-        for name, _ in model.named_parameters():
-            assert name.startswith("head.") or any(re.match(p, name) for p in patterns)
+    model = ours(DEEP, num_classes=3)
+    groups = []
+    for network in (model, theirs(DEEP, num_classes=3)):  # Learning rates by layer.
+        optimizer = timm.optim.create_optimizer_v2(
+            network, "adamw", lr=1e-3, weight_decay=0.05, layer_decay=0.8
+        )
+        groups.append(
+            sorted(
+                (g["lr_scale"], g["weight_decay"], sum(p.numel() for p in g["params"]))
+                for g in optimizer.param_groups
+            )
+        )
+    assert groups[0] == groups[1]
+    assert len(groups[0]) == 16
+    patterns = model.group_matcher(coarse=True).values()
+    for name, _ in model.named_parameters():
+        assert name.startswith("head.") or any(re.match(p, name) for p in patterns)
     features = timm.create_model(f"{SMALL}_fast", features_only=True)
     for network in (model, features):
         for enable in (True, False):

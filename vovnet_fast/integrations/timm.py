@@ -239,6 +239,9 @@ class VoVNetFast(_Network):
 class VoVNetFastFeatures(_Network):
     """What ``features_only=True`` gives: features in network order.
 
+    Parameters that none of them depends on, which timm's own networks would lack, take part in no
+    training: DDP waits for no gradient of theirs.
+
     Args:
         model: whose backbone it takes.
         out_indices: of features, 0 to 4 for strides 2 to 32; the last n for a number.
@@ -253,6 +256,10 @@ class VoVNetFastFeatures(_Network):
         self.feature_info = FeatureInfo(model.feature_info, self.out_indices)
         self.backbone = model.backbone
         self.backbone.out_features = tuple(FEATURES[i] for i in self.out_indices)
+        last = self.out_indices[-1]
+        for name, parameter in self.backbone.named_parameters():
+            if name.startswith(STAGE_NAMES[last:] if last else (*STAGE_NAMES, "stem.stem_3")):
+                parameter.requires_grad_(False)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """``[N, in_chans, H, W]`` to one ``[N, C, H / s, W / s]`` for each of the indices."""

@@ -6,6 +6,7 @@
 :mod:`.explain`    ``vovnet-fast explain``: what would run each block, and why
 :mod:`.plan`       ``vovnet-fast bench --plan``: launches, FLOP and bytes of a network
 :mod:`.memory`     ``vovnet-fast bench --memory``: what a training step keeps
+:mod:`.classify`   ``vovnet-fast classify``: what a classifier says of images
 :mod:`.regret`     ``vovnet-fast tuning regret``: what choices have cost
 :mod:`.compile`    ``vovnet-fast compile``: kernels of a network, ahead of its use
 :mod:`.bench`      ``vovnet-fast bench``, and its report

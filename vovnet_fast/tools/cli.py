@@ -20,7 +20,7 @@ from ..backends import BackendError
 from ..checkpoints import LAYOUTS, CheckpointError
 from ..deploy.export import ExportError
 from ..network.model import VoVNet
-from . import doctor, explain, export, regret
+from . import classify, doctor, explain, export, regret
 from .bench import command as bench
 from .compile import command as compiling
 
@@ -101,6 +101,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add(commands)
     compiling.add(commands)
     explain.add(commands)
+    classify.add(commands)
     _add_tuning(commands)
     _add_doctor(commands)
     return parser
