@@ -147,18 +147,19 @@ def _load_pickle(path: Path, mmap: bool) -> Any:
     if arrays.is_pickle(head):
         return arrays.load(path)
     mmap = mmap and head.startswith(_ZIP)
+    name = str(path)  # PyTorch 2.1 maps no others.
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(name, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         try:
-            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            unknown = torch.serialization.get_unsafe_globals_in_checkpoint(name)
         except ValueError:  # A file of before torch 1.6.
             raise CheckpointError(
                 f"{path} holds more than weights ({error}). Load it once where it was written, "
                 "and save its state_dict alone"
             ) from error
         with _inert(unknown):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
+            return torch.load(name, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 @contextlib.contextmanager
