@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import _interpreter
 from ._any_size import strides, vector
+from ._triton import interpreted
 
 INT32_LIMIT = 2**31
 PARTS = 3
@@ -33,11 +34,6 @@ _INTERPRETED_PROCESSORS = 3  # Such runs are tiny: three programs make persisten
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up. Triton's own is traced: slow, at every launch."""
     return -(-a // b)
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, which was decided when it was imported."""
-    return triton.knobs.runtime.interpret
 
 
 if interpreted():

@@ -24,9 +24,10 @@ FLOORS = (
     ("ops",),
     ("first_use",),
     ("network",),
-    ("checkpoints", "deploy"),
+    ("checkpoints",),
+    ("deploy",),
     ("integrations",),
-    ("detectron2", "mmdet", "tools"),
+    ("detectron2", "mmdet", "timm", "tools"),
 )
 """Rooms of the package. One imports those of the floors below, and none beside or above it."""
 

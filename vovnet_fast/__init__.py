@@ -16,6 +16,7 @@ from .specs import VoVNetSpec
 
 if TYPE_CHECKING:
     from . import checkpoints
+    from .deploy.file import load_frozen
     from .deploy.freeze import FrozenVoVNet, freeze
 
 __all__ = [
@@ -27,12 +28,17 @@ __all__ = [
     "available_backends",
     "checkpoints",
     "freeze",
+    "load_frozen",
     "ops",
     "specs",
     "use_backend",
 ]
 
-_DEFERRED = {"FrozenVoVNet": ".deploy.freeze", "freeze": ".deploy.freeze"}
+_DEFERRED = {
+    "FrozenVoVNet": ".deploy.freeze",
+    "freeze": ".deploy.freeze",
+    "load_frozen": ".deploy.file",
+}
 """Imported when they are first asked for, as :mod:`.checkpoints` is. The ops are not: a program
 that was exported with them finds them once the package is imported."""
 

@@ -89,6 +89,19 @@ def test_dense_views_are_not_copied():
     assert own[0] == own[0], "the memory lives as long as the window on it"
 
 
+def test_windows_on_a_file_lie_as_pytorch_lays_tensors(tmp_path):
+    """As many as can: gemm adds in another order where a matrix begins elsewhere."""
+    path = tmp_path / "weights.safetensors"
+    shapes = {"odd": (3,), "a": (16, 16), "b": (5,), "c": (64, 3, 3), "d": (2, 8)}
+    state = {name: torch.randn(shape) for name, shape in shapes.items()}
+    state |= {"half": torch.ones(7).half(), "bytes": torch.ones(64, dtype=torch.uint8)}
+    checkpoints.write(state, path)
+    back = checkpoints.read(path, mmap=True)
+    assert all(torch.equal(back[name], value) for name, value in state.items())
+    assert all(back[name].data_ptr() % 64 == 0 for name in ("a", "c", "d", "bytes"))
+    assert all(value.data_ptr() % value.element_size() == 0 for value in back.values())
+
+
 @pytest.mark.parametrize("ending", ENDINGS)
 def test_tied_tensors(tmp_path, ending):
     """The same tensor under two names, and two tensors that share a part of their memory."""

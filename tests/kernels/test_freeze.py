@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import straight_line
 from tests.tiny import TINY
-from vovnet_fast import VoVNet, backends
+from vovnet_fast import VoVNet, backends, load_frozen
 from vovnet_fast.deploy import frozen as module
 from vovnet_fast.deploy.freeze import KEPT_SHAPES, FrozenVoVNet, freeze
 from vovnet_fast.ops.memory import Arena
@@ -395,3 +395,10 @@ def test_exports():
     program = torch.export.export(freeze(model), (x,))
     assert_equal(program.module()(x), eager(model, x))
     assert isinstance(freeze(model), FrozenVoVNet)
+
+
+def test_one_from_a_file_is_the_same_bit_for_bit(backend, tmp_path):
+    frozen = freeze(network("depthwise", out_features=("stem", "stage2")), torch.float16)
+    frozen.save(tmp_path / "network.safetensors")
+    loaded, x = load_frozen(tmp_path / "network.safetensors"), image(1, 3, 16, 19)
+    assert all(map(torch.equal, loaded(x), frozen(x)))

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -15,6 +16,10 @@ from .._files import replacing
 from ..network.filling import CheckpointError, require_names, why_not_plain
 
 SAFETENSORS = ".safetensors"
+
+ALIGNMENT = 64
+"""Bytes at a multiple of which PyTorch begins tensors on a CPU: where a window on a file begins
+elsewhere, libraries add in another order, and the last bits of what they compute differ."""
 
 _NAMES = {
     torch.float64: "F64",
@@ -53,14 +58,37 @@ def write(state_dict: Mapping[str, Tensor], path: str | os.PathLike[str]) -> Non
         OSError: the disk is full, or may not be written.
     """
     path = Path(path)
-    safe = path.suffix == SAFETENSORS
-    _require_writable(state_dict, safe)
+    if path.suffix == SAFETENSORS:
+        write_safetensors(state_dict, path)
+        return
+    _require_writable(state_dict, safe=False)
+    with _in_place_of(path) as file:
+        torch.save(_own_elements(state_dict), file)
+
+
+def write_safetensors(
+    state_dict: Mapping[str, Tensor],
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """As :func:`write`, in that format whatever the file is called.
+
+    Args:
+        state_dict: tensors by key.
+        path: where to.
+        metadata: what the file is to say beside them, by name.
+    """
+    _require_writable(state_dict, safe=True)
+    with _in_place_of(Path(path)) as file:
+        _write_safetensors(state_dict, file, metadata or {})
+
+
+@contextlib.contextmanager
+def _in_place_of(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to, which takes the place of ``path`` if that went well."""
     try:
         with replacing(path) as temporary, open(temporary, "wb") as file:
-            if safe:
-                _write_safetensors(state_dict, file)
-            else:
-                torch.save(_own_elements(state_dict), file)
+            yield file
     except Exception as error:  # torch.save reports a full disk as it finds its file too short.
         reason = _system_error(error)
         if reason is None:
@@ -141,15 +169,22 @@ def _is_dense(value: Tensor) -> bool:
     return value.numel() > 0
 
 
-def _write_safetensors(state_dict: Mapping[str, Tensor], file: IO[bytes]) -> None:
+def _order(value: Tensor) -> tuple[bool, int]:
+    return value.numel() * value.element_size() % ALIGNMENT != 0, -value.element_size()
+
+
+def _write_safetensors(
+    state_dict: Mapping[str, Tensor], file: IO[bytes], metadata: Mapping[str, str]
+) -> None:
     """As https://huggingface.co/docs/safetensors#format says.
 
     The library's own writer makes a new file, of a mode of its own, and wants all tensors
     contiguous at once.
     """
-    # The widest first: then each lies at a multiple of its element's size.
-    keys = sorted(state_dict, key=lambda key: -state_dict[key].element_size())
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    # What ends at a multiple of ALIGNMENT first, and then the widest: as many as can then begin at
+    # such a multiple, and each begins at one of its element's size. The format allows no gaps.
+    keys = sorted(state_dict, key=lambda key: _order(state_dict[key]))
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for key in keys:
         value = state_dict[key]
@@ -158,7 +193,7 @@ def _write_safetensors(state_dict: Mapping[str, Tensor], file: IO[bytes]) -> Non
             "dtype": _NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [begin, end]
         }  # fmt: skip
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     file.write(len(text).to_bytes(8, "little") + text)
     for key in keys:
         value = state_dict[key].detach().cpu().resolve_conj().resolve_neg()

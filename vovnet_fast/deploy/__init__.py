@@ -6,5 +6,9 @@
 :mod:`.caches`       what the module keeps: arenas, CUDA graphs, parameters
 :mod:`.cpu_replay`   calls of the ``cpu`` backend, recorded and repeated
 :mod:`.folded`       the same network of plain PyTorch's convolutions
+:mod:`.file`         that module as a file
+:mod:`.export`       the network as an ONNX file
+:mod:`.onnx_graph`   the nodes of that
+:mod:`.onnx_check`   what onnxruntime makes of it, and PyTorch
 ===================  ==================================================================
 """

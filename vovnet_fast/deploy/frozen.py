@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -193,6 +194,12 @@ class FrozenVoVNet(AllOrNothing):
         """
         _forget(self)
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a file for :func:`vovnet_fast.load_frozen`; see :func:`.file.save`."""
+        from .file import save
+
+        save(self, path)
+
     def _follow(self) -> None:
         """Notice other buffers than those of the last call, and constants that no longer are.
 
@@ -304,7 +311,7 @@ class FrozenVoVNet(AllOrNothing):
         if not x.is_cuda:
             raise RuntimeError(
                 f"freeze(graph=True) captures CUDA graphs, and this module is on {x.device}: "
-                "move it to an NVIDIA GPU, or freeze with graph=False"
+                "move it to an NVIDIA GPU, or freeze, or load, with graph=False"
             )
         key = (x.shape, x.device, backends.chosen())
         graphs = self._caches.graphs

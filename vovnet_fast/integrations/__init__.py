@@ -8,6 +8,7 @@
 :mod:`.openmmlab`   what that takes of whichever of them is installed
 :mod:`.installed`   which are installed, and whether they go together
 :mod:`.whole`       a detector's state dict, and whether the backbone is in it
+:mod:`.timm`        timm; imported as ``vovnet_fast.timm``
 ==================  =================================================================
 
 Nothing else in the package imports them, nor the code bases that they are for, but the

@@ -18,12 +18,20 @@ from .. import checkpoints, specs, tuning
 from .._version import __version__
 from ..backends import BackendError
 from ..checkpoints import LAYOUTS, CheckpointError
+from ..deploy.export import ExportError
 from ..network.model import VoVNet
-from . import doctor, explain, regret
+from . import doctor, explain, export, regret
 from .bench import command as bench
 from .compile import command as compiling
 
-_REPORTED = (BackendError, CheckpointError, specs.UnknownSpecError, OSError, ValueError)
+_REPORTED = (
+    BackendError,
+    CheckpointError,
+    ExportError,
+    specs.UnknownSpecError,
+    OSError,
+    ValueError,
+)
 _SAFE_ENDINGS = (".pth", ".pt", ".bin", ".safetensors")
 
 
@@ -89,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     listing.add_argument("names", nargs="*", metavar="NAME", help="only these")
     listing.set_defaults(run=_specs)
 
+    export.add(commands)
     bench.add(commands)
     compiling.add(commands)
     explain.add(commands)
