@@ -151,6 +151,12 @@ def _load_pickle(path: Path, mmap: bool) -> Any:
     try:
         return torch.load(name, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
+        if not hasattr(torch.serialization, "get_unsafe_globals_in_checkpoint"):
+            raise CheckpointError(
+                f"{path} holds more than weights ({str(error)[-200:]}), which is read from PyTorch "
+                f"2.6 on, and this is {torch.__version__}: save its state_dict alone, where it was "
+                "written or with a newer PyTorch"
+            ) from error
         try:
             unknown = torch.serialization.get_unsafe_globals_in_checkpoint(name)
         except ValueError:  # A file of before torch 1.6.
