@@ -12,23 +12,38 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import nn
 
+try:  # detectron2's own are these, on which it builds.
+    from fvcore.common.config import CfgNode
+    from fvcore.common.registry import Registry
+except ImportError:
 
-class Registry:
-    """Functions by their names."""
+    class Registry:
+        """Functions by their names."""
 
-    def __init__(self):
-        self._found = {}
+        def __init__(self, name):
+            self._found = {}
 
-    def register(self):
-        def add(function):
-            assert function.__name__ not in self._found, f"{function.__name__} is registered twice"
-            self._found[function.__name__] = function
-            return function
+        def register(self):
+            def add(function):
+                assert function.__name__ not in self._found, "registered twice"
+                self._found[function.__name__] = function
+                return function
 
-        return add
+            return add
 
-    def get(self, name):
-        return self._found[name]
+        def get(self, name):
+            return self._found[name]
+
+    class CfgNode(dict):
+        """A dict whose items are attributes too."""
+
+        __setattr__ = dict.__setitem__
+
+        def __getattr__(self, name):
+            try:
+                return self[name]
+            except KeyError:
+                raise AttributeError(name) from None
 
 
 @dataclass
@@ -37,18 +52,6 @@ class ShapeSpec:
     height: object = None
     width: object = None
     stride: object = None
-
-
-class CfgNode(dict):
-    """A dict whose items are attributes too."""
-
-    __setattr__ = dict.__setitem__
-
-    def __getattr__(self, name):
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(name) from None
 
 
 class Backbone(nn.Module, abc.ABC):
@@ -125,7 +128,7 @@ def modules():
         ("detectron2.modeling", {}),
         (
             "detectron2.modeling.backbone",
-            {"BACKBONE_REGISTRY": Registry(), "FPN": FPN, "Backbone": Backbone},
+            {"BACKBONE_REGISTRY": Registry("BACKBONE"), "FPN": FPN, "Backbone": Backbone},
         ),
         ("detectron2.modeling.backbone.fpn", {"LastLevelMaxPool": LastLevelMaxPool}),
     ):

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from vovnet_fast.integrations import installed
+from vovnet_fast.tools import doctor
 
 ROOT = Path(__file__).parents[2]
 
@@ -131,6 +132,16 @@ def test_what_to_install_does_not_change_what_is_there(site):
     site("mmcv-full", "1.7.2", "mmcv")
     assert installed.remedy("mmdet") == 'pip install "mmdet==2.28.2" for mmcv-full 1.7.2'
     assert 'mim install "mmcv-full==1.7.2"' in installed.remedy("mmcv._ext")
+
+
+def test_the_doctor_does_not_lay_onedls_over_upstreams(site, monkeypatch):
+    absent = 'mmdet is not installed (pip install "vovnet-fast[mmdet]")'
+    monkeypatch.setattr(doctor._optional, "why_not", lambda module: absent)
+    assert doctor._version("mmdet").startswith(absent[:-1])
+    site("mmcv", "2.1.0", "mmcv")
+    assert doctor._version("mmdet") == (
+        'mmdet is not installed (pip install "mmdet==3.3.0" for mmcv 2.1.0)'
+    )
 
 
 # --------------------------------------------------------------------------------------

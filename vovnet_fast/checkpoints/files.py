@@ -148,8 +148,9 @@ def _load_pickle(path: Path, mmap: bool) -> Any:
     if arrays.is_pickle(head):
         return arrays.load(path)
     mmap = mmap and head.startswith(_ZIP)
+    name = str(path)  # PyTorch 2.1 maps no others.
     try:
-        return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
+        return torch.load(name, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         unknown = compat.unknown_globals(path)
         if unknown is None:
@@ -158,7 +159,7 @@ def _load_pickle(path: Path, mmap: bool) -> Any:
                 "and save its state_dict alone; files of torch 1.6 and newer are read by torch 2.6"
             ) from error
         with _inert(unknown):
-            return torch.load(str(path), map_location="cpu", weights_only=True, mmap=mmap)
+            return torch.load(name, map_location="cpu", weights_only=True, mmap=mmap)
 
 
 @contextlib.contextmanager

@@ -25,12 +25,8 @@ from .bench import command as bench
 from .compile import command as compiling
 
 _REPORTED = (
-    BackendError,
-    CheckpointError,
-    ExportError,
-    specs.UnknownSpecError,
-    OSError,
-    ValueError,
+    *(BackendError, CheckpointError, ExportError),
+    *(specs.UnknownSpecError, OSError, ValueError),
 )
 _SAFE_ENDINGS = (".pth", ".pt", ".bin", ".safetensors")
 

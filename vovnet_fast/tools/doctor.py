@@ -159,6 +159,9 @@ def _versions() -> _Found:
 def _version(module: str) -> str:
     """The version of what brings a module, or the reason why that cannot be used."""
     reason = _optional.why_not(module)
+    absent = f"{module} is not installed"
+    if module in installed.MODULES and reason is not None and reason.startswith(absent):
+        return f"{absent} ({installed.remedy(module)})"  # Beside what is there.
     if reason is not None:
         return reason
     names = _distributions().get(module, [])
