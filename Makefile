@@ -25,7 +25,8 @@ export VOVNET_FAST_CUDA
 VERSIONS ?= .venv-versions
 PAIRS := oldest pair
 INSTALLED_oldest := torch==2.7.1
-INSTALLED_pair := torch==2.11.0 triton==3.6.0
+# timm and pytorchcv are what networks and weights are compared with; both want torchvision.
+INSTALLED_pair := torch==2.11.0 triton==3.6.0 torchvision==0.26.0 timm pytorchcv
 
 SPEC ?= V-19-slim-dw-eSE
 DEVICE ?= cpu

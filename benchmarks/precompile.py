@@ -54,9 +54,10 @@ def main(arguments: list[str] | None = None) -> int:
     from vovnet_fast import tuning
     from vovnet_fast.compiling import cache
     from vovnet_fast.compiling.filling import fill
-    from vovnet_fast.compiling.jobs import cache_folder, compiled
+    from vovnet_fast.compiling.jobs import compiled
     from vovnet_fast.compiling.jobs import different as kernels
     from vovnet_fast.compiling.workers import count
+    from vovnet_fast.kernels._triton import cache_folder
     from vovnet_fast.tools.compile import needed
 
     parser = argparse.ArgumentParser(prog="python benchmarks/precompile.py", description=__doc__)

@@ -40,7 +40,7 @@ def vector(*views: Tensor) -> int:
         if view.shape[-1] % size or view.data_ptr() % VECTOR_BYTES:
             return 1
         # Nothing is ever multiplied by the stride of a single image, row or column but 0.
-        if any(s % size and n > 1 for s, n in zip(view.stride()[:-1], view.shape, strict=False)):
+        if any(s % size and n > 1 for s, n in zip(view.stride()[:-1], view.shape)):
             return 1
     return size
 

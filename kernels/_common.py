@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import _interpreter
 from ._any_size import strides, vector
+from ._triton import interpreted
 
 INT32_LIMIT = 2**31
 PARTS = 3
@@ -33,11 +34,6 @@ _INTERPRETED_PROCESSORS = 3  # Such runs are tiny: three programs make persisten
 def cdiv(a: int, b: int) -> int:
     """a / b, rounded up. Triton's own is traced: slow, at every launch."""
     return -(-a // b)
-
-
-def interpreted() -> bool:
-    """Whether kernels run in Triton's interpreter, which was decided when it was imported."""
-    return triton.knobs.runtime.interpret
 
 
 if interpreted():
@@ -176,11 +172,11 @@ def soft_bf16(dtype: torch.dtype) -> bool:
 def assert_nhwc(name: str, tensor: Tensor, *shape: int | None) -> None:
     """Assert a ``[N, H, W, C]`` view of the given sizes (None: any), channels adjacent."""
     assert tensor.ndim == 4, f"{name} must be [N, H, W, C], got {tuple(tensor.shape)}"
-    for size, wanted in zip(tensor.shape, shape, strict=False):
+    for size, wanted in zip(tensor.shape, shape):
         assert wanted is None or size == wanted, (
             f"{name} must have shape {shape}, got {tuple(tensor.shape)}"
         )
-    assert tensor.shape[3] == 1 or tensor.stride(3) == 1, (
+    assert tensor.shape[3] == 1 or tensor.stride(3) == 1 or tensor.numel() == 0, (
         f"{name} must have channel stride 1, got strides {tensor.stride()}"
     )
 
@@ -319,7 +315,7 @@ def pixelwise(
         num_warps: warps a program.
     """
     present = {name: view for name, view in views.items() if view is not None}
-    given = dict(zip(present, collapse_rows(*present.values()), strict=True))
+    given = dict(zip(present, collapse_rows(*present.values())))
     first = next(iter(given.values()))
     n, height, width, c = first.shape
     block_c = channel_block(c)

@@ -20,6 +20,8 @@ def start() -> None:
         return
     import triton
 
+    if not hasattr(triton, "knobs"):  # Triton 3.3
+        raise RuntimeError(f"{ENVIRONMENT}: Triton {triton.__version__} tells nobody; 3.4 does")
     before = triton.knobs.compilation.listener
 
     def note(*, src: Any, times: Any, cache_hit: bool, **rest: Any) -> None:

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from triton.runtime.jit import JITFunction, create_function_from_signature
 
-from ._common import Launch, interpreted
+from ._common import Launch
+from ._triton import interpreted, packed
 
 
 class Variant(NamedTuple):
@@ -36,7 +37,9 @@ class Variant(NamedTuple):
     @property
     def key(self) -> str:
         """A text that is the same for launches that share a compiled kernel, and no others."""
-        assumed = {position: found for position, found in self.attributes.items() if found}
+        assumed = self.attributes
+        if isinstance(assumed, dict):  # It is an object in Triton 3.2.
+            assumed = {position: found for position, found in assumed.items() if found}
         parts = (list(self.signature.items()), self.constants, assumed, self.options)
         return f"{self.kernel.fn.__module__}.{self.kernel.fn.__qualname__} {parts}"
 
@@ -62,12 +65,8 @@ def variant(launch: Launch) -> Variant:
     kernel, binder = _compiled(launch.kernel)
     options = dict(num_warps=launch.num_warps, num_stages=launch.num_stages)
     arguments = {**launch.args, **launch.constants}
-    bound, specialization, _ = binder(**arguments)
     # The architecture does not matter here: it has to be one that there is.
-    _, signature, constants, attributes = kernel._pack_args(
-        _backend(), {**arguments, **options}, bound, specialization, options
-    )
-    return Variant(kernel, signature, constants, attributes, options)
+    return Variant(kernel, *packed(kernel, _backend(), binder, arguments, options), options)
 
 
 def _target(arch: str) -> Any:

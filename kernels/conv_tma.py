@@ -14,13 +14,11 @@ as zeros and is never stored, so the padding costs nothing.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._any_size import launched, next_chunk
 from ._common import Launch, cdiv, interpreted, processors, soft_bf16, triton_accumulator
@@ -32,14 +30,11 @@ from ._device_functions import (
     store_statistics,
     tile_statistics,
 )
+from ._triton import ROUNDS_TO_TF32, TensorDescriptor
 from .conv_config import ConvConfig, Epilogue
 
 ALIGNMENT = 16
 """Bytes that addresses and strides of bulk copies are multiples of."""
-
-_ROUNDING = "round_f32_to_tf32"
-ROUNDS_TO_TF32 = any(field.name == _ROUNDING for field in dataclasses.fields(TensorDescriptor))
-"""Whether bulk copies can round, as they can since Triton 3.7. Tensor cores only truncate."""
 
 
 @triton.jit
@@ -203,6 +198,8 @@ def legal(
         x, weight, out, stride, tf32: as there.
         others: activations of the epilogue.
     """
+    if TensorDescriptor is None:
+        return False
     multiplied = x.dtype.itemsize <= 2 or (tf32 and ROUNDS_TO_TF32) or interpreted()
     if stride != 1 or not multiplied:
         return False
@@ -235,7 +232,7 @@ def plan(
     weight = weight.flatten(1)
     blocks = config.block_out + (0,) * (2 - len(config.block_out))
     pixels = [1, config.tile_h, config.tile_w]
-    rounding: dict[str, Any] = {_ROUNDING: True} if tf32 and ROUNDS_TO_TF32 else {}
+    rounding: dict[str, Any] = {"round_f32_to_tf32": True} if tf32 and ROUNDS_TO_TF32 else {}
 
     def describe(tensor: Tensor, block: list[int]) -> TensorDescriptor:
         return TensorDescriptor.from_tensor(tensor, block, **rounding)

@@ -16,11 +16,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ._any_size import carry, launched, strides, vector
 from ._common import Launch, cdiv, interpreted, needs_int64, soft_bf16, triton_accumulator
 from ._device_functions import batch_offset
+from ._triton import TensorDescriptor
 from .conv_tma import ALIGNMENT
 from .conv_weight_grad_config import WeightGradConfig, column_groups
 from .conv_weight_grad_finish import sum_channels
@@ -172,7 +172,7 @@ def legal(x: Tensor, g: Tensor, *, stride: int) -> bool:
     not step over pixels. There is no warpgroup MMA of wider types that takes its operands
     pixels first.
     """
-    if stride != 1 or (x.dtype.itemsize > 2 and not interpreted()):
+    if TensorDescriptor is None or stride != 1 or (x.dtype.itemsize > 2 and not interpreted()):
         return False
     return all(
         view.data_ptr() % ALIGNMENT == 0

@@ -199,7 +199,7 @@ def plan_apply(z: Tensor, gates: Tensor | None, identity: Tensor | None, out: Te
     if gates is not None:
         assert_packed("gates", gates, (n, c), accumulator(z.dtype))
     views = [z, out] if identity is None else [z, out, identity]
-    for name, view in zip(("z", "out", "identity"), views, strict=False):
+    for name, view in zip(("z", "out", "identity"), views):
         assert_nhwc(name, view, *z.shape)
         assert_same(name, view, z)
     return pixelwise(

@@ -1,4 +1,4 @@
-"""The three dialects written out once more, from the published table and nothing else.
+"""The four dialects written out once more, from the published table and nothing else.
 
 No code is shared with the package: these are what it is compared with. Every
 network carries its code base's own state-dict keys, so that they also make the
@@ -43,6 +43,12 @@ SEED = {
     "vovnet-39": (*FULL, 5, [1, 1, 2, 2], False),
     "vovnet-57": (*FULL, 5, [1, 1, 4, 3], False),
     "vovnet-99": (*FULL, 5, [1, 3, 9, 3], False),
+}
+# The VoVNet of 2019, of five layers a block.
+TORCHHUB = {
+    "V-27-slim": ([64, 80, 96, 112], [128, 256, 384, 512], 5, [1, 1, 1, 1], False),
+    "V-39": (*FULL, 5, [1, 1, 2, 2], False),
+    "V-57": (*FULL, 5, [1, 1, 4, 3], False),
 }
 
 
@@ -108,10 +114,29 @@ class Detectron2Net(nn.Module):
                     y = layer(y)
                     outputs.append(y)
                 y = block.concat(torch.cat(outputs, 1))
-                y = y * (F.relu6(block.ese.fc(y.mean((2, 3), keepdim=True)) + 3) / 6)
+                y = self.gate(block, y)
                 x = x + y if b > 0 else y
             features.append(x)
         return features
+
+    @staticmethod
+    def gate(block, y):
+        return y * (F.relu6(block.ese.fc(y.mean((2, 3), keepdim=True)) + 3) / 6)
+
+
+class TorchHubNet(Detectron2Net):
+    """What detectron2's was made from: no eSE, and a classifier."""
+
+    def __init__(self, mid, out, *numbers):
+        super().__init__(mid, out, *numbers)
+        for s in range(2, 6):
+            for block in getattr(self, f"stage{s}").children():
+                del block.ese
+        self.classifier = nn.Linear(out[-1], 10)
+
+    @staticmethod
+    def gate(block, y):
+        return y
 
 
 class TimmNet(nn.Module):
@@ -255,6 +280,7 @@ BUILDERS = {
     **{name: (Detectron2Net, numbers) for name, numbers in DETECTRON2.items()},
     **{name: (TimmNet, numbers) for name, numbers in TIMM.items()},
     **{name: (SeedNet, numbers) for name, numbers in SEED.items()},
+    **{name: (TorchHubNet, numbers) for name, numbers in TORCHHUB.items()},
 }
 
 

@@ -14,6 +14,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "vovnet_fast"
 
 FLOORS = (
+    ("compat",),
     ("_version", "_dtypes", "_environment", "_files", "_optional", "specs"),
     ("_provenance", "reference"),
     ("kernels",),
@@ -26,7 +27,7 @@ FLOORS = (
     ("checkpoints",),
     ("deploy",),
     ("integrations",),
-    ("mmdet", "tools"),
+    ("detectron2", "mmdet", "timm", "tools"),
 )
 """Rooms of the package. One imports those of the floors below, and none beside or above it."""
 

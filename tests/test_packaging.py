@@ -58,7 +58,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert {f"vovnet_fast/{name}" for name in tables} <= set(names)
     metadata = next(n for n in names if n.endswith("METADATA"))
     text = zipfile.ZipFile(wheel).read(metadata).decode()
-    for line in ("License-Expression: Apache-2.0", "Requires-Python: >=3.10", "Extra: mmdet"):
+    for line in ("License-Expression: Apache-2.0", "Requires-Python: >=3.9", "Extra: mmdet"):
         assert line in text.replace("Provides-Extra", "Extra")
     assert any(n.endswith("licenses/LICENSE") for n in names)
 
@@ -90,6 +90,25 @@ def test_importing_needs_neither_mmdet_nor_a_gpu_stack():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_timm_missing_or_too_old_is_one_clear_error():
+    code = (
+        "import sys; sys.modules['timm'] = None; import vovnet_fast\n"
+        "from unittest.mock import MagicMock\n"
+        "def attempt():\n"
+        "    try: import vovnet_fast.timm\n"
+        "    except ImportError as e: print(e)\n"
+        "attempt()\n"
+        "for name in ('timm', 'timm.layers', 'timm.models'): sys.modules[name] = MagicMock()\n"
+        "sys.modules['timm'].__version__ = '0.8.23'\n"
+        "attempt()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    missing, old = done.stdout.splitlines()
+    assert "needs timm 0.9 or newer, and importing it failed with" in missing
+    assert "needs timm 0.9 or newer, got 0.8.23" in old
+    assert all('pip install "vovnet-fast[timm]"' in line for line in (missing, old))
 
 
 def test_mmdet_missing_is_one_clear_error(tmp_path):

@@ -1,4 +1,5 @@
 import dataclasses
+from typing import get_args
 
 import pytest
 
@@ -21,7 +22,7 @@ def test_numbers_are_the_published_ones(name):
 
 def test_every_published_name_and_no_other():
     assert specs.names() == list(straight_line.BUILDERS)
-    assert [len(specs.names(d)) for d in ("detectron2", "timm", "seed")] == [7, 8, 7]
+    assert [len(specs.names(d)) for d in get_args(specs.Dialect)] == [7, 8, 7, 3]
 
 
 @pytest.mark.parametrize(
@@ -33,6 +34,10 @@ def test_every_published_name_and_no_other():
         ("timm/ese_vovnet39b.ra_in1k", "ese_vovnet39b"),
         ("hf-hub:timm/ese_vovnet39b.ra_in1k", "ese_vovnet39b"),
         ("VoVNet-39", "vovnet-39"),
+        ("vovnet39", "V-39"),
+        ("vovnet57", "V-57"),
+        ("vovnet27_slim", "V-27-slim"),
+        ("vovnet27s", "V-27-slim"),
     ],
 )
 def test_spellings(written, canonical):
@@ -78,3 +83,26 @@ def test_dialects_agree_only_where_they_do():
     assert "OSA4_1 has an eSE gate in V-39-eSE, timm has none" in specs.differences(
         specs.get("V-39-eSE"), "timm"
     )
+
+
+def test_the_two_of_2019_differ_in_identities_alone():
+    """timm's v1 networks add none, torch.hub's do in every block but the first of a stage."""
+    for ours, timm in (("V-39", "vovnet39a"), ("V-57", "vovnet57a")):
+        assert specs.twins(specs.get(ours)) == [timm]
+        assert specs.twins(specs.get(timm)) == [ours]
+        for reasons in (
+            specs.differences(specs.get(ours), "timm"),
+            specs.differences(specs.get(timm), "torchhub"),
+        ):
+            assert reasons
+            assert all("identity add" in reason for reason in reasons)
+    assert not specs.differences(specs.get("V-27-slim"), "timm")  # It has one block a stage.
+    alone = [name for name in specs.names() if not specs.twins(specs.get(name))]
+    assert len(alone) == len(specs.names()) - 4
+    assert specs.differences(specs.get("V-39-eSE"), "torchhub")[0] == (
+        "OSA2_1 has an eSE gate in V-39-eSE, torchhub has none"
+    )
+    plain = dataclasses.replace(specs.get("V-19-dw-eSE"), ese="none")
+    assert specs.differences(plain, "torchhub") == [
+        "depthwise layers: V-19-dw-eSE has them, torchhub has none"
+    ]

@@ -18,8 +18,11 @@ TINY: dict[str, VoVNetSpec] = {
         ("detectron2", "V-39-eSE"),
         ("timm", "ese_vovnet39b"),
         ("seed", "vovnet-39"),
+        ("torchhub", "V-39"),
     )
 }
 TINY["depthwise"] = replace(
     TINY["detectron2"], name="tiny-depthwise", depthwise=True, stem_channels=(8, 8, 8)
 )
+# What it alone has is a block that adds its input and has no gate; the rest is the others'.
+TINY["torchhub"] = replace(TINY["torchhub"], blocks_per_stage=(1, 2, 1, 1))

@@ -14,13 +14,14 @@ _REMEDIES = {
     "mmdet": 'pip install "vovnet-fast[mmdet]"',
     "onnx": 'pip install "vovnet-fast[onnx]"',
     "onnxruntime": 'pip install "vovnet-fast[onnx]"',
+    "timm": 'pip install "vovnet-fast[timm]"',
 }
 """Other than to install the package by its name."""
 
 _LEAST = {
     "triton": (
-        (3, 6),
-        "the first that has what the kernels need: install torch 2.10 or newer, which brings it",
+        (3, 2),
+        "the first that has what the kernels need: install torch 2.6 or newer, which brings it",
     ),
 }
 """Versions before which a package counts as missing, and why."""

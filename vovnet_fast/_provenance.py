@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from ._version import __version__
+from .compat import zip
 
 COMMIT_ENVIRONMENT = "VOVNET_FAST_COMMIT"
 """Names the commit of sources that do not lie in a git checkout."""

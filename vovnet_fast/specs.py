@@ -1,24 +1,30 @@
 """Every published VoVNet architecture as data.
 
-Three families of code compute three slightly different networks under almost
+Four families of code compute four slightly different networks under almost
 the same names. A :class:`VoVNetSpec` writes down each point on which they
 disagree, so that one model class serves them all:
 
-========================  =================  ====================  ===================
-field                     ``detectron2``     ``timm``              ``seed``
-========================  =================  ====================  ===================
-``stem_strides``          2, 1, 2            2, 1, 2               2, 1, 1
-``first_pooled_stage``    3                  3                     2
-``pool``                  ceil mode          ceil mode             padding 1
-``ese``                   every block        last block of a stage every block
-``gate``                  hard sigmoid       hard sigmoid          sigmoid
-``pointwise_bias``        no                 no                    yes
-``init``                  Kaiming, fan in    Kaiming, fan out      Kaiming, fan out
-========================  =================  ====================  ===================
+======================  ===============  ===============  ================  ===============
+field                   ``detectron2``   ``timm``         ``seed``          ``torchhub``
+======================  ===============  ===============  ================  ===============
+``stem_strides``        2, 1, 2          2, 1, 2          2, 1, 1           2, 1, 2
+``first_pooled_stage``  3                3                2                 3
+``pool``                ceil mode        ceil mode        padding 1         ceil mode
+``ese``                 every block      last of a stage  every block       none
+``gate``                hard sigmoid     hard sigmoid     sigmoid           (none)
+``identity``            after the first  after the first  of equal widths   after the first
+``pointwise_bias``      no               no               yes               no
+``init``                Kaiming, fan in  fan out          fan out           fan in
+======================  ===============  ===============  ================  ===============
+
+The VoVNet of 2019 has no eSE, and is two functions: that of the torch.hub models,
+which the first family's code came from, adds identities; timm's ``vovnet39a`` and
+``vovnet57a`` add none, with parameters of the same names and shapes.
 
 Sources: ``youngwanLEE/vovnet-detectron2`` (also the code of PETR, StreamPETR,
-BEVFormer and DD3D), ``timm/models/vovnet.py``, and ``mmdetection-vovnet`` for
-mmdet 1.2, called the seed here. Papers: "An Energy and GPU-Computation
+BEVFormer and DD3D), ``timm/models/vovnet.py``, ``mmdetection-vovnet`` for
+mmdet 1.2, called the seed here, and ``stigma0617/VoVNet.pytorch``, whose models
+torch.hub and pytorchcv have. Papers: "An Energy and GPU-Computation
 Efficient Backbone Network for Real-Time Object Detection" (arXiv:1904.09730),
 "CenterMask: Real-Time Anchor-Free Instance Segmentation" (arXiv:1911.06667).
 """
@@ -31,7 +37,9 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
-Dialect = Literal["detectron2", "timm", "seed"]
+from .compat import zip
+
+Dialect = Literal["detectron2", "timm", "seed", "torchhub"]
 ESEPlacement = Literal["every", "last", "none"]
 Gate = Literal["hard_sigmoid", "sigmoid"]
 Identity = Literal["after_first", "equal_width", "none"]
@@ -257,8 +265,13 @@ def differences(spec: VoVNetSpec, dialect: Dialect) -> list[str]:
     """
     if spec.dialect == dialect:
         return []
-    other = replace(spec, dialect=dialect, **_DIALECT_RULES[dialect])
+    rules = dict(_DIALECT_RULES[dialect])
+    if dialect == "timm" and spec.ese == "none":
+        rules.update(_V1)
+    other = replace(spec, dialect=dialect, **rules)
     found = []
+    if spec.depthwise and dialect == "torchhub":
+        found.append(f"depthwise layers: {spec.name} has them, torchhub has none")
     for field, what in (
         ("stem_strides", "stem strides"),
         ("first_pooled_stage", "first stage with a max pool"),
@@ -312,12 +325,28 @@ _DIALECT_RULES: dict[str, dict] = {
         pointwise_bias=True,
         init="fan_out",
     ),
+    "torchhub": dict(
+        stem_strides=(2, 1, 2),
+        first_pooled_stage=3,
+        pool="ceil",
+        ese="none",
+        gate="hard_sigmoid",  # Of no block.
+        identity="after_first",
+        pointwise_bias=False,
+        init="fan_in",
+    ),
 }
 
 _SLIM: dict = dict(mid_channels=(64, 80, 96, 112), out_channels=(112, 256, 384, 512))
 _FULL: dict = dict(mid_channels=(128, 160, 192, 224), out_channels=(256, 512, 768, 1024))
 _DW: dict = dict(depthwise=True, stem_channels=(64, 64, 64))
 _V19: dict = dict(layers_per_block=3, blocks_per_stage=(1, 1, 1, 1))
+_V27_SLIM: dict = dict(
+    mid_channels=(64, 80, 96, 112),
+    out_channels=(128, 256, 384, 512),
+    layers_per_block=5,
+    blocks_per_stage=(1, 1, 1, 1),
+)
 _V39: dict = dict(layers_per_block=5, blocks_per_stage=(1, 1, 2, 2))
 _V57: dict = dict(layers_per_block=5, blocks_per_stage=(1, 1, 4, 3))
 _V99: dict = dict(layers_per_block=5, blocks_per_stage=(1, 3, 9, 3))
@@ -362,9 +391,20 @@ SPECS: dict[str, VoVNetSpec] = {
         _spec("seed", "vovnet-39", _FULL, _V39),
         _spec("seed", "vovnet-57", _FULL, _V57),
         _spec("seed", "vovnet-99", _FULL, _V99),
+        _spec("torchhub", "V-27-slim", _V27_SLIM),
+        _spec("torchhub", "V-39", _FULL, _V39),
+        _spec("torchhub", "V-57", _FULL, _V57),
     )
 }
 """All architectures by canonical name."""
+
+_ALIASES = {
+    "vovnet27_slim": "V-27-slim",
+    "vovnet27s": "V-27-slim",
+    "vovnet39": "V-39",
+    "vovnet57": "V-57",
+}
+"""What torch.hub and pytorchcv call some of them."""
 
 
 def _normalise(name: str) -> str:
@@ -376,7 +416,10 @@ def _normalise(name: str) -> str:
     return stem if tag else name
 
 
-_BY_NORMALISED_NAME = {_normalise(name): spec for name, spec in SPECS.items()}
+_BY_NORMALISED_NAME = {
+    **{_normalise(name): spec for name, spec in SPECS.items()},
+    **{_normalise(alias): SPECS[name] for alias, name in _ALIASES.items()},
+}
 
 
 def get(name: str | VoVNetSpec) -> VoVNetSpec:
@@ -384,7 +427,8 @@ def get(name: str | VoVNetSpec) -> VoVNetSpec:
 
     Case does not matter, and timm's weight tags and hub prefixes are accepted
     (``timm/ese_vovnet39b.ra_in1k``). Names of different dialects are different
-    networks: ``V-39-eSE``, ``ese_vovnet39b`` and ``vovnet-39`` are three.
+    networks: ``V-39-eSE``, ``ese_vovnet39b`` and ``vovnet-39`` are three. torch.hub's
+    and pytorchcv's names of the VoVNet of 2019 are understood: ``vovnet39`` is ``V-39``.
 
     Args:
         name: one of :func:`names`, or a spec, which is returned as it is.
@@ -410,6 +454,25 @@ def get(name: str | VoVNetSpec) -> VoVNetSpec:
         )
         raise UnknownSpecError(f"unknown VoVNet {name!r}: {hint}")
     return spec
+
+
+def twins(spec: VoVNetSpec) -> list[str]:
+    """Published architectures with the parameters of ``spec``, which compute another function.
+
+    Names and shapes do not tell whether a block adds its input: ``V-39`` and timm's
+    ``vovnet39a`` are twins.
+    """
+    return [
+        other.name
+        for other in SPECS.values()
+        if _parameters(other) == _parameters(spec) and differences(spec, other.dialect)
+    ]
+
+
+def _parameters(spec: VoVNetSpec) -> tuple:
+    """What the names and the shapes of its parameters depend on."""
+    blocks = tuple(replace(block, identity=False) for block in spec.blocks())
+    return spec.stem_channels, spec.depthwise, spec.pointwise_bias, blocks
 
 
 def names(dialect: Dialect | None = None) -> list[str]:

@@ -10,9 +10,8 @@
 #         imports=["projects.PETR.petr", "vovnet_fast.mmdet"], allow_failed_imports=False)
 #     model = dict(img_backbone=dict(type="VoVNetFast", with_cp=True))
 #
-# Code bases on mmcv 1.x (StreamPETR's own repository) have no mmengine: register the plain class
-# there, `BACKBONES.register_module(name="VoVNetFast", module=vovnet_fast.VoVNet)`, and fill it
-# through load_from.
+# Code bases on mmcv 1.x and mmdet 2.x (StreamPETR's own repository) write the same; where they
+# import plugins by `plugin = True`, custom_imports works beside it.
 custom_imports = dict(imports=["vovnet_fast.mmdet"], allow_failed_imports=False)
 
 # PETR and StreamPETR. Strides 16 and 32, 768 and 1024 channels: CPFPN stays as it is, with

@@ -27,7 +27,9 @@ def assert_same_function(model, net):
 
 @pytest.mark.parametrize("prefix", PREFIXES)
 @pytest.mark.parametrize("wrapper", [None, "state_dict", "model"])
-@pytest.mark.parametrize("name", ["V-19-slim-eSE", "ese_vovnet19b_slim_dw", "vovnet-19-slim-dw1"])
+@pytest.mark.parametrize(
+    "name", ["V-19-slim-eSE", "ese_vovnet19b_slim_dw", "vovnet-19-slim-dw1", "V-27-slim"]
+)
 def test_loads_every_layout_prefix_and_wrapper(name, prefix, wrapper):
     net = straight_line.build(name)
     source = {prefix + k: v for k, v in net.state_dict().items()}
@@ -44,7 +46,7 @@ def test_loads_every_layout_prefix_and_wrapper(name, prefix, wrapper):
     assert report.parameters == sum(
         v.numel() for k, v in model.state_dict().items() if "num_batches" not in k
     )
-    heads = {"seed": 7, "timm": 2, "detectron2": 0}[dialect]
+    heads = {"seed": 7, "timm": 2, "detectron2": 0, "torchhub": 2}[dialect]
     assert len(report.ignored) == 1 + heads
 
 
@@ -58,8 +60,9 @@ def test_keys_of_every_architecture(name):
     dialect = specs.get(name).dialect
     native = convert(theirs, name)
     assert list(native) == list(VoVNet(name).state_dict())
-    back = convert(native, name, dialect)
-    heads = {"seed": "model.classifier.", "timm": "head.", "detectron2": "-"}[dialect]
+    back = convert(native, name, dialect, layout="native")
+    heads = dict(seed="model.classifier.", timm="head.", torchhub="classifier.")
+    heads = heads.get(dialect, "-")
     assert set(back) == {k for k in theirs if not k.startswith(heads)}
     assert all(back[k].shape == theirs[k].shape for k in back)
     assert identify(theirs)[0] == name
@@ -87,6 +90,10 @@ def test_detectron2_and_timm_where_they_agree(name):
         ("V-99-eSE", "timm", "ese_vovnet99b"),
         ("ese_vovnet39b", "detectron2", "OSA4_1 has no eSE gate in ese_vovnet39b"),
         ("vovnet39a", "detectron2", "OSA2_1 has no eSE gate"),
+        ("vovnet57a", "torchhub", "OSA4_2 has no identity add in vovnet57a, torchhub has one"),
+        ("vovnet57a", "pytorchcv", "torchhub dialect's own architecture: V-27-slim, V-39, V-57"),
+        ("V-39", "timm", "OSA4_2 has an identity add in V-39, timm has none"),
+        ("V-39-eSE", "pytorchcv", "OSA2_1 has an eSE gate in V-39-eSE, torchhub has none"),
         ("vovnet-39", "detectron2", "stem strides"),
         ("V-39-eSE", "seed", "max pool mode|stem strides"),
         ("ese_vovnet39b", "seed", "do not compute the same function"),
@@ -95,7 +102,7 @@ def test_detectron2_and_timm_where_they_agree(name):
 def test_conversions_without_a_function_are_refused(name, to, reason):
     model = VoVNet(name)
     with pytest.raises(CheckpointError, match=reason):
-        convert(model.state_dict(), name, to)
+        convert(model.state_dict(), name, to, layout="native")
 
 
 def test_foreign_checkpoints_of_another_function_are_refused():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 pytest.importorskip("mmcv.ops", exc_type=Exception)
-pytest.importorskip("mmdet", exc_type=Exception)
+pytest.importorskip("mmdet.registry", exc_type=Exception)
 
 from mmdet.registry import MODELS
 from mmdet.testing import demo_mm_inputs

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 pytest.importorskip("mmcv.ops", exc_type=Exception)
-pytest.importorskip("mmdet", exc_type=Exception)
+pytest.importorskip("mmdet.registry", exc_type=Exception)
 
 import mmcv.ops
 import mmdet.registry
@@ -517,6 +517,9 @@ def test_checkpoint_without_backbone_warns(load: Any) -> None:
     detector = Detector()
     before = {k: v.clone() for k, v in detector.backbone.state_dict().items()}
     state = {k: v for k, v in detector.state_dict().items() if k.startswith("head.")}
+    with pytest.raises(CheckpointError, match=r"nothing for the backbone.*it would be noise"):
+        load(detector, state)
+    load(detector, detector.state_dict())
     with pytest.warns(UserWarning, match=r"nothing for the backbone"):
         load(detector, state)
     torch.testing.assert_close(detector.backbone.state_dict(), before)

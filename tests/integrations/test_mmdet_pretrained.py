@@ -4,7 +4,7 @@ import pytest
 import torch
 
 pytest.importorskip("mmcv.ops", exc_type=Exception)
-pytest.importorskip("mmdet", exc_type=Exception)
+pytest.importorskip("mmdet.registry", exc_type=Exception)
 
 from mmdet.registry import MODELS
 from mmdet.utils import register_all_modules
@@ -99,7 +99,7 @@ def test_a_whole_detectors_checkpoint(net, tmp_path):
     torch.save({"state_dict": state, "meta": {}}, tmp_path / "detector.pth")
     with pytest.raises(checkpoints.CheckpointError, match=r"fills \d+ of the backbone's"):
         load_checkpoint(detector, str(tmp_path / "detector.pth"), map_location="cpu")
-    with pytest.warns(UserWarning, match=r"nothing for the backbone: no key like 'backbone\.stem"):
+    with pytest.warns(UserWarning, match=r"nothing for the backbone .*no key like 'backbone\.stem"):
         detector.load_state_dict({"head.weight": torch.zeros(2, 2)}, strict=False)
 
 

@@ -180,6 +180,14 @@ def test_empty_batch():
     assert [f.shape for f in model(x)] == [f.shape for f in eager(model, x)]
 
 
+@pytest.mark.parametrize("name", list(TINY))
+def test_gradients_of_an_empty_batch(name):
+    """What autograd makes of nothing has any strides, and contiguous() leaves them."""
+    model = network(TINY[name])
+    sum((f * f).sum() for f in model(torch.empty(0, 3, 40, 40, dtype=torch.float64))).backward()
+    assert not any(p.grad.any() for p in model.parameters())
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", list(TINY))
 def test_compiles_without_a_graph_break(name):

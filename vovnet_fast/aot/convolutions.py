@@ -78,8 +78,10 @@ _LAYERS: tuple[tuple[int, int, int, int], ...] = (
 
 def _bulk_copies(channels: int, stride: int, tf32: bool) -> bool:
     """Whether they can fetch a layer's input."""
-    from ..kernels.conv_tma import ROUNDS_TO_TF32
+    from ..kernels._triton import ROUNDS_TO_TF32, TensorDescriptor
 
+    if TensorDescriptor is None:
+        return False
     return stride == 1 and channels >= 16 and (ROUNDS_TO_TF32 or not tf32)
 
 

@@ -100,7 +100,7 @@ from types import ModuleType
 
 import torch
 
-from .. import _environment, tuning
+from .. import _environment, compat, tuning
 
 NAMES = ("reference", "cpu", "triton", "cuda")
 ENVIRONMENT = "VOVNET_FAST_BACKEND"
@@ -222,7 +222,7 @@ def fused(device: torch.device, dtype: torch.dtype, needs: tuple[str, ...]) -> b
         return not _exporting() and _automatic(device, dtype, needs) != "reference"
     if name == "reference":
         return False
-    if not torch.compiler.is_compiling():  # Then the op itself asks, when it runs.
+    if not compat.is_compiling():  # Then the op itself asks, when it runs.
         select(device, dtype, needs)
     return True
 
@@ -321,7 +321,7 @@ def _trusted(name: str, device: torch.device, dtype: torch.dtype, needs: tuple[s
 
 def _exporting() -> bool:
     """Whether torch.export, or either exporter of ONNX, is tracing."""
-    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+    return torch.jit.is_tracing() or compat.is_exporting()
 
 
 COMPILES = torch.__version__ >= "2.10"  # As versions: it is no plain string.

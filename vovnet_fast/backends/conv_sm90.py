@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import _environment
+from ..compat import zip
 from . import _extension
 from ._extension.fields import pointer
 

@@ -6,19 +6,24 @@ Key layouts, for the first layer of the second stage:
 ``native`` and ``detectron2``  ``stage2.OSA2_1.layers.0.OSA2_1_0/conv.weight``
 ``timm``                       ``stages.0.blocks.0.conv_mid.0.conv.weight``
 ``seed`` (mmdet 1.2 port)      ``model.OSA_2.OSA2_1.layers.0.0.weight``
+``torchhub`` (VoVNet.pytorch)  as ``native``, with ``classifier.weight`` beside it
+``pytorchcv``                  ``features.stage1.unit1.branches.branch1.conv.weight``
 =============================  =================================================
 
-``native`` and ``detectron2`` share their keys and differ in what they promise:
-``native`` is the layout of this package's own modules, of any dialect;
+``native``, ``detectron2`` and ``torchhub`` share their keys and differ in what they
+promise: ``native`` is the layout of this package's own modules, of any dialect;
 ``detectron2`` is a file that vovnet-detectron2, PETR and their relatives run as
-the same function. Converting refuses where no such function exists.
+the same function, ``torchhub`` one that the VoVNet of 2019 does. Converting and
+loading refuse where no such function exists.
 
-Nothing here executes code from a file: pickles are read with
+Nothing here executes code from a file: files of ``torch.save`` are read with
 ``weights_only=True``, and unknown classes in them (a trainer's log buffers, say)
-become inert placeholders.
+become inert placeholders; pickles of NumPy arrays, detectron2's ``.pkl`` files,
+are read without unpickling.
 
 ===================  ================================================================
 :mod:`.files`        reading files of tensors
+:mod:`.arrays`       reading pickles of NumPy arrays
 :mod:`.downloads`    files of http(s) addresses, kept
 :mod:`.writing`      writing them
 :mod:`.layouts`      what modules are called in every layout

@@ -7,8 +7,8 @@ from torch import Tensor
 from .. import specs
 from ..specs import VoVNetSpec
 from .files import StateDict, unwrap
-from .fitting import Report, check, expected, refuse_other_function, take
-from .layouts import ANCHORS, FOREIGN, LAYOUTS, SEED_ROOT, Layout, column_of, locate, module_names
+from .fitting import Report, check, expected, refuse_other_function, require_function, take
+from .layouts import ANCHORS, DIALECTS, LAYOUTS, SEED_ROOT, Layout, locate, names_in
 
 
 def convert(
@@ -25,10 +25,10 @@ def convert(
     Args:
         state_dict: tensors by key, of any layout, bare or wrapped.
         spec_name: the architecture that the checkpoint holds.
-        to: the layout to write. ``native`` is always possible; ``detectron2``,
-            ``timm`` and ``seed`` only where that code base computes the same
-            function: detectron2 and timm place eSE differently in stages of
-            several blocks, the seed differs in stem, pool, gate and biases.
+        to: the layout to write. ``native`` is always possible; the others only
+            where that code base computes the same function: detectron2 and timm
+            place eSE differently in stages of several blocks, the seed differs in
+            stem, pool, gate and biases, torch.hub and pytorchcv have no eSE.
         layout: the source's layout, recognised by default.
         prefix: what stands before the source's backbone keys, found by default.
         add_prefix: is put before every key that is returned.
@@ -60,18 +60,18 @@ def convert_with_report(
         if value is not None and value not in LAYOUTS:
             raise ValueError(f"{name} must be one of {', '.join(LAYOUTS)}, got {value!r}")
     state_dict = unwrap(state_dict)
-    layout, prefix = locate(state_dict, layout, prefix)
-    if layout in FOREIGN:
-        refuse_other_function(spec, layout, f"a {layout} checkpoint cannot be read as {spec.name}")
-    if to != "native":
-        refuse_other_function(spec, to, f"{spec.name} cannot be written for {to}")
+    asked, (layout, prefix) = layout, locate(state_dict, layout, prefix)
+    require_function(
+        state_dict, spec, asked, layout, prefix, "a {0} checkpoint cannot be read as {1}"
+    )
+    if to in DIALECTS:
+        refuse_other_function(spec, DIALECTS[to], f"{spec.name} cannot be written for {to}")
     taken, surplus, report = take(state_dict, spec, layout, prefix)
     anchor = taken.get(ANCHORS["native"])
     input_ch = anchor.shape[1] if anchor is not None and anchor.ndim == 4 else 3
     there = expected(spec, input_ch)
     check(taken, surplus, there, report, state_dict)
-    column = column_of(to)
-    rename = {names[0]: names[column] for names in module_names(spec)}
+    rename = names_in(spec, to)
     root = add_prefix + (SEED_ROOT if to == "seed" else "")
     converted = {}
     for key in there:

@@ -1,7 +1,7 @@
 """Reading files of tensors by key, without running code from them.
 
-Pickles are read with ``weights_only=True``, and unknown classes in them (a trainer's log
-buffers, say) become inert placeholders.
+Files of ``torch.save`` are read with ``weights_only=True``, and unknown classes in them (a
+trainer's log buffers, say) become inert placeholders; pickles of NumPy arrays are not unpickled.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..network.filling import CheckpointError
-from . import downloads
+from . import arrays, downloads
 
 StateDict = Mapping[str, Any]
 
@@ -62,13 +62,13 @@ def read(source: str | os.PathLike[str], *, mmap: bool = False) -> StateDict:
     """Read a checkpoint's state dict on the CPU, without running code from it.
 
     Args:
-        source: a ``.safetensors`` file, a file written by ``torch.save``, or an
-            http(s) address of one, which is kept in torch.hub's cache. What is kept and cannot
-            be read is downloaded again.
+        source: a ``.safetensors`` file, a file written by ``torch.save``, a pickle of NumPy
+            arrays by key, as detectron2's ``.pkl`` files are, or an http(s) address of one, which
+            is kept in torch.hub's cache. What is kept and cannot be read is downloaded again.
         mmap: tensors are windows on the file, of which only what is used is ever in memory;
             changing them does not change it. The file must not be written to while they live:
             replace it, as :func:`~vovnet_fast.checkpoints.write` does. Files of before PyTorch
-            1.6 are read whole.
+            1.6 and pickles of arrays are read whole.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -83,12 +83,26 @@ def read(source: str | os.PathLike[str], *, mmap: bool = False) -> StateDict:
             f"cannot read {str(source)!r}: only files and http(s) addresses are understood. "
             "Download the file first"
         )
+    return _read_file(_existing(source), mmap)
+
+
+def read_whole(source: str | os.PathLike[str]) -> Any:
+    """What a file holds, wrappers and all, on the CPU; as :func:`read` with ``mmap``.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        CheckpointError: it cannot be read.
+    """
+    return _content(_existing(source), True)
+
+
+def _existing(source: str | os.PathLike[str]) -> Path:
     path = Path(source)
     if not path.exists():
         raise FileNotFoundError(f"no checkpoint at {path}")
     if not path.is_file():
         raise CheckpointError(f"cannot read {path}: it is no file, but a folder, pipe or device")
-    return _read_file(path, mmap)
+    return path
 
 
 def _read_address(url: str, mmap: bool) -> StateDict:
@@ -105,10 +119,14 @@ def _read_address(url: str, mmap: bool) -> StateDict:
 
 
 def _read_file(path: Path, mmap: bool) -> StateDict:
+    return unwrap(_content(path, mmap))
+
+
+def _content(path: Path, mmap: bool) -> Any:
     try:
         if path.suffix == ".safetensors":
-            return unwrap(_load_safetensors(path, mmap))
-        return unwrap(_load_pickle(path, mmap))
+            return _load_safetensors(path, mmap)
+        return _load_pickle(path, mmap)
     except CheckpointError:
         raise
     except Exception as error:  # Damaged files raise almost anything.
@@ -125,7 +143,10 @@ def _load_safetensors(path: Path, mmap: bool) -> dict[str, Tensor]:
 
 def _load_pickle(path: Path, mmap: bool) -> Any:
     with open(path, "rb") as file:
-        mmap = mmap and file.read(len(_ZIP)) == _ZIP
+        head = file.read(64)
+    if arrays.is_pickle(head):
+        return arrays.load(path)
+    mmap = mmap and head.startswith(_ZIP)
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -14,7 +15,7 @@ from ..network.filling import COUNTER, CheckpointError, why_not, why_not_plain
 from ..network.model import VoVNet
 from ..specs import Dialect, VoVNetSpec
 from .files import StateDict, unwrap
-from .layouts import ANCHORS, FOREIGN, ROOTS, Layout, column_of, locate, module_names
+from .layouts import ANCHORS, DIALECTS, ROOTS, Layout, function_of, keys_of, locate, names_in
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,7 @@ def take(
         but have no place in ``spec``, and the report.
     """
     layout, prefix = locate(state_dict, layout, prefix)
-    column = column_of(layout)
-    rename = {names[column]: names[0] for names in module_names(spec)}
+    rename = {theirs: native for native, theirs in names_in(spec, layout).items()}
     taken: dict[str, Tensor] = {}
     surplus, ignored = [], []
     for key, value in state_dict.items():
@@ -70,7 +70,7 @@ def take(
             if reason is not None:
                 raise CheckpointError(f"{key!r} {reason}")
             taken[f"{rename[module]}.{leaf}"] = value
-        elif key.startswith(tuple(prefix + root for root in ROOTS[layout])):
+        elif key.startswith(tuple(prefix + root for root in ROOTS[keys_of(layout)])):
             surplus.append(key)
         else:
             ignored.append(key)
@@ -145,14 +145,50 @@ def refuse_other_function(spec: VoVNetSpec, dialect: Dialect, what: str) -> None
         )
 
 
+def require_function(
+    state_dict: StateDict,
+    spec: VoVNetSpec,
+    asked: Layout | None,
+    layout: Layout,
+    prefix: str,
+    what: str,
+) -> None:
+    """Raise where a backbone is another function than ``spec``, and warn where nothing tells.
+
+    Args:
+        state_dict: where the backbone is.
+        spec: the architecture that it is to fill.
+        asked: the layout as the caller gave it.
+        layout: the layout as it was found, under ``prefix``.
+        what: what cannot be done with files of ``{0}`` and the architecture ``{1}``.
+    """
+    dialect = function_of(state_dict, layout, prefix)
+    if dialect is not None:
+        of = layout if layout in DIALECTS else dialect
+        refuse_other_function(spec, dialect, what.format(of, spec.name))
+    elif asked is None:
+        others = specs.twins(spec)
+        if others:
+            warnings.warn(
+                f"nothing in the checkpoint tells {spec.name} ({spec.dialect}) from "
+                f"{' and '.join(f'{name} ({specs.get(name).dialect})' for name in others)}, which "
+                "has the same parameters and is another function. It is taken for "
+                f"{spec.name}: layout='native' says that it is one. Otherwise take "
+                f"{' or '.join(others)}. A classifier in the file tells: torch.hub's is "
+                "'classifier.', timm's 'head.fc.'",
+                stacklevel=3,
+            )
+
+
 def identify(
     state_dict: StateDict, *, layout: Layout | None = None, prefix: str | None = None
 ) -> list[str]:
     """Names of the published architectures that a checkpoint fits exactly.
 
     Several fit where dialects agree (``V-19-slim-eSE`` and
-    ``ese_vovnet19b_slim`` are one function); those of the layout's own dialect
-    come first.
+    ``ese_vovnet19b_slim`` are one function), and where nothing in the file tells two
+    functions apart (``vovnet39a`` and ``V-39``, without a classifier); those of the
+    layout's own dialect come first.
 
     Args:
         state_dict: tensors by key, wrapped or not, of any layout.
@@ -164,12 +200,13 @@ def identify(
     """
     state_dict = unwrap(state_dict)
     layout, prefix = locate(state_dict, layout, prefix)
-    first = state_dict[prefix + ANCHORS[layout]]
+    first = state_dict[prefix + ANCHORS[keys_of(layout)]]
+    dialect = function_of(state_dict, layout, prefix)
     if why_not_plain(first) is not None or first.ndim != 4:
         return []
     fitting = []
     for spec in specs.SPECS.values():
-        if layout in FOREIGN and specs.differences(spec, layout):
+        if dialect is not None and specs.differences(spec, dialect):
             continue
         taken, surplus, _ = take(state_dict, spec, layout, prefix)
         there = expected(spec, first.shape[1]).items()
@@ -177,5 +214,5 @@ def identify(
         have = {k: v.shape for k, v in taken.items() if not k.endswith(COUNTER)}
         if have == wanted and not surplus:
             fitting.append(spec)
-    own = "detectron2" if layout == "native" else layout
+    own = dialect or "detectron2"
     return [s.name for s in sorted(fitting, key=lambda s: s.dialect != own)]

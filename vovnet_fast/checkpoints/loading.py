@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from ..network.filling import COUNTER, CheckpointError
 from ..network.model import VoVNet
 from .files import StateDict, read, unwrap
-from .fitting import Report, check, refuse_other_function, take
-from .layouts import FOREIGN, Layout, locate
+from .fitting import Report, check, require_function, take
+from .layouts import Layout, locate
 
 
 def load(
@@ -29,8 +29,11 @@ def load(
         model: the backbone. Its parameters are written only if everything fits.
         source: a file (``.pth``, ``.pt``, ``.bin``, ``.safetensors``), an http(s)
             address, or a state dict, bare or inside ``state_dict`` or ``model``.
-        layout: ``native``, ``detectron2``, ``timm`` or ``seed``; recognised by
-            default.
+        layout: ``native``, ``detectron2``, ``timm``, ``seed``, ``torchhub`` or
+            ``pytorchcv``; recognised by default. A backbone without eSE under native
+            keys may be torch.hub's or timm's, which are two functions; a classifier
+            beside it tells (``classifier.`` or ``head.fc.``), and where there is none
+            that is warned about, unless the layout is given.
         prefix: what stands before the backbone's keys, e.g. ``img_backbone.``;
             found by default.
 
@@ -51,10 +54,10 @@ def load(
         raise TypeError(f"model must be a vovnet_fast.VoVNet, got {type(model).__name__}")
     state_dict = unwrap(source if isinstance(source, Mapping) else read(source, mmap=True))
     found_layout, found_prefix = locate(state_dict, layout, prefix)
-    if found_layout in FOREIGN:
-        refuse_other_function(
-            model.spec, found_layout, f"{model.spec.name} cannot load a {found_layout} checkpoint"
-        )
+    require_function(
+        state_dict, model.spec, layout, found_layout, found_prefix,
+        "{1} cannot load a {0} checkpoint",
+    )  # fmt: skip
     taken, surplus, report = take(state_dict, model.spec, found_layout, found_prefix)
     expected = model.state_dict()
     empty = [key for key, value in expected.items() if value.is_meta]

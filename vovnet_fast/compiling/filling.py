@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .._files import locked
-from .jobs import Job, cache_folder, missing
+from ..kernels._triton import cache_folder
+from .jobs import Job, missing
 from .workers import Result, compile_all
 
 

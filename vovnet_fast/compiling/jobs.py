@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..kernels._common import Launch
+from ..kernels._triton import cache_folder
 from ..kernels._variants import Variant, variant
 
 _POINTED = re.compile(r"(?:\*|tensordesc<)(\w+)")
@@ -141,13 +142,6 @@ def _cache_key(source: Any, arch: str, options: dict[str, Any]) -> str:
 
 def _folder_name(digest: str) -> str:
     return base64.b32encode(bytes.fromhex(digest)).decode().rstrip("=")
-
-
-def cache_folder() -> Path:
-    """Triton's cache: ``TRITON_CACHE_DIR``, by default ``~/.triton/cache``."""
-    from triton import knobs
-
-    return Path(knobs.cache.dir).absolute()
 
 
 def is_compiled(key: str, name: str, folder: Path) -> bool:

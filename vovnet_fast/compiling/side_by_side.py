@@ -34,8 +34,9 @@ def compile_launches(launches: Iterable[Launch], capability: tuple[int, int]) ->
     Raises:
         WorkersError, OSError, ValueError: as :func:`.filling.fill`.
     """
+    from ..kernels._triton import cache_folder
     from .filling import fill
-    from .jobs import arch_of, cache_folder, compiled, different, missing
+    from .jobs import arch_of, compiled, different, missing
     from .workers import count
 
     jobs = different(launches, arch_of(capability))

@@ -23,8 +23,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from ..kernels._compile_log import ENVIRONMENT as LOG_ENVIRONMENT
+from ..kernels._triton import AHEAD, cache_folder
 from . import launchers
-from .jobs import Job, cache_folder
+from .jobs import Job
 
 ENVIRONMENT = "VOVNET_FAST_COMPILE_WORKERS"
 """How many processes compile at first use; 0 for none."""
@@ -54,16 +55,20 @@ class WorkersError(RuntimeError):
 def count() -> int:
     """How many processes compile: ``VOVNET_FAST_COMPILE_WORKERS``, or as many as there are cores.
 
+    None before Triton 3.6, whose cache's names they know: a kernel is compiled when it is met.
+
     Raises:
         ValueError: the variable is no number from 0 on.
     """
     given = os.environ.get(ENVIRONMENT)
     if given is None:
+        if not AHEAD:
+            return 0
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return cores or 1
     if not given.isdecimal():
         raise ValueError(f"{ENVIRONMENT} must be a number of processes, 0 for none, got {given!r}")
-    return int(given)
+    return int(given) if AHEAD else 0
 
 
 def compile_all(jobs: Sequence[Job], workers: int) -> Iterator[Result]:

@@ -19,6 +19,7 @@ from .. import _environment
 from ..backends import _extension
 from ..backends._extension.fields import pointer
 from ..backends.cpu import convolution
+from ..compat import zip
 
 _ALLOCATING = {
     torch.ops.aten.empty.memory_format,

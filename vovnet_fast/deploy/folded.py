@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
+from ..compat import zip
 from ..network.model import STAGE_NAMES
 from ..ops import BlockParams, ConvParams, NetworkParams
 from ..specs import FIRST_STAGE

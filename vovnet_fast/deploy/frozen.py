@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import backends, first_use
+from .. import backends, compat, first_use
 from .._dtypes import accumulator
 from ..backends import cpu
 from ..backends.cpu import convolution
@@ -117,6 +117,7 @@ class FrozenVoVNet(AllOrNothing):
         """Layout of the returned features."""
         return torch.channels_last if self._channels_last else torch.contiguous_format
 
+    @compat.traced
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute the features of a batch of images.
 
@@ -135,10 +136,11 @@ class FrozenVoVNet(AllOrNothing):
             BackendError: the backend that was asked for cannot run.
         """
         self._check(x)
-        if torch.is_autocast_enabled(x.device.type):  # The dtypes were chosen in freezing.
-            with torch.autocast(x.device.type, enabled=False):
+        kind = x.device.type
+        if compat.autocast_dtype(kind) is not None:  # The dtypes were chosen in freezing.
+            with torch.autocast(kind, enabled=False):
                 return self.forward(x)
-        tracing = torch.compiler.is_compiling() or torch.jit.is_tracing()
+        tracing = compat.is_compiling() or torch.jit.is_tracing()
         if tracing or watching(x, modules=False) is not None:
             return tuple(self._deliver(feature) for feature in self._trace(x))
         self._follow()
@@ -381,7 +383,7 @@ def _version(tensor: Tensor) -> int | None:
 
 def _layout(wanted: torch.memory_format) -> torch.memory_format:
     """What is wanted, but under vmap, which hides a dimension, and knows no layout with it."""
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    if not compat.is_compiling() and torch._C._are_functorch_transforms_active():
         return torch.preserve_format
     return wanted
 

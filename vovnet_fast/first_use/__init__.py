@@ -181,7 +181,7 @@ class Note:
         from triton.runtime.cache import triton_key
 
         from ..compiling import cache
-        from ..compiling.jobs import cache_folder
+        from ..kernels._triton import cache_folder
 
         self._folder = cache_folder()
         own = setting.planning.measured

@@ -1,48 +1,37 @@
-"""``VoVNetFast`` for mmdetection 3.x, mmdetection3d 1.x and other mmengine code bases.
+"""``VoVNetFast`` for mmdetection, mmdetection3d and other code bases on mmengine or mmcv 1.x.
 
 In a config::
 
     custom_imports = dict(imports=["vovnet_fast.mmdet"], allow_failed_imports=False)
     model = dict(backbone=dict(_delete_=True, type="VoVNetFast", spec_name="V-39-eSE"))
 
-The class is registered in mmdet's ``MODELS`` and in mmengine's root registry,
-so that it is found from the scope of any code base that builds on them.
+The class is registered in mmdet's ``MODELS`` and in the root registry of mmengine,
+or of mmcv 1.x (mmdet 2.x), so that it is found from the scope of any code base that
+builds on them.
 Nothing else in this package imports mmdet.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
-from typing import Any
-
-try:
-    import mmdet.registry
-    import mmengine.registry
-    from mmengine.model import BaseModule
-    from mmengine.model.weight_init import PretrainedInit, update_init_info
-except ImportError as error:
-    raise ImportError(
-        f"vovnet_fast.mmdet needs mmdetection 3.x, and importing it failed with: {error}. "
-        'Install it with: pip install "vovnet-fast[mmdet]" (see the README for mmcv and its '
-        "compiled ops)"
-    ) from error
 
 from .. import checkpoints
-from ..network.model import STAGE_NAMES, VoVNet
+from ..network.model import STAGE_NAMES
 from ..network.norms import NormCfg
 from ..specs import VoVNetSpec
+from .openmmlab import REGISTRIES, BaseModule, PretrainedInit, update_init_info
+from .whole import Guarded
 
 
-class VoVNetFast(VoVNet, BaseModule):
-    """:class:`vovnet_fast.VoVNet` as an mmengine ``BaseModule``.
+class VoVNetFast(Guarded, BaseModule):
+    """:class:`vovnet_fast.VoVNet` as a ``BaseModule`` of mmengine, or of mmcv 1.x.
 
     Takes the arguments of :class:`~vovnet_fast.VoVNet`, and:
 
     Args:
         pretrained: a checkpoint; short for
             ``init_cfg=dict(type='Pretrained', checkpoint=pretrained)``.
-        init_cfg: mmengine's initialisation. ``Pretrained`` goes through
+        init_cfg: initialisation in mmengine's manner. ``Pretrained`` goes through
             :func:`vovnet_fast.checkpoints.load`: every published layout is
             recognised, and a file that leaves a parameter unfilled is an error
             where mmengine would only warn. Its ``prefix`` is honoured. None
@@ -52,8 +41,9 @@ class VoVNetFast(VoVNet, BaseModule):
         UnknownSpecError, ValueError: as :class:`~vovnet_fast.VoVNet`.
 
     A checkpoint of a whole detector (``load_from``, ``resume``) that holds some
-    but not all of the backbone's parameters is refused too, and one that holds
-    none is warned about: a silent mismatch of keys trains from noise.
+    but not all of the backbone's parameters is refused too, and so is one that
+    holds none for a backbone that nothing has filled: a silent mismatch of keys
+    trains from noise (:mod:`.whole`).
     """
 
     _is_init: bool
@@ -91,7 +81,7 @@ class VoVNetFast(VoVNet, BaseModule):
                 )
             init_cfg = dict(type="Pretrained", checkpoint=pretrained)
         self.init_cfg = init_cfg
-        self.register_load_state_dict_pre_hook(_refuse_partial_load)
+        self.guard()
 
     def init_weights(self) -> None:
         """Apply ``init_cfg`` once; weights that are already loaded stay."""
@@ -112,32 +102,9 @@ class VoVNetFast(VoVNet, BaseModule):
                     f"({report.layout} keys)",
                 )
         self.init_cfg = cfgs or None
+        self.filled = self.filled or bool(cfgs)
         self._is_init = True
 
 
-def _refuse_partial_load(
-    module: VoVNetFast, state_dict: dict[str, Any], prefix: str, *_: Any
-) -> None:
-    """Stop a load that fills only part of the backbone, even a non-strict one."""
-    expected = [key for key in module.state_dict() if not key.endswith("num_batches_tracked")]
-    missing = [key for key in expected if prefix + key not in state_dict]
-    if not missing:
-        return
-    if len(missing) == len(expected):
-        warnings.warn(
-            f"the checkpoint holds nothing for the backbone: no key like {prefix + missing[0]!r}. "
-            "The backbone keeps its present weights. To fill it from a backbone file, use "
-            "init_cfg=dict(type='Pretrained', checkpoint=...)",
-            stacklevel=2,
-        )
-        return
-    shown = ", ".join(repr(prefix + key) for key in missing[:4])
-    raise checkpoints.CheckpointError(
-        f"the checkpoint fills {len(expected) - len(missing)} of the backbone's {len(expected)} "
-        f"tensors and lacks {shown}{' and others' if len(missing) > 4 else ''}: it was written "
-        f"for another architecture than {module.spec.name}"
-    )
-
-
-for _registry in (mmdet.registry.MODELS, mmengine.registry.MODELS):
+for _registry in REGISTRIES:
     _registry.register_module(name="VoVNetFast", module=VoVNetFast)

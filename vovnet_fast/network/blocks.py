@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
-from .. import reference
+from .. import compat, reference
+from ..compat import zip
 from ..ops import BlockParams, max_pool
 from ..ops.conv import Kinds
 from ..ops.max_pool import needs as pool_needs
@@ -75,6 +76,7 @@ class OSABlock(Fusable):
         )
         self.ese = ESE(plan.out_channels, gate) if plan.ese else None
 
+    @compat.traced
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C_in, H, W]`` to ``[N, C_out, H, W]``."""
         if self.decide(x).op:
@@ -227,6 +229,7 @@ class OSAStage(nn.Module):
         for block in blocks:
             self.add_module(block.plan.name, block)
 
+    @compat.traced
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C_in, H, W]`` to ``[N, C_out, H', W']``."""
         blocks = list(self.children())

@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from .. import backends
+from .. import backends, compat
 from ..ops.conv import Kinds
 from .watchers import watching
 
@@ -184,7 +184,7 @@ def _watched(x: Tensor, *, modules: bool = True) -> Decision | None:
 def say_once(reason: str) -> None:
     """Log that modules have changed, once for each kind of change: it costs time and memory."""
     where, _, what = reason.partition(": ")
-    if not torch.compiler.is_compiling() and what not in _said:
+    if not compat.is_compiling() and what not in _said:
         _said.add(what)
         _log.warning(
             "%s: %s. What it is part of runs as modules, on plain PyTorch, and so do others of "
@@ -208,9 +208,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     kind = x.device.type
     if kind == "meta":  # PyTorch refuses to say whether autocast is on there.
         return x.dtype
-    if torch.is_autocast_enabled(kind) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return x.dtype
+    cast = compat.autocast_dtype(kind)
+    return x.dtype if cast is None or x.dtype == torch.float64 else cast
 
 
 def fused(x: Tensor, needs: tuple[str, ...]) -> bool:

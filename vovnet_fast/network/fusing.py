@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .._dtypes import accumulator
+from ..compat import zip
 from ..ops import ConvParams, batch_norm
 from ..ops.batch_norm import FixedNorm
 from ..ops.conv import Kinds, channels_last, depthwise_last

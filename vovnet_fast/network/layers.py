@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import reference
+from .. import compat, reference
+from ..compat import zip
 from ..ops import ConvParams
 from ..ops.chain import conv_chain
 from ..ops.chain import needs as chain_needs
@@ -79,6 +80,7 @@ class ConvNormReLU(nn.Module):
         self.name = name
         _add_conv_norm_relu(self, name, in_channels, out_channels, **options)
 
+    @compat.traced
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C_in, H, W]`` to ``[N, C_out, H', W']``."""
         return _run_conv_norm_relu(self, self.name, x)
@@ -132,6 +134,7 @@ class Stem(Fusable):
             )
             in_channels = out_channels
 
+    @compat.traced
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """``[N, C, H, W]`` to the outputs of the second and of the third layer."""
         if self.decide(x).op:
@@ -163,8 +166,11 @@ class Stem(Fusable):
 
     def why_other_layers(self) -> str | None:
         """See :class:`Fusable`."""
-        reasons = (layer.why_other(self, name) for name, layer in self._geometry.items())
-        return next((reason for reason in reasons if reason is not None), None)
+        for name, layer in self._geometry.items():
+            reason = layer.why_other(self, name)
+            if reason is not None:
+                return reason
+        return None
 
     def needs(self, kinds: Kinds, *, backward: bool) -> tuple[str, ...]:
         """See :class:`Fusable`."""
@@ -186,6 +192,7 @@ class ESE(nn.Module):
         # A 1x1 convolution and not nn.Linear: published weights are [C, C, 1, 1].
         self.fc = nn.Conv2d(channels, channels, 1)
 
+    @compat.traced
     def forward(self, x: Tensor) -> Tensor:
         """``[N, C, H, W]`` to the same."""
         # As a module: it may have hooks, or something else may be in its place.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .. import backends, first_use, ops, specs
+from .. import backends, compat, first_use, ops, specs
 from ..ops import _checks
 from ..ops.features import check_size
 from ..ops.features import needs as features_need
@@ -139,7 +139,10 @@ class VoVNet(AllOrNothing):
     @property
     def first_weight(self) -> Tensor | None:
         """The first floating parameter: the others are of its dtype, and on its device."""
-        return next((p for p in self.parameters() if p.is_floating_point()), None)
+        for parameter in self.parameters():  # Not next(), which older torch.compile cannot trace.
+            if parameter.is_floating_point():
+                return parameter
+        return None
 
     def reset_parameters(self) -> None:
         """Initialise as the original of the dialect does.
@@ -158,6 +161,7 @@ class VoVNet(AllOrNothing):
                 if module.bias is not None and self.spec.dialect == "seed":
                     nn.init.zeros_(module.bias)
 
+    @compat.traced
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         """Compute the features of a batch of images.
 
@@ -175,7 +179,7 @@ class VoVNet(AllOrNothing):
         """
         self._check_input(x)
         check_size(self.spec, self.out_features, x.shape[2], x.shape[3])
-        if x.is_cuda and not torch.compiler.is_compiling():
+        if x.is_cuda and not compat.is_compiling():
             first_use.of_model(self, x, compute_dtype(x))
         if self.decide(x).op:
             dtype = compute_dtype(x)
@@ -221,8 +225,11 @@ class VoVNet(AllOrNothing):
         reason = self._why_other_parts()
         if reason is not None:
             return reason
-        reasons = (part.why_not_fused() for part in (self.stem, *self._blocks()))
-        return next((reason for reason in reasons if reason is not None), None)
+        for part in (self.stem, *self._blocks()):
+            reason = part.why_not_fused()
+            if reason is not None:
+                return reason
+        return None
 
     def _why_other_parts(self) -> str | None:
         """Why the network is made of other parts than its architecture has, or None."""
@@ -323,7 +330,7 @@ class VoVNet(AllOrNothing):
         weight = self.first_weight
         if weight is None:  # All of them are kept by something else, which knows its own.
             return
-        if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
+        if x.dtype != weight.dtype and compat.autocast_dtype(x.device.type) is None:
             raise TypeError(
                 f"the image is {x.dtype} and the parameters are {weight.dtype}: convert one of "
                 "them, or run under torch.autocast"

@@ -14,8 +14,9 @@ from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import Tensor, nn
+
+from .. import compat
 
 Answer = TypeVar("Answer")
 Class = TypeVar("Class", bound=type[nn.Module])
@@ -185,7 +186,7 @@ def kept(root: nn.Module, find: Callable[[], Answer]) -> Answer:
     A root has one answer: it is always asked with the same ``find``. torch.compile traces
     ``find`` itself, and guards what it reads.
     """
-    if torch.compiler.is_compiling():
+    if compat.is_compiling():
         return find()
     known: _Kept[Answer] | None = _kept.get(root)
     if known is None or not known.holds(root):

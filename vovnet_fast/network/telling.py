@@ -5,8 +5,9 @@ from __future__ import annotations
 import threading
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
+
+from .. import compat
 
 
 class Told(NamedTuple):
@@ -35,7 +36,7 @@ _telling = _Telling()
 
 def call(module: nn.Module, x: Tensor, what: Told) -> Any:
     """``module(x)``, in which :func:`told` says ``what``, but for graphs of torch.compile."""
-    if what == _NOTHING or torch.compiler.is_compiling():
+    if what == _NOTHING or compat.is_compiling():
         return module(x)
     before, _telling.now = _telling.now, (module, what)
     try:
@@ -46,7 +47,7 @@ def call(module: nn.Module, x: Tensor, what: Told) -> Any:
 
 def told(module: nn.Module) -> Told:
     """What ``module`` was told by who calls it now."""
-    if torch.compiler.is_compiling():
+    if compat.is_compiling():
         return _NOTHING
     now = _telling.now
     return now[1] if now is not None and now[0] is module else _NOTHING

@@ -18,6 +18,8 @@ import torch.nn.modules.module as hooks
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
+from .. import compat
+
 
 class Watched(NamedTuple):
     """That there is somebody.
@@ -44,7 +46,7 @@ def watching(x: Tensor, *, modules: bool = True) -> Watched | None:
     """
     if modules and _hooks_of_all():
         return _HOOKS
-    if torch.compiler.is_compiling():
+    if compat.is_compiling():
         return None
     if torch._C._are_functorch_transforms_active():
         return _TRANSFORM

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .. import backends
+from .. import backends, compat
+from ..compat import zip
+from ._library import Op
 
 Result = TypeVar("Result")
 
@@ -81,7 +83,7 @@ def in_given_dtypes(run: Callable[..., Result]) -> Callable[..., Result]:
     @functools.wraps(run)
     def wrapped(x: Tensor, *args: Any) -> Result:
         kind = x.device.type
-        if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        if compat.autocast_dtype(kind) is None:
             return run(x, *args)
         with torch.autocast(kind, enabled=False):
             return run(x, *args)
@@ -94,7 +96,7 @@ def traced(x: Tensor) -> bool:
 
     That is a graph that is being made, a subclass of ``Tensor``, or a dispatch mode.
     """
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+    if compat.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
         return True
     if backends.sees_shapes_only(backends.chosen()):
         return False
@@ -121,7 +123,7 @@ def transforms(op: str, *tensors: Tensor | None) -> None:
         NotImplementedError: a transform of ``torch.func`` is active, or one of ``tensors`` has a
             tangent of forward-mode AD.
     """
-    if torch.compiler.is_compiling():
+    if compat.is_compiling():
         return
     dual = forward_ad._current_level >= 0 and any(
         t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors
@@ -134,14 +136,14 @@ def transforms(op: str, *tensors: Tensor | None) -> None:
         )
 
 
-def call(op: torch.library.CustomOpDef, choice: str, *args: Any) -> Any:
+def call(op: Op, choice: str, *args: Any) -> Any:
     """Run an op on the backend of ``choice``.
 
     Where only shapes matter torch.library would run the op's fake, which launches nothing.
     """
     if backends.sees_shapes_only(choice):
-        return op._init_fn(*args)
-    return getattr(torch.ops.vovnet_fast, op._name.removeprefix("vovnet_fast::"))(*args)
+        return op.run(*args)
+    return op(*args)
 
 
 def batch_statistics(op: str, eps: float | None, group: str, values: int) -> None:
@@ -165,7 +167,7 @@ def for_each_gradient(
     ``torch.autograd.grad(..., is_grads_batched=True)`` runs a backward pass once, on tensors
     that stand for a batch of gradients each.
     """
-    batched = torch._C._functorch.is_legacy_batchedtensor
+    batched = compat.is_batched
     if not any(dout is not None and batched(dout) for dout in douts):
         return compute(*douts)
     level = torch._C._vmapmode_increment_nesting() - 1
@@ -195,7 +197,7 @@ def for_each_gradient(
     ]
 
 
-def backward_op(op: torch.library.CustomOpDef, name: str) -> None:
+def backward_op(op: Op, name: str) -> None:
     """Make the derivative of a backward op an error that says what to do, and vmap a loop."""
 
     def backward(ctx, *_):

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .._dtypes import accumulator
+from ..compat import zip
 
 MEAN, RSTD, SCALE, SHIFT, VARIANCE, COUNT = range(6)
 """Rows of the statistics of a batch."""

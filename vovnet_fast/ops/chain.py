@@ -15,7 +15,8 @@ from torch import Tensor
 
 from .. import backends
 from .._dtypes import accumulator
-from . import _checks, conv, rooms
+from ..compat import zip
+from . import _checks, _library, conv, rooms
 from ._checks import nchw, nhwc
 from .conv import ConvGrads, ConvParams, Kept, Kinds
 from .memory import Memory
@@ -174,7 +175,7 @@ def _like(x: Tensor) -> Tensor:
 # --------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("vovnet_fast::conv_chain", mutates_args=())
+@_library.op("conv_chain")
 def _conv_chain(
     x: Tensor,
     weights: list[Tensor],
@@ -203,7 +204,7 @@ def _(x, weights, scales, shifts, depthwise, strides, epsilons, group, keep, cho
     return [*outs, *norms, *(torch.empty_like(out) for out in batch if keep)]
 
 
-@torch.library.custom_op("vovnet_fast::conv_chain_backward", mutates_args=())
+@_library.op("conv_chain_backward")
 def _conv_chain_backward(
     x: Tensor,
     weights: list[Tensor],
@@ -317,7 +318,7 @@ def _op_backward(ctx, grads):
     return dx, *([next(found) for _ in range(count)] for count in ctx.counts), *([None] * 5)
 
 
-_conv_chain.register_autograd(_op_backward, setup_context=_setup_context)
+_conv_chain.register_autograd(_op_backward, _setup_context)
 
 
 class _Chain(torch.autograd.Function):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._dtypes import accumulator
+from ..compat import zip
 from . import _checks, batch_norm
 from .batch_norm import SCALE, SHIFT, FixedNorm
 from .memory import Memory

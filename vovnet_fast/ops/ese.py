@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import backends
 from .._dtypes import accumulator
 from ..specs import Gate
-from . import _checks
+from . import _checks, _library
 from ._checks import nchw, nhwc
 
 
@@ -113,7 +113,7 @@ def ese(
     return out
 
 
-@torch.library.custom_op("vovnet_fast::ese", mutates_args=())
+@_library.op("ese")
 @_checks.in_given_dtypes
 def _ese(
     x: Tensor, fc_weight: Tensor, fc_bias: Tensor, kind: str, identity: Tensor | None, choice: str
@@ -135,7 +135,7 @@ def _(x, fc_weight, fc_bias, kind, identity, choice):
     return [nchw(x.new_empty(n, h, w, c)), *kept]
 
 
-@torch.library.custom_op("vovnet_fast::ese_backward", mutates_args=())
+@_library.op("ese_backward")
 @_checks.in_given_dtypes
 def _ese_backward(
     dout: Tensor,
@@ -188,4 +188,4 @@ def _backward(ctx, grads):
     return dx, dweight.to(fc_weight.dtype), dbias.to(ctx.bias_dtype), None, identity, None
 
 
-_ese.register_autograd(_backward, setup_context=_setup_context)
+_ese.register_autograd(_backward, _setup_context)

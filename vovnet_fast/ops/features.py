@@ -13,9 +13,10 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .. import backends
+from .. import backends, compat
+from ..compat import zip
 from ..specs import FIRST_STAGE, NUM_STAGES, Pool, VoVNetSpec
-from . import _checks, chain, conv, osa
+from . import _checks, _library, chain, conv, osa
 from ._checks import nchw, nhwc
 from .conv import ConvParams, Kinds
 from .max_pool import needs as pool_needs
@@ -99,7 +100,7 @@ def features(x: Tensor, params: NetworkParams, out_features: tuple[str, ...]) ->
         osa.check(op, block, x)
     layers, fcs = params.convs(), params.fcs()
     *tensors, strides, epsilons, _ = conv.flatten(op, layers)
-    if not torch.compiler.is_compiling():
+    if not compat.is_compiling():
         _checks.notice_modes()
     every = [x, *(t for group in tensors for t in group), *fcs]
     _checks.transforms(op, *every)
@@ -127,8 +128,8 @@ def sizes(spec: VoVNetSpec, height: int, width: int) -> dict[str, tuple[int, int
     found = {}
     for name, stride in zip(("stem_1", "stem_2", "stem"), spec.stem_strides, strict=True):
         height, width = (height - 1) // stride + 1, (width - 1) // stride + 1
-        found[name] = (height, width)
-    del found["stem_1"]  # It is no feature.
+        if name != "stem_1":  # It is no feature.
+            found[name] = (height, width)
     for number in range(FIRST_STAGE, FIRST_STAGE + NUM_STAGES):
         if _pools(spec, number):
             height, width = pooled_size(height, width, spec.pool)
@@ -292,7 +293,7 @@ def rebuild(
     return NetworkParams(spec, encoded_spec, stem, tuple(blocks))
 
 
-@torch.library.custom_op("vovnet_fast::features", mutates_args=())
+@_library.op("features")
 @_checks.in_given_dtypes
 def _features(
     x: Tensor,

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from ..compat import zip
 from .features import decode, sizes
 from .osa.saving import RECOMPUTE
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import backends
 from ..specs import Pool
-from . import _checks, rooms
+from . import _checks, _library, rooms
 from ._checks import nchw, nhwc
 
 
@@ -74,7 +74,7 @@ def _forward(x: Tensor, mode: Pool, keep: bool, choice: str, width: int = 0) -> 
     return [nchw(out)] if argmax is None else [nchw(out), argmax]
 
 
-@torch.library.custom_op("vovnet_fast::max_pool", mutates_args=())
+@_library.op("max_pool")
 def _max_pool(x: Tensor, mode: str, keep: bool, choice: str) -> list[Tensor]:
     return _forward(x, cast(Pool, mode), keep, choice)
 
@@ -86,7 +86,7 @@ def _(x, mode, keep, choice):
     return [nchw(out), torch.empty_like(out, dtype=torch.uint8)] if keep else [nchw(out)]
 
 
-@torch.library.custom_op("vovnet_fast::max_pool_backward", mutates_args=())
+@_library.op("max_pool_backward")
 def _max_pool_backward(
     dout: Tensor, argmax: Tensor, height: int, width: int, mode: str, choice: str
 ) -> Tensor:
@@ -124,7 +124,7 @@ def _op_backward(ctx, grads):
     return _gradient(ctx, grads[0]), None, None, None
 
 
-_max_pool.register_autograd(_op_backward, setup_context=_setup_context)
+_max_pool.register_autograd(_op_backward, _setup_context)
 
 
 class _MaxPool(torch.autograd.Function):

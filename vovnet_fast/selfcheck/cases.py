@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from ..compat import zip
 from ..specs import Gate, Pool
 from . import calls
 from .calls import Backend, Layer, Size, words

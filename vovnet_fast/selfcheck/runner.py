@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import tuning
+from ..compat import zip
 from .calls import backend_module, reference
 from .cases import CASES, Case
 from .tensors import Tensors, largest

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._dtypes import accumulator
+from ..compat import zip
 
 _TRIAL_BYTES = 2**30
 

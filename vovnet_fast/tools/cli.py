@@ -159,10 +159,16 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
             "Print what vovnet_fast finds: versions, GPUs, the extension and how it was built, "
             "every backend or why it cannot run; then run every function of the backends that "
             "can run on small tensors, and compare with fp64. The exit status is 1 if one of "
-            "them computes wrong numbers."
+            "them computes wrong numbers, or if something does not go together: packages of "
+            "OpenMMLab's, or what --config says."
         ),
     )
     command.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    command.add_argument(
+        "--config",
+        metavar="FILE",
+        help="look at a training config too: backbone, neck, init_cfg, load_from (it is run)",
+    )
     command.add_argument(
         "--no-self-test",
         dest="self_test",
@@ -352,7 +358,7 @@ def _tuning_import(args: argparse.Namespace) -> None:
 
 
 def _doctor(args: argparse.Namespace) -> int:
-    report = doctor.examine(self_test=args.self_test)
+    report = doctor.examine(self_test=args.self_test, config=args.config)
     if args.json:
         print(json.dumps(report.as_dict(), indent=2))
     else:
@@ -382,6 +388,8 @@ def _print_doctor(report: doctor.Report) -> None:
             if failed
             else f"All {len(report.checks)} functions of the usable backends are right."
         )
+    for problem in report.problems:
+        console.print(f"[bold red]This does not go together:[/] {escape(problem)}")
 
 
 def _count(choices: tuning.Choices) -> str:

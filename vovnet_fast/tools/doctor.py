@@ -23,9 +23,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .. import _optional, backends, selfcheck, tuning
+from .. import _optional, backends, compat, selfcheck, tuning
 from .._version import __version__
 from ..backends import _extension
+from ..integrations import installed
+from .config import examine as examine_config
 
 
 class Fact(NamedTuple):
@@ -77,15 +79,17 @@ class Report(NamedTuple):
     Attributes:
         facts: section by section.
         checks: of every function of every usable backend; none without a self-test.
+        problems: what does not go together, and what to do about it.
     """
 
     facts: tuple[Fact, ...]
     checks: tuple[Check, ...]
+    problems: tuple[str, ...] = ()
 
     @property
     def healthy(self) -> bool:
-        """Whether everything that claims to be usable is right."""
-        return all(check.passed for check in self.checks)
+        """Whether everything that claims to be usable is right, and whether all goes together."""
+        return all(check.passed for check in self.checks) and not self.problems
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -93,14 +97,16 @@ class Report(NamedTuple):
         return {
             "healthy": self.healthy,
             **{section: {f.name: f.value for f in facts} for section, facts in by_section},
+            "problems": list(self.problems),
             "self-test": [check._asdict() for check in self.checks],
         }
 
 
-def examine(*, self_test: bool = True) -> Report:
+def examine(*, self_test: bool = True, config: str | os.PathLike[str] | None = None) -> Report:
     """Look at everything.
 
     Args:
+        config: a training config to look at too (:mod:`.config`).
         self_test: run every function of every backend that can run here; seconds on a CPU,
             minutes on a GPU for which nothing was compiled before.
     """
@@ -112,7 +118,12 @@ def examine(*, self_test: bool = True) -> Report:
         "settings": _settings,
     }
     facts = tuple(fact for section, look in sections.items() for fact in _section(section, look()))
-    return Report(facts, tuple(_checks()) if self_test else ())
+    problems = installed.problems()
+    for finding in [] if config is None else examine_config(config):
+        facts += (Fact("config", finding.name, finding.value),)
+        if finding.wrong:
+            problems.append(f"{finding.name}: {finding.value}")
+    return Report(facts, tuple(_checks()) if self_test else (), tuple(problems))
 
 
 _Found = Iterator[tuple[str, str]]
@@ -139,8 +150,10 @@ def _versions() -> _Found:
     build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
     yield "torch", f"{torch.__version__}, {build}, {torch.get_num_threads()} threads"
     yield "triton", _version("triton")
-    yield "mmdet", _version("mmdet")
-    yield "mmcv", _version("mmcv") + _mmcv_operators()
+    for module in installed.MODULES:
+        if module in ("mmdet", "mmcv") or installed.installed(module):
+            operators = _mmcv_operators() if module == "mmcv" else ""
+            yield module, _version(module) + operators
 
 
 def _version(module: str) -> str:
@@ -151,13 +164,15 @@ def _version(module: str) -> str:
     names = _distributions().get(module, [])
     if not names:
         return "of unknown version"
-    version = importlib.metadata.version(names[0])
-    return version if names[0] == module else f"{version} ({names[0]})"
+    versions = [importlib.metadata.version(name) for name in names]
+    first = versions[0] if names[0] == module else f"{versions[0]} ({names[0]})"
+    return " and ".join([first, *(f"{v} ({n})" for n, v in zip(names[1:], versions[1:]))])
 
 
 @functools.cache
 def _distributions() -> dict[str, list[str]]:
-    return dict(importlib.metadata.packages_distributions())
+    found = compat.packages_distributions()
+    return {module: sorted(set(names)) for module, names in found.items()}
 
 
 def _mmcv_operators() -> str:
@@ -167,7 +182,10 @@ def _mmcv_operators() -> str:
     reason = _optional.why_not("mmcv._ext")
     if reason is None:
         return ", with its operators"
+    found = installed.installed("mmcv")
+    onedl = all(it.onedl for it in found)
     remedy = "pip install --no-build-isolation onedl-mmcv, after torch"
+    remedy = remedy if onedl else installed.remedy("mmcv._ext")
     return f", WITHOUT its operators: {reason} ({remedy})"
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from .. import backends, specs
+from ..compat import zip
 from ..network.model import VoVNet
 from ..specs import VoVNetSpec
 from .plan import DTYPES, IMAGE_CHANNELS, check_input

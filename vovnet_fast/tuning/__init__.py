@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import torch
 
@@ -42,7 +42,7 @@ _log = logging.getLogger("vovnet_fast.tuning")
 Timer = Callable[[Callable[[], None]], float]
 """Takes what to run, returns seconds."""
 
-Trial = Callable[[str], str | None]
+Trial = Callable[[str], Optional[str]]
 """Takes a candidate's name, runs it, returns what is wrong with its numbers, or None."""
 
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..._dtypes import accumulator
+from ...compat import zip
 
 DTYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2, torch.float64: 3}
 """Codes of dtypes."""
@@ -42,7 +43,8 @@ def view(name: str, tensor: Tensor | None, like: Tensor, *shape: int) -> tuple[i
     assert tuple(tensor.shape) == shape, (
         f"{name} must have shape {shape}, got {tuple(tensor.shape)}"
     )
-    assert shape[3] == 1 or tensor.stride(3) == 1, (
+    # contiguous() leaves the strides of an empty tensor as they are.
+    assert shape[3] == 1 or tensor.stride(3) == 1 or tensor.numel() == 0, (
         f"{name} must have channel stride 1, got strides {tensor.stride()}"
     )
     assert (tensor.dtype, tensor.device) == (like.dtype, like.device), (

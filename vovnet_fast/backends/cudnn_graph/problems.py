@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...compat import zip
+
 _ALIGNMENT = 16  # Bytes; what cuDNN assumes of every pointer.
 _INT32_LIMIT = 2**31
 DTYPES = {torch.float16: "HALF", torch.bfloat16: "BFLOAT16", torch.float32: "FLOAT"}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import selfcheck, tuning
 from ..._dtypes import accumulator
+from ...compat import zip
 from .. import _aten, conv_sm90, cudnn_graph, reference
 from .._engines import ATEN, aten, conv_trial, judge, problem, tf32, tolerance
 from .choosing import choose, form, load_kernels

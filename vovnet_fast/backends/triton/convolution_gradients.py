@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ... import selfcheck, tuning
 from ..._dtypes import accumulator
+from ...compat import zip
 from .. import _aten, reference
 from .._engines import ATEN, aten, judge, problem, tf32, tolerance
 from .choosing import choose, form, load_kernels

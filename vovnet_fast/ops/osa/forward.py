@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from ...compat import zip
 from .. import conv
 from ..conv import Kept
 from ..ese import Gates

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from ..._dtypes import accumulator
+from ...compat import zip
 from ...specs import Gate
-from .. import _checks, conv, rooms
+from .. import _checks, _library, conv, rooms
 from .._checks import nchw, nhwc
 from ..conv import ConvParams
 from ..ese import Gates
@@ -33,7 +34,7 @@ def _params(
     )
 
 
-@torch.library.custom_op("vovnet_fast::osa_block", mutates_args=())
+@_library.op("osa_block")
 def _osa_block(
     x: Tensor,
     weights: list[Tensor],
@@ -80,7 +81,7 @@ def _(
     return [*found, activations(widths[-1])] if fcs or identity else found
 
 
-@torch.library.custom_op("vovnet_fast::osa_block_backward", mutates_args=())
+@_library.op("osa_block_backward")
 def _osa_block_backward(
     x: Tensor,
     weights: list[Tensor],
@@ -217,7 +218,7 @@ def _op_backward(ctx, grads):
     return dx, *by_group[:4], None, None, None, by_group[4], None, None, None, None, None
 
 
-_osa_block.register_autograd(_op_backward, setup_context=_setup_context)
+_osa_block.register_autograd(_op_backward, _setup_context)
 
 
 class Block(torch.autograd.Function):

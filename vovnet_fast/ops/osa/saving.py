@@ -7,6 +7,7 @@ from types import ModuleType
 from torch import Tensor
 
 from ... import backends
+from ...compat import zip
 from .. import _checks, conv, rooms
 from .._checks import nchw, nhwc
 from ..conv import Kept, Kinds

@@ -22,6 +22,7 @@ from torch import Tensor
 from ... import _provenance as provenance
 from ... import backends, specs
 from ..._files import replacing
+from ...compat import zip
 from ...deploy.freeze import freeze
 from ...network.model import VoVNet
 from ...ops.features import needs

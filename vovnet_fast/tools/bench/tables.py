@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
+from ...compat import zip
 from . import rows
 from .rows import KINDS, Interval, Row, Section
 from .stopwatch import CONFIDENCE

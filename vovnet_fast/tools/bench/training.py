@@ -7,6 +7,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from ...compat import zip
+
 Shape = tuple[int, int, int]
 """N, H, W of images with three channels."""
 

@@ -92,8 +92,8 @@ def run(args: argparse.Namespace) -> int:
 
     from ...compiling import cache
     from ...compiling.filling import fill
-    from ...compiling.jobs import cache_folder
     from ...compiling.workers import WorkersError, count
+    from ...kernels._triton import cache_folder
     from . import needed
 
     settings, runs = _settings(args.arch), list(_runs(args))
@@ -123,8 +123,13 @@ def run(args: argparse.Namespace) -> int:
 def _check_triton() -> None:
     if importlib.util.find_spec("triton") is None:
         raise backends.BackendError("Triton, which compiles, is not installed: pip install triton")
-    from ...kernels._common import interpreted
+    from ...kernels._triton import AHEAD, interpreted
 
+    if not AHEAD:
+        raise backends.BackendError(
+            "nothing is compiled ahead with a Triton older than 3.6, which kernels themselves "
+            "run with: install torch 2.10 or newer, which brings it"
+        )
     if interpreted():
         raise backends.BackendError(
             "nothing is compiled while Triton interprets: unset TRITON_INTERPRET"

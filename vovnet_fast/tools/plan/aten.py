@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten
 
 from ...network.layers import ESE
 from .work import DEPTHWISE, ESE_POOL, POINTWISE, POOL, Work, bytes_of
@@ -44,7 +44,7 @@ class AtenRecorder(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         name = func.overloadpacket.__name__
         if not func.is_view and name not in _MOVE_NOTHING:
-            operands = tree_leaves((args, kwargs or {}))
+            operands = tree_flatten((args, kwargs or {}))[0]
             if name in _OVERWRITE:
                 del operands[0]
             self.works.append(
@@ -52,7 +52,7 @@ class AtenRecorder(TorchDispatchMode):
                     self._kind(name, args),
                     _aten_flop(name, args, result),
                     bytes_of(operands),
-                    bytes_of(tree_leaves(result)),
+                    bytes_of(tree_flatten(result)[0]),
                 )
             )
         return result

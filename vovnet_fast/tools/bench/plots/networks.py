@@ -8,6 +8,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ....compat import zip
 from ..rows import EAGER, Row, Section, cases
 from ..stopwatch import CONFIDENCE, Interval
 from . import drawing
