@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._dtypes import accumulator
+from ..compat import zip
 from ..ops import ConvParams, NetworkParams
 from ..ops.features import rebuild
 from ..specs import VoVNetSpec
