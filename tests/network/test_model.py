@@ -293,3 +293,19 @@ def test_copies_and_pickles():
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         torch.testing.assert_close(other(x), model(x))
         assert other.train().stage2.training is False
+
+
+def test_on_the_meta_device_there_is_nothing_to_initialise(monkeypatch):
+    """torch's normal_ imports its compiler there, and takes milliseconds for each layer."""
+
+    def draw(tensor, *args, **options):
+        assert not tensor.is_meta
+        return tensor
+
+    monkeypatch.setattr("torch.nn.init.kaiming_normal_", draw)
+    VoVNet(TINY["detectron2"])
+    with torch.device("meta"):
+        model = VoVNet(TINY["detectron2"])
+    monkeypatch.undo()
+    model.to_empty(device="cpu").reset_parameters()
+    assert model.stem.get_parameter("stem_1/conv.weight").std() > 0

@@ -7,6 +7,7 @@
 :mod:`.cpu_replay`   calls of the ``cpu`` backend, recorded and repeated
 :mod:`.folded`       the same network of plain PyTorch's convolutions
 :mod:`.file`         that module as a file
+:mod:`.layout`       its buffers, by its architecture alone
 :mod:`.export`       the network as an ONNX file
 :mod:`.onnx_graph`   the nodes of that
 :mod:`.onnx_check`   what onnxruntime makes of it, and PyTorch

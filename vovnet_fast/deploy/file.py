@@ -24,10 +24,10 @@ from torch import Tensor
 from .._version import __version__
 from ..checkpoints.writing import ALIGNMENT, SAFETENSORS, write_safetensors
 from ..network.filling import CheckpointError
-from ..network.model import VoVNet
 from ..ops import _checks
 from ..specs import VoVNetSpec
-from .freeze import FrozenVoVNet, freeze
+from . import layout
+from .freeze import FrozenVoVNet, require_options
 
 KEY = "vovnet_fast.frozen"
 """What the header is called among a file's metadata."""
@@ -184,16 +184,20 @@ def load_frozen(
     with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
         tensors, metadata = _read(path)
         header = _header(path, metadata)
-        network = _without_values(path, header, tensors, memory_format, graph, out_dtype)
-        _require_fit(path, tensors, network)
+        spec = _spec(path, header)
+        _require_fit(path, header, spec, tensors)
         _require_finite(f"cannot load {path}: ", tensors)
+        options = (
+            memory_format or _LAYOUTS[header.memory_format],
+            header.graph if graph is None else graph,
+            out_dtype or _DTYPES[header.out_dtype],
+        )
+        require_options("load_frozen", _DTYPES[header.dtype], options[2], options[0])
         for name, tensor in tensors.items():
             aligned = tensor.data_ptr() % ALIGNMENT == 0
-            setattr(network, name, (tensor if aligned else tensor.clone()).to(device))
-        for name, value in network._constants.items():
-            shape, dtype = network._layout[name]
-            setattr(network, name, torch.full(shape, value, dtype=dtype, device=device))
-    return network
+            tensors[name] = (tensor if aligned else tensor.clone()).to(device)
+        params = layout.params(spec, header.spec, tensors)
+        return FrozenVoVNet(params, tuple(header.out_features), *options, copy=False)
 
 
 def is_frozen(path: str | os.PathLike[str]) -> bool:
@@ -259,15 +263,8 @@ def _newer(path: Path, header: Mapping[str, Any], what: str) -> str:
     )
 
 
-def _without_values(
-    path: Path,
-    header: Header,
-    tensors: Mapping[str, Tensor],
-    memory_format: torch.memory_format | None,
-    graph: bool | None,
-    out_dtype: torch.dtype | None,
-) -> FrozenVoVNet:
-    """The network that a file says it is, on the meta device."""
+def _spec(path: Path, header: Header) -> VoVNetSpec:
+    """The architecture; what else the header says is looked at too."""
     try:
         spec = VoVNetSpec.decode(header.spec)
     except Exception as error:
@@ -284,30 +281,30 @@ def _without_values(
     ):
         if name not in known:
             raise _damaged(path, f"it has {name!r} where one of {', '.join(known)} was expected")
-    first = tensors.get("weight_0")
-    layers = sum(spec.blocks_per_stage) * (spec.layers_per_block + 1)
-    if first is None or first.ndim != 4 or layers >= len(tensors):  # Before it is built.
-        raise CheckpointError(
-            f"{path} does not hold {spec.name}, as its header says: there are {len(tensors)} "
-            f"tensors, {'' if first is None else f'weight_0 is {list(first.shape)}, '}and more "
-            "were expected. Save the network again, or fetch the file again"
+    features = list(spec.feature_channels())
+    if not header.out_features or header.out_features != [
+        name for name in features if name in header.out_features
+    ]:
+        raise _damaged(
+            path,
+            f"its features are {header.out_features}, and one or more of {', '.join(features)} "
+            "were expected, in this order",
         )
-    try:
-        with torch.device("meta"):
-            model = VoVNet(spec, input_ch=first.shape[3], out_features=header.out_features)
-    except Exception as error:  # Sizes that overflow, features that there are none of.
-        raise _damaged(path, f"no network is like that ({error})") from error
-    return freeze(
-        model,
-        _DTYPES[header.dtype],
-        memory_format or _LAYOUTS[header.memory_format],
-        header.graph if graph is None else graph,
-        out_dtype=out_dtype or _DTYPES[header.out_dtype],
-    )
+    return spec
 
 
-def _require_fit(path: Path, tensors: Mapping[str, Tensor], network: FrozenVoVNet) -> None:
-    expected = {name: network._layout[name] for name in _written(network)}
+def _require_fit(
+    path: Path, header: Header, spec: VoVNetSpec, tensors: Mapping[str, Tensor]
+) -> None:
+    first = tensors.get("weight_0")
+    # Before they are counted: what is in a file may say that there are as many as it likes.
+    least = sum(spec.blocks_per_stage) * (spec.layers_per_block + 1)
+    if first is None or first.ndim != 4 or least >= len(tensors):
+        shape = "none" if first is None else list(first.shape)
+        what = f"there are {len(tensors)} tensors, of which weight_0 is {shape}: more were expected"
+        raise _other(path, header, spec, what)
+    # How many channels images have only the first tells.
+    expected = layout.expected(spec, first.shape[3], _DTYPES[header.dtype])
     found = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     problems = [
         f"{len(items)} {what}: {', '.join(items[:4])}{', ...' if len(items) > 4 else ''}"
@@ -327,8 +324,11 @@ def _require_fit(path: Path, tensors: Mapping[str, Tensor], network: FrozenVoVNe
         if items
     ]
     if problems:
-        raise CheckpointError(
-            f"{path} does not hold {network.spec.name} in {network.dtype}, as its header says. "
-            + ". ".join(problems)
-            + ". Save the network again, or fetch the file again"
-        )
+        raise _other(path, header, spec, ". ".join(problems))
+
+
+def _other(path: Path, header: Header, spec: VoVNetSpec, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} does not hold {spec.name} in {header.dtype}, as its header says: {why}. Save the "
+        "network again, or fetch the file again"
+    )

@@ -66,19 +66,26 @@ def freeze(
     first = model.first_weight
     dtype = dtype or (torch.float32 if first is None else first.dtype)
     out_dtype = out_dtype or dtype
-    for name, value in (("dtype", dtype), ("out_dtype", out_dtype)):
-        if value not in _checks.DTYPES:
-            raise TypeError(
-                f"freeze: {name} must be float16, bfloat16, float32 or float64, got {value}"
-            )
-    if memory_format not in (torch.channels_last, torch.contiguous_format):
-        raise ValueError(
-            "freeze: memory_format must be torch.channels_last or torch.contiguous_format, "
-            f"got {memory_format}"
-        )
+    require_options("freeze", dtype, out_dtype, memory_format)
     with torch.inference_mode(False), torch.no_grad():
         params = _fold(model, dtype)
         return FrozenVoVNet(params, model.out_features, memory_format, graph, out_dtype)
+
+
+def require_options(
+    what: str, dtype: torch.dtype, out_dtype: torch.dtype, memory_format: torch.memory_format
+) -> None:
+    """Refuse dtypes and layouts that no frozen network has, as :func:`freeze` says."""
+    for name, value in (("dtype", dtype), ("out_dtype", out_dtype)):
+        if value not in _checks.DTYPES:
+            raise TypeError(
+                f"{what}: {name} must be float16, bfloat16, float32 or float64, got {value}"
+            )
+    if memory_format not in (torch.channels_last, torch.contiguous_format):
+        raise ValueError(
+            f"{what}: memory_format must be torch.channels_last or torch.contiguous_format, "
+            f"got {memory_format}"
+        )
 
 
 def _why_other(model: VoVNet) -> str | None:

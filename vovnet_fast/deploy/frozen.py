@@ -68,6 +68,8 @@ class FrozenVoVNet(AllOrNothing):
         memory_format: torch.memory_format,
         graph: bool,
         out_dtype: torch.dtype,
+        *,
+        copy: bool = True,
     ) -> None:
         super().__init__()
         layers, fcs = params.convs(), params.fcs()
@@ -83,7 +85,7 @@ class FrozenVoVNet(AllOrNothing):
         self._channels_last = memory_format == torch.channels_last
 
         def hold(name: str, tensor: Tensor, dtype: torch.dtype) -> None:
-            own = tensor.detach().to(dtype, copy=True, memory_format=torch.contiguous_format)
+            own = tensor.detach().to(dtype, copy=copy, memory_format=torch.contiguous_format)
             self.register_buffer(name, own)
 
         for i, layer in enumerate(layers):

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..backends import use_backend
+from ..compat import zip
 from ..network.model import VoVNet
 from ..ops import NetworkParams
 from ..ops.features import check_size, rebuild

@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
+from ..compat import zip
 from ..network.model import STAGE_NAMES
 from ..ops import BlockParams, ConvParams, NetworkParams
 from ..ops.features import sizes

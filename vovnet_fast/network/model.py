@@ -152,7 +152,8 @@ class VoVNet(AllOrNothing):
         in the seed zero. Norms keep PyTorch's defaults, one and zero.
         """
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            # On the meta device there is nothing to fill, and normal_ imports torch's compiler.
+            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
                 if self.spec.init == "fan_in":
                     nn.init.kaiming_normal_(module.weight)
                 else:
