@@ -16,9 +16,12 @@ ON_GPU = torch.cuda.is_available()
 if not ON_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
+from tests.kernels import interpreter  # noqa: E402
 from vovnet_fast import backends  # noqa: E402
 
 _MISSING = backends.why_not("triton", None)
+if _MISSING is None and not ON_GPU:
+    interpreter.hasten()
 
 GUARD = 16
 """Channels on either side of a slot: a multiple of 16 bytes in every dtype."""

@@ -105,11 +105,17 @@ def test_checkpointing_under_autocast():
 # --------------------------------------------------------------------------------------
 
 
-def _ddp_worker(rank, folder, with_cp):
+def _ddp_worker(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store-{with_cp}", rank=rank, world_size=2
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
+    for with_cp in (False, True):
+        _ddp_steps(rank, folder, with_cp)
+    torch.distributed.destroy_process_group()
+
+
+def _ddp_steps(rank, folder, with_cp):
     model = random_model(TINY["detectron2"], norm_eval=False, with_cp=with_cp, frozen_stages=0)
     model = nn.parallel.DistributedDataParallel(model.double().train())
     for step in range(2):
@@ -118,7 +124,6 @@ def _ddp_worker(rank, folder, with_cp):
     state = {"grads": {k: p.grad for k, p in model.module.named_parameters()}}
     state["buffers"] = dict(model.module.named_buffers())
     torch.save(state, f"{folder}/{with_cp}-{rank}.pt")
-    torch.distributed.destroy_process_group()
 
 
 def test_ddp_with_checkpointing(tmp_path):
@@ -128,8 +133,7 @@ def test_ddp_with_checkpointing(tmp_path):
     batches = [torch.randn(4, 3, 64, 64, dtype=torch.float64) for _ in range(2)]
     for step, x in enumerate(batches):
         torch.save(x, tmp_path / f"x{step}.pt")
-    for with_cp in (False, True):
-        torch.multiprocessing.spawn(_ddp_worker, (str(tmp_path), with_cp), nprocs=2)
+    torch.multiprocessing.spawn(_ddp_worker, (str(tmp_path),), nprocs=2)
     states = {
         (cp, rank): torch.load(tmp_path / f"{cp}-{rank}.pt")
         for cp in (False, True)
@@ -204,9 +208,11 @@ def test_a_replaced_part_is_the_one_that_runs():
 # --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", list(TINY))
-@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("name", "training"), [("detectron2", False), *((name, True) for name in TINY)]
+)
 def test_compiles_without_a_graph_break(name, training):
+    """Each dialect in evaluation mode, on each backend, is in tests/kernels/test_ops.py."""
     torch._dynamo.reset()  # A process may compile so many variants of forward only.
     model = random_model(TINY[name]).train(training)
     x = torch.randn(2, 3, 48, 56)

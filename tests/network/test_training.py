@@ -456,12 +456,31 @@ def test_ten_steps_follow_the_reference():
 # --------------------------------------------------------------------------------------
 
 
-def _worker(rank, folder, kind):
+KINDS = {"sync": 4, "ddp": 3, "ddp recomputed": 3, "fsdp": 3}
+"""Of training in several processes, and how many images each has."""
+
+
+def _worker(rank, folder):
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store-{kind}", rank=rank, world_size=2
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
-    x = torch.load(f"{folder}/x.pt")
+    for kind in KINDS:
+        try:
+            torch.save(_train(rank, kind), f"{folder}/{kind}-{rank}.pt")
+        except Exception as error:  # Ends both: the other would wait for this one.
+            raise RuntimeError(f"training of the kind {kind!r} failed") from error
+    torch.distributed.destroy_process_group()
+
+
+def _batch(kind):
+    torch.manual_seed(1)
+    return images(KINDS[kind], 3, 40, 40)
+
+
+def _train(rank, kind):
+    """Gradients of a process, and its buffers."""
+    x = _batch(kind)
     # Of unequal size: statistics must be weighted by it.
     share = x[:1] if rank == 0 else x[1:]
     if kind == "sync":
@@ -486,19 +505,20 @@ def _worker(rank, folder, kind):
     if kind == "sync":  # DDP itself refuses SyncBN on CPUs.
         for grad in grads.values():
             torch.distributed.all_reduce(grad.div_(2))
-    torch.save((grads, dict(model.named_buffers())), f"{folder}/{kind}-{rank}.pt")
-    torch.distributed.destroy_process_group()
+    return grads, dict(model.named_buffers())
 
 
-def _spawn(folder, kind, x):
-    torch.save(x, folder / "x.pt")
-    torch.multiprocessing.spawn(_worker, (str(folder), kind), nprocs=2)
-    return [torch.load(folder / f"{kind}-{rank}.pt") for rank in (0, 1)]
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """What both processes have of each kind. They start once: that takes longest."""
+    folder = tmp_path_factory.mktemp("processes")
+    torch.multiprocessing.spawn(_worker, (str(folder),), nprocs=2)
+
+    return lambda kind: [torch.load(folder / f"{kind}-{rank}.pt") for rank in (0, 1)]
 
 
-def test_sync_batch_norm_is_one_process_on_the_joined_batch(tmp_path):
-    x = images(4, 3, 40, 40)
-    results = _spawn(tmp_path, "sync", x)
+def test_sync_batch_norm_is_one_process_on_the_joined_batch(trained):
+    x, results = _batch("sync"), trained("sync")
     model = network(norm_eval=False)
     sum((f * f).sum() for f in model(x)).backward()
     for grads, buffers in results:
@@ -509,9 +529,8 @@ def test_sync_batch_norm_is_one_process_on_the_joined_batch(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["ddp", "ddp recomputed", "fsdp"])
-def test_data_parallel(tmp_path, kind):
-    x = images(3, 3, 40, 40)
-    results = _spawn(tmp_path, kind, x)
+def test_data_parallel(trained, kind):
+    x, results = _batch(kind), trained(kind)
     by_share = []
     for share in (x[:1], x[1:]):
         model = network("seed", norm_eval=False)
