@@ -17,6 +17,7 @@ import torch
 
 from vovnet_fast import selfcheck
 from vovnet_fast.backends import _extension, reference
+from vovnet_fast.compat import zip
 from vovnet_fast.selfcheck import calls, runner, tensors
 from vovnet_fast.selfcheck.calls import Layer
 from vovnet_fast.selfcheck.cases import Case, of_layers, of_shapes

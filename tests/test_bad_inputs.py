@@ -6,6 +6,7 @@ import torch
 from tests import bad_inputs
 from tests.bad_inputs import SPEC, Subjects, image
 from vovnet_fast import VoVNet, backends, freeze, use_backend
+from vovnet_fast.compat import zip
 from vovnet_fast.network import decision
 
 ROWS = bad_inputs.rows()

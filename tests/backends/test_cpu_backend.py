@@ -15,6 +15,7 @@ from tests.extension_cases import CASES, check, everything, randn, require
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, backends, ops, selfcheck, specs
 from vovnet_fast.backends import _extension, cpu
+from vovnet_fast.compat import zip
 from vovnet_fast.network import decision
 from vovnet_fast.network.blocks import OSABlock
 from vovnet_fast.ops.features import needs

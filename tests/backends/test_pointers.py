@@ -12,6 +12,7 @@ from vovnet_fast import VoVNet, freeze, use_backend
 from vovnet_fast.backends import _extension, conv_sm90, cpu
 from vovnet_fast.backends._extension import fields
 from vovnet_fast.backends.cpu import convolution
+from vovnet_fast.compat import zip
 
 SHAPE = (1, 2, 2, 8)
 

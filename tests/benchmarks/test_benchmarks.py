@@ -21,6 +21,7 @@ from benchmarks.timing import FEWEST, ROUNDS, burst, measure, warm_ms
 from vovnet_fast import backends, specs, tuning, use_backend
 from vovnet_fast.backends import _extension, reference
 from vovnet_fast.backends.cpu import convolution
+from vovnet_fast.compat import zip
 from vovnet_fast.tools.bench.rows import KINDS, load
 from vovnet_fast.tools.bench.stopwatch import CONFIDENCE, Stopwatch, ratio_interval
 from vovnet_fast.tools.bench.training import TrainingStep, image

@@ -10,6 +10,7 @@ from tests import straight_line
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, checkpoints, compat, specs
 from vovnet_fast.checkpoints import CheckpointError, convert, identify, load
+from vovnet_fast.compat import zip
 
 PREFIXES = ["", "module.", "backbone.", "img_backbone.", "backbone.bottom_up.", "module.backbone."]
 

@@ -9,6 +9,7 @@ import torch
 from tests import straight_line
 from vovnet_fast import VoVNet, checkpoints, specs
 from vovnet_fast.checkpoints import CheckpointError, convert, identify, load
+from vovnet_fast.compat import zip
 
 TWINS = {"V-39": "vovnet39a", "V-57": "vovnet57a"}
 

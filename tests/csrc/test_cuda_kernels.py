@@ -16,6 +16,7 @@ from tests.extension_cases import *  # noqa: F403  (tests)
 from tests.extension_cases import by_dtype, randn, require
 from vovnet_fast import backends, selfcheck
 from vovnet_fast.backends import _extension, cuda, reference
+from vovnet_fast.compat import zip
 from vovnet_fast.selfcheck import runner, tensors
 
 MODULE = "VOVNET_FAST_CUDA_ON_CPU"

@@ -15,6 +15,7 @@ from tests.tiny import TINY
 from vovnet_fast import VoVNet, backends, freeze
 from vovnet_fast.backends import _extension
 from vovnet_fast.backends.cpu import convolution
+from vovnet_fast.compat import zip
 
 PUBLISHED = ["V-19-slim-dw-eSE", "V-19-slim-eSE", "ese_vovnet19b_dw", "vovnet-19-slim"]
 

@@ -10,6 +10,7 @@ import torch
 from tests import straight_line
 from tests.tiny import TINY
 from vovnet_fast import BackendError, VoVNet, _optional, freeze, load_frozen, specs
+from vovnet_fast.compat import zip
 from vovnet_fast.deploy import export, onnx_check
 from vovnet_fast.deploy.export import ExportError
 from vovnet_fast.deploy.onnx_graph import Graph

@@ -11,6 +11,7 @@ from tests.fused import fused
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, freeze, use_backend
 from vovnet_fast.backends import _extension
+from vovnet_fast.compat import zip
 
 needs_extension = pytest.mark.skipif(
     _extension.why_not("cpu") is not None, reason="the extension's CPU half is not built"

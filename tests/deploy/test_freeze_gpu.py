@@ -8,6 +8,7 @@ import torch
 from tests import straight_line
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, backends
+from vovnet_fast.compat import zip
 from vovnet_fast.deploy.freeze import KEPT_SHAPES, freeze
 
 pytestmark = [

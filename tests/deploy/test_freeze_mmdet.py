@@ -16,6 +16,7 @@ from mmengine.config import ConfigDict
 import vovnet_fast.mmdet  # noqa: F401  (registers VoVNetFast)
 from tests import straight_line
 from tests.tiny import TINY
+from vovnet_fast.compat import zip
 from vovnet_fast.deploy.freeze import freeze
 
 register_all_modules()

@@ -23,6 +23,7 @@ from tests.tiny import TINY
 from vovnet_fast import VoVNet, checkpoints, compat, freeze, load_frozen, specs, use_backend
 from vovnet_fast.backends import _extension
 from vovnet_fast.checkpoints import CheckpointError
+from vovnet_fast.compat import zip
 from vovnet_fast.deploy import file as frozen_file
 from vovnet_fast.deploy import layout
 

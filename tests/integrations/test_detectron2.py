@@ -14,6 +14,7 @@ from tests import straight_line
 from tests.integrations import detectron2_double
 from vovnet_fast import VoVNet, checkpoints
 from vovnet_fast.checkpoints import CheckpointError
+from vovnet_fast.compat import zip
 from vovnet_fast.network.norms import FrozenBatchNorm2d
 from vovnet_fast.specs import UnknownSpecError
 from vovnet_fast.tools import cli

@@ -29,6 +29,7 @@ from mmengine.runner.checkpoint import load_state_dict as mmengine_load_state_di
 
 import vovnet_fast
 from vovnet_fast.checkpoints import CheckpointError
+from vovnet_fast.compat import zip
 from vovnet_fast.mmdet import VoVNetFast
 
 CONFIGS = Path(__file__).parents[2] / "configs"

@@ -21,6 +21,7 @@ import vovnet_fast.mmdet  # noqa: F401  (registers VoVNetFast)
 from tests import straight_line
 from vovnet_fast import checkpoints
 from vovnet_fast.checkpoints import CheckpointError
+from vovnet_fast.compat import zip
 from vovnet_fast.tools import cli
 
 register_all_modules()

@@ -12,6 +12,7 @@ from tests import straight_line
 from tests.fused import fused
 from vovnet_fast import _optional, freeze, specs, use_backend
 from vovnet_fast.checkpoints import CheckpointError
+from vovnet_fast.compat import zip
 
 _reason = _optional.why_not("timm")
 if _reason is not None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from vovnet_fast.compat import zip
 from vovnet_fast.kernels import batch_norm, batch_norm_backward
 from vovnet_fast.kernels._common import accumulator
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from vovnet_fast.backends import triton as backend
 from vovnet_fast.backends.triton import convolution_gradients
+from vovnet_fast.compat import zip
 from vovnet_fast.kernels import conv_weight_grad as module
 from vovnet_fast.kernels import conv_weight_grad_tma
 from vovnet_fast.kernels._common import accumulator

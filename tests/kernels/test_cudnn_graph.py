@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from vovnet_fast import _optional, tuning
 from vovnet_fast.backends import cudnn_graph
 from vovnet_fast.backends import triton as backend
+from vovnet_fast.compat import zip
 
 CPU = torch.device("cpu")
 GEOMETRIES = [(3, 1), (3, 2), (1, 1), (1, 2)]

@@ -12,6 +12,7 @@ from vovnet_fast import VoVNet, backends, ops, specs, tuning
 from vovnet_fast.backends import reference
 from vovnet_fast.backends import triton as backend
 from vovnet_fast.backends.triton.choosing import load_kernels
+from vovnet_fast.compat import zip
 
 pytestmark = [
     pytest.mark.gpu,

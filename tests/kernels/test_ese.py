@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from vovnet_fast import reference
+from vovnet_fast.compat import zip
 from vovnet_fast.kernels import ese, ese_backward
 from vovnet_fast.kernels._common import accumulator
 

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests import straight_line
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, backends, load_frozen
+from vovnet_fast.compat import zip
 from vovnet_fast.deploy import frozen as module
 from vovnet_fast.deploy.freeze import KEPT_SHAPES, FrozenVoVNet, freeze
 from vovnet_fast.ops.memory import Arena

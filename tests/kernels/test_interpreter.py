@@ -6,6 +6,7 @@ import torch
 from tests.kernels import interpreter
 from tests.kernels.conftest import ON_GPU
 from vovnet_fast import backends, ops
+from vovnet_fast.compat import zip
 
 if ON_GPU or not interpreter.hasten():
     pytest.skip("this Triton's interpreter is not replaced", allow_module_level=True)

@@ -14,6 +14,7 @@ from tests import straight_line
 from tests.extension_cases import require
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, backends, ops, reference
+from vovnet_fast.compat import zip
 from vovnet_fast.network.blocks import OSABlock
 from vovnet_fast.ops import _checks
 from vovnet_fast.ops.features import run as run_network

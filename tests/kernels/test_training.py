@@ -12,6 +12,7 @@ from torch import nn
 from tests import straight_line
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, backends, ops
+from vovnet_fast.compat import zip
 from vovnet_fast.network.blocks import OSABlock
 from vovnet_fast.ops.chain import conv_chain
 from vovnet_fast.ops.osa import osa_block_with_statistics

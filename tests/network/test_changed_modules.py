@@ -13,6 +13,7 @@ from tests.fused import asked_for, fused, needs_traces
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, freeze, ops, use_backend
 from vovnet_fast.backends import BackendError
+from vovnet_fast.compat import zip
 from vovnet_fast.network import decision
 from vovnet_fast.network.blocks import OSABlock
 from vovnet_fast.network.layers import ESE, ConvNormReLU

@@ -11,6 +11,7 @@ from torch import nn
 from tests.fused import fused
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, backends
+from vovnet_fast.compat import zip
 from vovnet_fast.network import decision, structure
 
 

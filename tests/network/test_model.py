@@ -9,6 +9,7 @@ import vovnet_fast
 from tests import straight_line
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, specs
+from vovnet_fast.compat import zip
 from vovnet_fast.network.norms import FrozenBatchNorm2d
 
 # Measured on the original code.

@@ -10,6 +10,7 @@ from torch import nn
 from tests import straight_line
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, backends
+from vovnet_fast.compat import zip
 
 
 def random_model(spec, **options):

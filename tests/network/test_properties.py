@@ -31,6 +31,7 @@ from tests.network.test_changed_modules import CHANGES  # noqa: E402
 from tests.tiny import TINY  # noqa: E402
 from vovnet_fast import VoVNet, backends, checkpoints, freeze, use_backend  # noqa: E402
 from vovnet_fast.backends import BackendError  # noqa: E402
+from vovnet_fast.compat import zip  # noqa: E402
 from vovnet_fast.network import decision  # noqa: E402
 
 EXAMPLES = int(os.environ.get("EXAMPLES", "8"))

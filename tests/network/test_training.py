@@ -15,6 +15,7 @@ from tests import straight_line
 from tests.fused import fused, needs_traces
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, backends, ops
+from vovnet_fast.compat import zip
 from vovnet_fast.network.blocks import OSABlock
 from vovnet_fast.network.norms import FrozenBatchNorm2d
 from vovnet_fast.ops import rooms

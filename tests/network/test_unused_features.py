@@ -10,6 +10,7 @@ from torch import nn
 from tests.fused import fused
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, use_backend
+from vovnet_fast.compat import zip
 
 FEATURES = ("stem_2", "stage3", "stage4", "stage5")
 USED = {

@@ -15,6 +15,7 @@ from tests.fused import asked_for, fused
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, freeze, ops, reference, use_backend
 from vovnet_fast.backends import BackendError
+from vovnet_fast.compat import zip
 from vovnet_fast.ops.chain import conv_chain
 
 DOUBLE = torch.float64

@@ -11,6 +11,7 @@ import torch
 from tests.extension_cases import require
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, _files, backends, tuning
+from vovnet_fast.compat import zip
 from vovnet_fast.network import decision
 from vovnet_fast.selfcheck import trust
 

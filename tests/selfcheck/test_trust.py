@@ -16,6 +16,7 @@ from tests.stand_in import forget, stand_in
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, backends, selfcheck, tuning
 from vovnet_fast.backends import _extension, reference
+from vovnet_fast.compat import zip
 from vovnet_fast.network.blocks import OSABlock
 from vovnet_fast.ops.features import needs
 from vovnet_fast.selfcheck import runner, sources

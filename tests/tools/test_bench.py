@@ -15,6 +15,7 @@ import torch
 
 from vovnet_fast import BackendError
 from vovnet_fast import _provenance as provenance
+from vovnet_fast.compat import zip
 from vovnet_fast.tools import cli
 from vovnet_fast.tools.bench import command, quick, rows
 from vovnet_fast.tools.bench.stopwatch import (

@@ -10,6 +10,7 @@ from tests import straight_line
 from tests.checkpoints.test_writing import largest_file
 from tests.network.test_filling import BAD
 from vovnet_fast import VoVNet, checkpoints
+from vovnet_fast.compat import zip
 from vovnet_fast.tools import cli
 
 NAME = "V-19-slim-dw-eSE"

@@ -8,6 +8,7 @@ import torch
 import vovnet_fast
 from tests.extension_cases import require
 from vovnet_fast import backends
+from vovnet_fast.compat import zip
 from vovnet_fast.network import decision
 from vovnet_fast.tools import cli
 from vovnet_fast.tools.explain import NETWORK, explain

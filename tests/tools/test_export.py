@@ -7,6 +7,7 @@ import torch
 
 from tests import straight_line
 from vovnet_fast import VoVNet, _optional, checkpoints, freeze
+from vovnet_fast.compat import zip
 from vovnet_fast.deploy import export
 from vovnet_fast.tools import cli
 from vovnet_fast.tools import export as command

@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_flatten
 from tests.fused import fused
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, backends, compat
+from vovnet_fast.compat import zip
 from vovnet_fast.tools import cli
 from vovnet_fast.tools.memory import MODES, training_memory
 

@@ -17,6 +17,7 @@ pytest.importorskip("triton", minversion="3.6", reason="predictions are of Trito
 
 from vovnet_fast import specs, tuning
 from vovnet_fast.backends import _predict
+from vovnet_fast.compat import zip
 from vovnet_fast.kernels import cost, device, resources
 from vovnet_fast.kernels.conv_config import ConvConfig
 from vovnet_fast.kernels.cost import WEIGHT_GRAD, Layer
