@@ -114,7 +114,7 @@ BAD = {
     "a spec's spec": ("V-39-eSE {out} --size 1x64x64 --spec V-19-eSE", "--spec is about a CHECKP"),
     "a spec's layout": ("V-39-eSE {out} --size 1x64x64 --from timm", "--from is about a CHECK"),
     "a file's channels": ("{there} {out} --size 1x64x64 --input-ch 3", "--input-ch is for a SPEC"),
-    "no checkpoint": ("{there} {out} --size 1x64x64", "there.onnx holds more than weights"),
+    "no checkpoint": ("{there} {out} --size 1x64x64", "there.onnx"),
     "another network": ("{other} {out} --size 1x64x64", "no VoVNet backbone found"),
 }  # fmt: skip
 
