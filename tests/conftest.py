@@ -1,15 +1,18 @@
 import os
 from pathlib import Path
 
+# Networks here are small and tests run side by side (pytest-xdist): several threads
+# a process would only wait for each other. NumPy's, which multiply for Triton's
+# interpreter, are asked for when it is imported: torch does that.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import torch
 
-# Networks here are small and tests run side by side (pytest-xdist): several threads
-# a process would only wait for each other.
 torch.set_num_threads(1)
 
 KERNELS = Path(__file__).parent / "kernels"
 
-LONGEST = ("aot", "benchmarks", "csrc", "kernels", "native_build")
+LONGEST = ("aot", "benchmarks", "csrc", "kernels", "native_build", "network")
 """Whose files take minutes. Workers (pytest-xdist) take whole files in the order of collection: one
 of these that came last would keep one worker busy while the others had nothing left to do."""
 
