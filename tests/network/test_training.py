@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from tests import straight_line
 from tests.fused import fused, needs_traces
 from tests.tiny import TINY
-from vovnet_fast import VoVNet, backends, ops
+from vovnet_fast import VoVNet, backends, compat, ops
 from vovnet_fast.compat import zip
 from vovnet_fast.network.blocks import OSABlock
 from vovnet_fast.network.norms import FrozenBatchNorm2d
@@ -462,7 +462,9 @@ def test_ten_steps_follow_the_reference():
 # --------------------------------------------------------------------------------------
 
 
-KINDS = {"sync": 4, "ddp": 3, "ddp recomputed": 3, "fsdp": 3}
+KINDS = {"sync": 4, "ddp": 3, "ddp recomputed": 3}
+SHARDED = {"fsdp": OSABlock, "fsdp of convolutions": nn.Conv2d} if compat.TORCH >= (2, 6) else {}
+KINDS.update(dict.fromkeys(SHARDED, 3))
 """Of training in several processes, and how many images each has."""
 
 
@@ -494,11 +496,11 @@ def _train(rank, kind):
         model.load_state_dict(network(norm_eval=False).state_dict())
     else:
         model = network("seed", norm_eval=False, with_cp=kind == "ddp recomputed")
-    if kind == "fsdp":
+    if kind in SHARDED:
         from torch.distributed.fsdp import fully_shard
 
-        for block in [b for b in model.modules() if isinstance(b, OSABlock)]:
-            fully_shard(block)
+        for part in [m for m in model.modules() if isinstance(m, SHARDED[kind])]:
+            fully_shard(part)
         fully_shard(model)
     wrapped = nn.parallel.DistributedDataParallel(model) if "ddp" in kind else model
     with fused():
@@ -506,7 +508,7 @@ def _train(rank, kind):
         # Twice, so that the mean over processes is the sum.
         sum((f * f).sum() for f in features).mul(2).backward()
     grads = {k: p.grad for k, p in model.named_parameters()}
-    if kind == "fsdp":
+    if kind in SHARDED:
         grads = {k: grad.full_tensor() for k, grad in grads.items()}
     if kind == "sync":  # DDP itself refuses SyncBN on CPUs.
         for grad in grads.values():
@@ -534,7 +536,7 @@ def test_sync_batch_norm_is_one_process_on_the_joined_batch(trained):
             torch.testing.assert_close(buffers[key], value, msg=lambda m, k=key: f"{k}: {m}")
 
 
-@pytest.mark.parametrize("kind", ["ddp", "ddp recomputed", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", "ddp recomputed", *SHARDED])
 def test_data_parallel(trained, kind):
     x, results = _batch(kind), trained(kind)
     by_share = []
