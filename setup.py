@@ -10,4 +10,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import native_build
 
-setup(**native_build.options())
+# A checkout on Windows makes a text file of the symbolic link vovnet_fast/kernels.
+folders = {"vovnet_fast.kernels": "kernels", "vovnet_fast.kernels.resources": "kernels/resources"}
+linked = (Path(__file__).resolve().parent / "vovnet_fast" / "kernels").is_dir()
+
+setup(package_dir={} if linked else folders, **native_build.options())
