@@ -71,8 +71,15 @@ def test_dtypes(scalar):
         assert hastened == own
 
 
-@pytest.mark.parametrize("shape", [[8], [4, 1], [tl.constexpr(2), 4], tl.core.tuple([2, 2, 2])])
-def test_shapes(shape):
+@pytest.mark.parametrize("kind", ["one", "two", "constants", "a tuple of Triton's"])
+def test_shapes(kind):
+    shape = {
+        "one": [8],
+        "two": [4, 1],
+        "constants": [tl.constexpr(2), 4],
+        "a tuple of Triton's": tl.core.tuple([2, 2, 2]),
+    }[kind]
+
     def describe():
         block = tl.block_type(tl.float32, shape)
         tensor = tl.core.tensor(None, block)
