@@ -150,7 +150,8 @@ def test_low_precision_is_no_worse_than_eager(data):
             for found in (low(image), freeze(low)(image)):
                 for a, b, c in zip(found, eager, right, strict=True):
                     ours, theirs = ((t.double() - c).norm() for t in (a, b))
-                    assert ours <= 2 * theirs + torch.finfo(dtype).eps * c.norm()
+                    # A map of one pixel has few errors, and eager is lucky in one of 500.
+                    assert ours <= 2 * theirs + 2 * torch.finfo(dtype).eps * c.norm()
 
 
 class Life(RuleBasedStateMachine):
