@@ -121,6 +121,36 @@ def register_load_state_dict_pre_hook(module: torch.nn.Module, hook: Callable[..
         module._register_load_state_dict_pre_hook(hook, with_module=True)
 
 
+def group_name(group: Any) -> str:
+    """The name of a process group."""
+    from torch.distributed import distributed_c10d as c10d
+
+    if hasattr(group, "group_name"):
+        return str(group.group_name)
+    return str(c10d._world.pg_names[group])  # torch 2.1
+
+
+def process_group(name: str) -> Any:
+    """The process group of a name."""
+    from torch.distributed import distributed_c10d as c10d
+
+    resolve: Any = getattr(c10d, "_resolve_process_group", None)
+    if resolve is not None:
+        return resolve(name)
+    [group] = [g for g, n in c10d._world.pg_names.items() if n == name]  # torch 2.1
+    return group
+
+
+def all_gather(out: Tensor, x: Tensor, group: Any) -> None:
+    """Rows of all processes one after another, into ``out``."""
+    import torch.distributed as dist
+
+    if TORCH < (2, 2) and dist.get_backend(group) == "gloo":
+        dist.all_gather(list(out.chunk(dist.get_world_size(group))), x, group)
+    else:
+        dist.all_gather_into_tensor(out, x, group)
+
+
 def unknown_globals(path: Path) -> list[str] | None:
     """Names of what a pickle holds beside weights, None where torch cannot say.
 

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests import straight_line
 from tests.tiny import TINY
-from vovnet_fast import VoVNet, checkpoints, freeze
+from vovnet_fast import VoVNet, checkpoints, compat, freeze
 from vovnet_fast.checkpoints import CheckpointError
 
 SPEC = TINY["detectron2"]
@@ -289,7 +289,8 @@ def test_parts_that_read_other_names_than_they_write_are_left_to_pytorch():
     def rename(_, state_dict, prefix, *__):
         state_dict[f"{prefix}weight"] = state_dict.pop(f"{prefix}old")
 
-    model.stem.get_submodule("stem_1/conv").register_load_state_dict_pre_hook(rename)
+    conv = model.stem.get_submodule("stem_1/conv")
+    compat.register_load_state_dict_pre_hook(conv, rename)
     state["stem.stem_1/conv.old"] = state.pop("stem.stem_1/conv.weight")
     model.load_state_dict(state)
     assert torch.equal(model.first_weight, state["stem.stem_1/conv.old"])

@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from tests.stand_in import FUNCTIONS, forget, stand_in
 from tests.tiny import TINY
-from vovnet_fast import VoVNet, freeze, ops, selfcheck
+from vovnet_fast import VoVNet, compat, freeze, ops, selfcheck
 from vovnet_fast.ops import chain, osa
 from vovnet_fast.ops.conv import ConvParams, Kinds
 from vovnet_fast.ops.features import needs
@@ -106,7 +106,7 @@ def test_of_statistics_that_processes_share(watched, tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
     try:
         vectors = torch.ones(8), torch.zeros(8)
-        group = dist.group.WORLD.group_name
+        group = compat.group_name(dist.group.WORLD)
         layer = ConvParams(torch.randn(8, 3, 3, 16), *vectors, eps=1e-5, group=group)
         assert Kinds.of([layer]).shared
         x = torch.randn(2, 16, 6, 5, requires_grad=True)

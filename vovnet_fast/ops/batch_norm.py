@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import compat
 from .._dtypes import accumulator
 from ..compat import zip
 
@@ -84,11 +85,7 @@ def group_name(group: dist.ProcessGroup | None) -> str:
         return ""
     members = group or dist.group.WORLD
     assert members is not None
-    return members.group_name
-
-
-def _group(name: str) -> dist.ProcessGroup:
-    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+    return compat.group_name(members)
 
 
 def statistics(
@@ -97,10 +94,10 @@ def statistics(
     """``[6, C]`` statistics from partial ones, ``[R, 3, C]``; see :mod:`vovnet_fast.backends`."""
     if group:
         local = backend.batch_norm_merge(partials)
-        members = _group(group)
+        members = compat.process_group(group)
         rows, channels = local.shape
         gathered = local.new_empty(dist.get_world_size(members) * rows, channels)
-        dist.all_gather_into_tensor(gathered, local, members)
+        compat.all_gather(gathered, local, members)
         partials = gathered.view(-1, rows, channels)
     norm: Tensor = backend.batch_norm_finish(partials, gamma, beta, eps)
     return norm
@@ -119,6 +116,6 @@ def backward(
     total = sums
     if group:
         total = sums.clone()
-        dist.all_reduce(total, group=_group(group))
+        dist.all_reduce(total, group=compat.process_group(group))
     backend.batch_norm_input_grad(g, z, norm, total, gamma, g)
     return sums[1].clone(), sums[0].clone()  # Ops return tensors that share no memory.
