@@ -29,7 +29,7 @@ from .._extension.fields import DTYPES, packed, pointer, view
 ATEN = "aten"
 
 PREFERRED: dict[torch.dtype, tuple[str, ...]] = {
-    torch.bfloat16: ("amx",),
+    torch.bfloat16: ("amx", "fma"),
     torch.float16: ("fma",),
     torch.float32: ("fma",),
 }
