@@ -77,15 +77,34 @@ inline void tensors(const ConvParams& p) {
   view("x", p.x, bytes, {p.n, p.height, p.width, p.c_in});
   view("out", p.out, bytes, out);
   packed("tiles", p.tiles, bytes, {p.c_out, p.kernel, p.kernel, p.c_in}, false, kTilesAlignment);
-  packed("scale", p.scale, 4, {p.c_out});
-  packed("shift", p.shift, 4, {p.c_out});
+  together("scale", p.scale, "shift", p.shift);
+  if (p.scale == nullptr && (p.pool_partials != nullptr || p.relu != 0)) {
+    refuse("pool_partials and relu", "None and 0 where scale is None", "others");
+  }
+  if (p.scale != nullptr && (p.add.data != nullptr || p.mask.data != nullptr)) {
+    refuse("add and mask", "None where scale is given", "an address");
+  }
+  if (p.add_c > p.c_out) refuse("add_c", "at most c_out", std::to_string(p.add_c));
+  if (p.mask_c > p.c_out) refuse("mask_c", "at most c_out", std::to_string(p.mask_c));
+  view("add", p.add, bytes, {p.n, p.out_height, p.out_width, p.add_c}, kOptional);
+  view("mask", p.mask, bytes, {p.n, p.out_height, p.out_width, p.mask_c}, kOptional);
+  packed("scale", p.scale, 4, {p.c_out}, kOptional);
+  packed("shift", p.shift, 4, {p.c_out}, kOptional);
   packed("pool_partials", p.pool_partials, 4, {out.n, out.height, out.c}, kOptional);
+}
+
+template <class Params>
+void filter(const char* name, const Array& array, const Params& p) {
+  strided(name, array.data, bytes_of(name, array.dtype), {p.c_out, p.kernel, p.kernel, p.c_in},
+          {p.stride_o, p.stride_h, p.stride_w, p.stride_i});
 }
 
 inline void tensors(const ConvPackParams& p) {
   const int64_t bytes = bytes_of("dtype", p.dtype);
   choice("kernel", p.kernel, {1, 3});
-  packed("weight", p.weight, bytes, {p.c_out, p.kernel, p.kernel, p.c_in});
+  choice("transposed", p.transposed, {0, 1});
+  filter("weight", p.weight, p);
+  array("scale", p.scale, {p.c_out}, kOptional);
   packed("out", p.out, bytes, {p.c_out, p.kernel, p.kernel, p.c_in}, false, kTilesAlignment);
 }
 
@@ -245,12 +264,6 @@ inline void tensors(const ChannelSumsParams& p) {
   view("g", p.g, bytes, input(p));
   packed("partials", p.partials, high, {p.n, p.parts, p.c});
   packed("out", p.out, high, {p.c});
-}
-
-template <class Params>
-void filter(const char* name, const Array& array, const Params& p) {
-  strided(name, array.data, bytes_of(name, array.dtype), {p.c_out, p.kernel, p.kernel, p.c_in},
-          {p.stride_o, p.stride_h, p.stride_w, p.stride_i});
 }
 
 inline void tensors(const PackParams& p) {

@@ -48,24 +48,30 @@ struct EpilogueParams {
 };
 
 // out = relu(conv(x, weight) * scale + shift), padded by kernel / 2. The CPU half only.
+// Without scale and shift: out = mask(conv(x, weight) + add), which is the gradient of an input.
 struct ConvParams {
   View x;               // [N, H, W, C_in]
   View out;             // [N, H', W', C_out], H' = (H - 1) / stride + 1
+  View add;             // [N, H', W', add_c], added to the first channels, or absent; may be out
+  View mask;            // [N, H', W', mask_c], activations of the last channels, or absent
   const void* tiles;    // the weight as conv_pack leaves it for the same engine
-  const void* scale;    // [C_out] fp32
+  const void* scale;    // [C_out] fp32, or null together with shift
   const void* shift;    // [C_out] fp32
   void* pool_partials;  // [N, T, C_out] fp32, T from conv_parts, or null: sums of what is stored,
-                        // before it is rounded
-  int64_t n, height, width, out_height, out_width, c_in, c_out;
-  int32_t kernel, stride, relu, dtype;  // kernel: 1 or 3, stride: 1 or 2
+                        // before it is rounded; only with scale
+  int64_t n, height, width, out_height, out_width, c_in, c_out, add_c, mask_c;
+  int32_t kernel, stride, relu, dtype;  // kernel: 1 or 3, stride: 1 or 2; relu: only with scale
 };
 
-// out = a convolution's weight in tiles, as an engine multiplies them. The CPU half only.
+// out = a convolution's weight times scale, rounded once, in tiles as an engine multiplies them.
+// Transposed: that of the gradient of its input, as PackParams says. The CPU half only.
 struct ConvPackParams {
-  const void* weight;  // [C_out, K, K, C_in] packed, dtype
-  void* out;           // conv_pack_bytes bytes, aligned to 64
-  int64_t c_out, c_in;
-  int32_t kernel, dtype;
+  Array weight;                                    // any dtype; not packed, its strides are below
+  Array scale;                                     // [C_out], any dtype, or absent for 1
+  void* out;                                       // conv_pack_bytes bytes, aligned to 64
+  int64_t c_out, kernel, c_in;                     // of weight
+  int64_t stride_o, stride_h, stride_w, stride_i;  // of weight
+  int32_t transposed, dtype;                       // dtype: what is rounded to
 };
 
 // out = mask(z + add): after another library's input gradient.

@@ -1,4 +1,4 @@
-// The input of a strip, gathered, and weights, packed (conv_plan.h).
+// The input of a strip, gathered (conv_plan.h).
 #pragma once
 
 #include <cstring>
@@ -122,30 +122,6 @@ VF_HD void gather(const ConvParams& p, const Plan& plan, int64_t image, int64_t 
                             to + (plane * plan.plane_pixels + i * plan.width) * kChunkBytes);
     }
   }
-}
-
-// Packs a weight of T. A tile is the transpose of 16 chunks, one of each output channel, in units
-// of four bytes: a channel in fp32, two in bf16.
-template <class Packed, class T>
-void pack(const ConvPackParams& p, int threads) {
-  constexpr int64_t kChunk = kChunkBytes / static_cast<int64_t>(sizeof(Packed));
-  constexpr int kSide = 16;
-  const Plan plan = divide({1, 1, p.c_in, p.c_out, p.kernel, 1}, kChunk);
-  const int64_t steps = plan.chunks * taps(plan), row = taps(plan) * plan.channels;
-  parallel(plan.tiles * steps, plan.tiles * steps * kTileBytes, threads, [&](int64_t i) {
-    const int64_t chunk = i % steps / taps(plan), tap = i % taps(plan);
-    const int64_t first = i / steps * kTileChannels;
-    const T* from = static_cast<const T*>(p.weight) + first * row + tap * plan.channels;
-    uint32_t chunks[kSide][kSide] = {}, tile[kSide][kSide];
-    for (int64_t o = 0; o < least(kTileChannels, p.c_out - first); ++o) {
-      gather_chunk<T, Packed>(from + o * row + chunk * kChunk, plan.channels - chunk * kChunk,
-                              reinterpret_cast<char*>(chunks[o]));
-    }
-    for (int k = 0; k < kSide; ++k) {
-      for (int o = 0; o < kSide; ++o) tile[k][o] = chunks[o][k];
-    }
-    memcpy(static_cast<char*>(p.out) + i * kTileBytes, tile, kTileBytes);
-  });
 }
 
 }  // namespace conv

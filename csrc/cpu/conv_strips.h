@@ -19,6 +19,8 @@
 #include <new>
 
 #include "conv_gather.h"
+#include "conv_pack.h"
+#include "conv_store.h"
 
 namespace vovnet_fast {
 inline namespace VF_ISA {
@@ -65,83 +67,6 @@ class Workspace {
   int64_t size_ = 0;
 };
 
-// Vectors of a block's channels in registers: scale, shift, and sums for the pool.
-template <int kVectors>
-struct Epilogue {
-  Vector<float> scale[kVectors], shift[kVectors], total[kVectors];
-};
-
-// body(vector, span) for the vectors of `channels` channels.
-template <int kVectors, class Body>
-VF_HD void for_vectors(int64_t channels, Body body) {
-  for (int v = 0; v < kVectors; ++v) {
-    const int64_t left = channels - v * kLanes<float>;
-    if (left >= kLanes<float>) {
-      body(v, Full{});
-    } else if (left > 0) {
-      body(v, Part{static_cast<int>(left)});
-    }
-  }
-}
-
-// Where outputs that are counted through over gathered rows lie.
-struct Range {
-  int64_t first;
-  int pixels;
-};
-
-// Sums of a block, [pixel][kTiles * 16], into the slot from `channel` on.
-template <class Engine, class T, int kTiles>
-void store_block(const ConvParams& p, const Plan& plan, const float* sums, Range range, T* out,
-                 int64_t channel, float* pool) {
-  constexpr int kChannels = kTiles * kTileChannels, kVectors = kChannels / kLanes<float>;
-  const int64_t channels = least<int64_t>(kChannels, p.c_out - channel);
-  Epilogue<kVectors> e{};
-  for_vectors<kVectors>(channels, [&](int v, auto span) VF_LAMBDA {
-    const int64_t c = channel + v * kLanes<float>;
-    e.scale[v] = load(static_cast<const float*>(p.scale) + c, span);
-    e.shift[v] = load(static_cast<const float*>(p.shift) + c, span);
-  });
-  Pixel at{range.first / plan.width, range.first % plan.width};
-  const auto store_pixels = [&](auto relued, auto each) VF_LAMBDA {
-    for (int i = 0; i < range.pixels; ++i, sums += kChannels) {
-      if (at.w < p.out_width) {
-        T* to = out + at.h * p.out.stride_h + at.w * p.out.stride_w + channel;
-        each([&](int v, auto span) VF_LAMBDA {
-          auto y = scale_shift(load(sums + v * kLanes<float>, Full{}), e.scale[v], e.shift[v]);
-          if constexpr (relued.value == 1) y = relu(y);
-          e.total[v] += y;
-          Engine::store(to + v * kLanes<float>, y, span);
-        });
-      }
-      if (++at.w == plan.width) at = {at.h + 1, 0};
-    }
-  };
-  const auto all = [&](auto body) VF_LAMBDA {
-    for (int v = 0; v < kVectors; ++v) body(v, Full{});
-  };
-  const auto some = [&](auto body) VF_LAMBDA { for_vectors<kVectors>(channels, body); };
-  if (channels < kChannels) {
-    p.relu != 0 ? store_pixels(Fixed<1>{}, some) : store_pixels(Fixed<0>{}, some);
-  } else {
-    p.relu != 0 ? store_pixels(Fixed<1>{}, all) : store_pixels(Fixed<0>{}, all);
-  }
-  if (pool == nullptr) return;
-  for_vectors<kVectors>(channels, [&](int v, auto span) VF_LAMBDA {
-    float* to = pool + channel + v * kLanes<float>;
-    store(to, load(to, span) + e.total[v], span);
-  });
-}
-
-// store_block for a number of tiles that is known when it runs.
-template <class Engine, class T, int kTiles = Engine::kTiles, class... Args>
-VF_HD void store_tiles(int tiles, const Args&... args) {
-  if constexpr (kTiles > 1) {
-    if (tiles < kTiles) return store_tiles<Engine, T, kTiles - 1>(tiles, args...);
-  }
-  store_block<Engine, T, kTiles>(args...);
-}
-
 // One strip of an image, or a part of its output channels.
 struct Task {
   int64_t image, strip, row, rows;  // output rows from `row` on
@@ -166,7 +91,7 @@ VF_HD int64_t kept_pixels(const Plan& plan) {
 template <class Engine, class T>
 void multiply(const ConvParams& p, const Plan& plan, const Task& task, Block block, bool gathered,
               float* kept, float* pool) {
-  T* out = static_cast<T*>(p.out.data) + task.image * p.out.stride_n + task.row * p.out.stride_h;
+  const Rows<T> rows(p, task.image, task.row);
   // Runs of pixels that are counted through: all of the strip, or, for an engine to which pixels
   // that are not stored cost as much as others, each row by itself.
   const bool by_rows = Engine::kByRows && plan.extra > 0 && p.out_width >= kWideRow;
@@ -193,7 +118,7 @@ void multiply(const ConvParams& p, const Plan& plan, const Task& task, Block blo
         Engine::multiply(block, sums, chunk > 0);
         if (chunk + group < plan.chunks) continue;
         store_tiles<Engine, T>(block.tiles, p, plan, sums + (first - begin) * channels,
-                               Range{at, pixels}, out, tile * kTileChannels, pool);
+                               Range{at, pixels}, rows, tile * kTileChannels, pool);
       }
     }
   }

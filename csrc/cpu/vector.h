@@ -269,6 +269,10 @@ VF_HD void store_double(float* to, Vector<double> y, Part part) {
   for (int i = 0; i < part.count; ++i) to[i] = static_cast<float>(y[i]);
 }
 
+// How many channels a span means, of so many lanes of floats.
+VF_HD int count_of(Full) { return kLanes<float>; }
+VF_HD int count_of(Part part) { return part.count; }
+
 // ---- Loops -------------------------------------------------------------------------------------
 
 // Every lane the same.

@@ -101,6 +101,78 @@ def test_against_fp64(engine, pool):
                 assert wrong is None, f"{case.words}, {dtype}, {layout}: {wrong}"
 
 
+@pytest.fixture
+def chosen(monkeypatch, engine):
+    """The engine, which is what the backend's functions choose."""
+    monkeypatch.setattr(convolution, "choose_engine", lambda dtype: engine)
+    return engine
+
+
+FEW = [
+    calls.Layer(3, 3, 5, (1, 1, 1)),
+    calls.Layer(3, 40, 72, (2, 13, 11)),
+    calls.Layer(3, 160, 33, (1, 9, 20)),  # A part of the channels in each of several groups.
+    calls.Layer(3, 48, 64, (1, 61, 20)),  # Several strips, the last one smaller.
+    calls.Layer(1, 33, 24, (2, 17, 31)),
+]
+GRADIENTS = [
+    {"scaled": False, "added": False},
+    {"scaled": True, "added": True},
+    {"scaled": False, "added": True, "master": True},
+]
+
+
+@pytest.mark.parametrize("options", GRADIENTS, ids=str)
+@torch.no_grad()
+def test_gradients_of_inputs(chosen, options):
+    """Added to what is in the slot, in place, and masked; of scaled, and of fp32 weights."""
+    for case in cases.of_layers(calls.conv_input_grad, *FEW, **options):
+        for dtype in DTYPES[chosen]:
+            wrong = extension_cases.check(case, cpu, dtype, CPU)
+            assert wrong is None, f"{case.words}, {dtype}: {wrong}"
+
+
+@pytest.mark.parametrize("channels", [1, 8, 15, 33, 48])
+@torch.no_grad()
+def test_gradients_of_the_concat(chosen, channels):
+    """What is added and what is masked begin and end anywhere, also within a vector."""
+    layer = calls.Layer(1, 48, channels, (2, 7, 9))
+    for added in (False, True):
+        for masked in {1, 7, channels, 48}:
+            options = dict(added=added, masked=masked)
+            for case in cases.of_layers(calls.concat_input_grad, layer, **options):
+                for dtype in DTYPES[chosen]:
+                    for layout in Tensors.LAYOUTS:
+                        wrong = extension_cases.check(case, cpu, dtype, CPU, layout)
+                        assert wrong is None, f"{case.words}, {dtype}, {layout}: {wrong}"
+
+
+@torch.no_grad()
+def test_outputs_with_statistics(chosen):
+    strided = calls.Layer(3, 40, 80, (2, 13, 11), 2)
+    for case in cases.of_layers(calls.conv_statistics, strided, *FEW):
+        for dtype in DTYPES[chosen]:
+            wrong = extension_cases.check(case, cpu, dtype, CPU)
+            assert wrong is None, f"{case.words}, {dtype}: {wrong}"
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("c_in", [2, 20, 32])
+def test_a_weight_of_any_strides_is_packed_as_its_copy_is(engine, kernel, c_in):
+    """As nn.Conv2d has it, in channels_last, a slice of channels; scaled, and transposed."""
+    like_modules = torch.randn(24, c_in + 3, kernel, kernel).permute(0, 2, 3, 1)
+    for weight in (like_modules[..., 3:], like_modules.contiguous()[..., :c_in]):
+        for dtype in DTYPES[engine]:
+            scale = torch.rand(24)
+            for transposed in (False, True):
+                exact = weight * scale[:, None, None, None]
+                if transposed:
+                    exact = exact.flip(1, 2).permute(3, 1, 2, 0)
+                copied = convolution._pack(engine, exact.to(dtype).contiguous())
+                options = dict(dtype=dtype, transposed=transposed)
+                assert torch.equal(convolution._pack(engine, weight, scale, **options), copied)
+
+
 def test_without_a_relu(engine):
     for dtype in DTYPES[engine]:
         x = torch.randn(1, 7, 9, 48).to(dtype)

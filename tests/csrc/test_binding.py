@@ -271,8 +271,9 @@ def test_an_engine_takes_its_own_dtypes(extension):
     for engine in extension.conv_engines():
         with pytest.raises(ValueError, match="no kernel for the dtype with code 3"):
             extension.conv_pack(
-                1, engine, weight=None, out=None, c_out=0, c_in=0, kernel=1, dtype=3
-            )
+                1, engine, weight=None, scale=None, out=None, c_out=0, kernel=1, c_in=0,
+                stride_o=0, stride_h=0, stride_w=0, stride_i=0, transposed=0, dtype=3,
+            )  # fmt: skip
     with pytest.raises(ValueError, match='no convolution engine "bogus"'):
         extension.conv_pack_bytes("bogus", 1, 1, 1)
 

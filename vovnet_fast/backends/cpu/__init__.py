@@ -1,7 +1,8 @@
 """The backend of the extension's CPU half: the signatures of :mod:`vovnet_fast.backends`.
 
-All run on torch's own threads (csrc/cpu). Convolutions are :mod:`.convolution`'s; their
-gradients are oneDNN's, through ATen, followed by one pass into the slot.
+All run on torch's own threads (csrc/cpu). Convolutions and the
+gradients of their inputs are :mod:`.convolution`'s; those of their weights are oneDNN's, through
+ATen.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from .. import _extension
 from . import convolution
 
 _ops = _extension.CPU
+
+_CONVOLUTIONS = ("conv", "conv_statistics", "conv_input_grad")
 
 
 def why_not(device: torch.device | None) -> str | None:
@@ -28,13 +31,13 @@ def variant() -> str:
 
 def sources(function: str) -> tuple[str, ...]:
     """Modules of this package that compute a function."""
-    own = ("backends.cpu.convolution",) if function == "conv" else ()
+    own = ("backends.cpu.convolution",) if function in _CONVOLUTIONS else ()
     return ("backends.cpu.__init__", *own, *_extension.SOURCES)
 
 
 conv = convolution.conv
-conv_statistics = _ops.conv_statistics
-conv_input_grad = _ops.conv_input_grad
+conv_statistics = convolution.conv_statistics
+conv_input_grad = convolution.conv_input_grad
 conv_weight_grad = _ops.conv_weight_grad
 normalize = _ops.normalize
 batch_norm_merge = _ops.batch_norm_merge

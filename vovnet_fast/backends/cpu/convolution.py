@@ -1,6 +1,7 @@
 """Convolutions of the ``cpu`` backend: the extension's own (csrc/cpu/conv*), or oneDNN's.
 
-The extension's engines read slots and write slots, epilogue and pool partials included:
+The extension's engines read slots and write slots, epilogue and pool partials included, and so do
+gradients of inputs, but for those of strided convolutions, which are oneDNN's:
 
 ==========  ==================  =================================================
 ``amx``     bf16                products by the matrix unit of Intel's processors
@@ -24,7 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ... import _environment
 from .. import _extension
-from .._extension.fields import DTYPES, packed, pointer, view
+from .._extension.fields import DTYPES, array, packed, pointer, view, weight_strides
 
 ATEN = "aten"
 
@@ -66,6 +67,37 @@ def conv(
     return run_engine(engine, x, weight, scale, shift, out, stride=stride, relu=relu, pool=pool)
 
 
+def conv_statistics(x: Tensor, weight: Tensor, out: Tensor, *, stride: int = 1) -> Tensor:
+    """See :mod:`vovnet_fast.backends`."""
+    engine = choose_engine(x.dtype)
+    if out.numel() == 0 or engine == ATEN:
+        return _extension.CPU.conv_statistics(x, weight, out, stride=stride)
+    _launch(engine, x, _pack(engine, weight), out, weight.shape[1], stride=stride)
+    n, tiles, c_out = out.shape[0], _extension.CPU.tiles(out), out.shape[3]
+    partials = out.new_empty(n, tiles, 3, c_out, dtype=torch.float32)
+    _extension.CPU.epilogue(out, None, None, out, relu=False, statistics=partials)
+    return partials.flatten(0, 1)
+
+
+def conv_input_grad(
+    g: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    out: Tensor,
+    *,
+    stride: int = 1,
+    add: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> None:
+    """See :mod:`vovnet_fast.backends`."""
+    engine = choose_engine(out.dtype)
+    if out.numel() == 0 or engine == ATEN or stride != 1:
+        options: dict[str, Any] = dict(stride=stride, add=add, mask=mask)
+        return _extension.CPU.conv_input_grad(g, weight, scale, out, **options)
+    tiles = _pack(engine, weight, scale, dtype=out.dtype, transposed=True)
+    return _launch(engine, g, tiles, out, weight.shape[1], add=add, mask=mask)
+
+
 def run_engine(
     engine: str,
     x: Tensor,
@@ -79,24 +111,46 @@ def run_engine(
     pool: bool,
 ) -> Tensor | None:
     """Run :func:`conv` on one of the extension's engines. ``out`` has elements."""
-    n, height, width, c_in = x.shape
-    c_out, kernel, _, _ = weight.shape
-    out_height, out_width = (height - 1) // stride + 1, (width - 1) // stride + 1
-    cpu = _extension.load("cpu")
+    n, out_height, out_width, c_out = out.shape
     partials = None
     if pool:
-        parts = cpu.conv_parts(engine, out_height, out_width, c_in, c_out, kernel, stride)
-        partials = scale.new_empty(n, parts, c_out)
+        sizes = out_height, out_width, x.shape[3], c_out, weight.shape[1], stride
+        partials = scale.new_empty(n, _extension.load("cpu").conv_parts(engine, *sizes), c_out)
     tiles = _tiles(engine, weight)  # Held here: it may be kept by nobody else.
-    cpu.conv(
-        torch.get_num_threads(),
-        engine,
-        x=view("x", x, x, n, height, width, c_in),
-        out=view("out", out, x, n, out_height, out_width, c_out),
-        tiles=pointer("tiles", tiles),
+    _launch(
+        engine, x, tiles, out, weight.shape[1], stride=stride, relu=relu,
         scale=packed("scale", scale, torch.float32, c_out),
         shift=packed("shift", shift, torch.float32, c_out),
         pool_partials=None if partials is None else pointer("pool_partials", partials),
+    )  # fmt: skip
+    return partials
+
+
+def _launch(
+    engine: str,
+    x: Tensor,
+    tiles: Tensor,
+    out: Tensor,
+    kernel: int,
+    *,
+    stride: int = 1,
+    relu: bool = False,
+    add: Tensor | None = None,
+    mask: Tensor | None = None,
+    **given: int | None,
+) -> None:
+    """Call an engine. ``given`` are addresses: of scale, shift and partials."""
+    n, height, width, c_in = x.shape
+    _, out_height, out_width, c_out = out.shape
+    add_c, mask_c = (0 if each is None else each.shape[3] for each in (add, mask))
+    _extension.load("cpu").conv(
+        torch.get_num_threads(),
+        engine,
+        x=view("x", x, out, n, height, width, c_in),
+        out=view("out", out, x, n, out_height, out_width, c_out),
+        add=view("add", add, x, n, out_height, out_width, add_c),
+        mask=view("mask", mask, x, n, out_height, out_width, mask_c),
+        tiles=pointer("tiles", tiles),
         n=n,
         height=height,
         width=width,
@@ -104,12 +158,14 @@ def run_engine(
         out_width=out_width,
         c_in=c_in,
         c_out=c_out,
+        add_c=add_c,
+        mask_c=mask_c,
         kernel=kernel,
         stride=stride,
         relu=int(relu),
         dtype=DTYPES[x.dtype],
+        **{"scale": None, "shift": None, "pool_partials": None, **given},
     )
-    return partials
 
 
 # --------------------------------------------------------------------------------------
@@ -160,20 +216,38 @@ def forget(weights: Iterable[Tensor]) -> None:
             _kept.pop(weight, None)
 
 
-def _pack(engine: str, weight: Tensor) -> Tensor:
+def _pack(
+    engine: str,
+    weight: Tensor,
+    scale: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    transposed: bool = False,
+) -> Tensor:
+    """``weight * scale``, rounded once, as an engine takes it.
+
+    Args:
+        engine: by name.
+        weight: ``[C_out, K, K, C_in]`` view, any strides, any floating dtype.
+        scale: ``[C_out]``, any floating dtype, or None for one.
+        dtype: of activations, to which it is rounded; that of ``weight`` by default.
+        transposed: for the gradient of the input of the convolution that has this weight.
+    """
     c_out, kernel, _, c_in = weight.shape
     cpu = _extension.load("cpu")
-    size = cpu.conv_pack_bytes(engine, c_out, kernel, c_in)
+    channels = (c_in, kernel, c_out) if transposed else (c_out, kernel, c_in)
     with torch.inference_mode(False):
-        tiles = torch.empty(size, dtype=torch.uint8, device=weight.device)
+        tiles = torch.empty(
+            cpu.conv_pack_bytes(engine, *channels), dtype=torch.uint8, device=weight.device
+        )
     cpu.conv_pack(
         torch.get_num_threads(),
         engine,
-        weight=packed("weight", weight, weight.dtype, *weight.shape),
+        weight=(pointer("weight", weight), DTYPES[weight.dtype]),
+        scale=array("scale", scale, c_out),
         out=pointer("tiles", tiles),
-        c_out=c_out,
-        c_in=c_in,
-        kernel=kernel,
-        dtype=DTYPES[weight.dtype],
+        transposed=int(transposed),
+        dtype=DTYPES[dtype or weight.dtype],
+        **weight_strides(weight),
     )
     return tiles
