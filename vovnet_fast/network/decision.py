@@ -10,8 +10,10 @@ own choice, kept by :mod:`vovnet_fast.tuning`. ``vovnet-fast explain`` prints de
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextvars import ContextVar
 from typing import NamedTuple, Protocol
 
 import torch
@@ -224,6 +226,19 @@ def needs_gradient(module: Part | Network | nn.Module, x: Tensor) -> bool:
     return x.requires_grad or any(parameter.requires_grad for parameter in module.parameters())
 
 
+@contextlib.contextmanager
+def on_maps_of_any_size() -> Iterator[None]:
+    """Inside, in this thread, training runs as ops on small maps, too."""
+    token = _any_size.set(True)
+    try:
+        yield
+    finally:
+        _any_size.reset(token)
+
+
+_any_size: ContextVar[bool] = ContextVar("any_size", default=False)
+
+
 def faster_plain(x: Tensor, pixels: int, *, batch: bool, gradient: bool) -> bool:
     """Whether ``auto`` leaves modules on a CPU to PyTorch, although an op could run them.
 
@@ -237,5 +252,6 @@ def faster_plain(x: Tensor, pixels: int, *, batch: bool, gradient: bool) -> bool
     if backends.chosen() != "auto" or backends.select(x.device, dtype, ()) != "cpu":
         return False
     if gradient or batch:
-        return pixels < CPU_PIXELS_TRAINING
+        # torch.compile, which cannot trace a ContextVar, is told nothing by it.
+        return pixels < CPU_PIXELS_TRAINING and (compat.is_compiling() or not _any_size.get())
     return dtype == torch.float32 and pixels < CPU_PIXELS

@@ -20,7 +20,7 @@ from ..ops import _checks
 from ..ops.features import check_size
 from ..ops.features import needs as features_need
 from ..specs import FIRST_STAGE, NUM_STAGES, VoVNetSpec
-from . import decision, structure
+from . import decision, structure, ways
 from .blocks import OSABlock, OSAStage
 from .decision import compute_dtype, fused
 from .filling import AllOrNothing
@@ -184,7 +184,7 @@ class VoVNet(AllOrNothing):
         if self.decide(x).op:
             dtype = compute_dtype(x)
             return tuple(ops.features(x.to(dtype), self.fold(dtype), self.out_features))
-        return self._run_modules(x)
+        return ways.run(self, x, ways.choose(self, x))
 
     def decide(self, x: Tensor) -> decision.Decision:
         """Whether it runs as one op on images; otherwise each of its parts decides by itself.
@@ -212,6 +212,10 @@ class VoVNet(AllOrNothing):
             self.stem.fold(dtype),
             tuple(block.fold(dtype) for block in self._blocks()),
         )
+
+    def parts(self) -> list[Stem | OSABlock] | None:
+        """The stem and the blocks, None where others have taken their place."""
+        return None if self._why_other_parts() is not None else [self.stem, *self._blocks()]
 
     def _blocks(self) -> list[OSABlock]:
         stages = [cast(OSAStage, getattr(self, name)) for name in STAGE_NAMES]

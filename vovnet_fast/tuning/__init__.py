@@ -112,6 +112,11 @@ def static_choices() -> Iterator[None]:
         _static_only.reset(token)
 
 
+def only_static() -> bool:
+    """Whether this thread is inside :func:`static_choices`."""
+    return _static_only.get()
+
+
 def tf32_allowed() -> bool:
     """Whether torch lets convolutions of fp32 round their operands to TF32."""
     # Since torch 2.9 each operator says it for itself, and to ask for all may be an error.

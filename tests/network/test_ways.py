@@ -1,0 +1,209 @@
+"""In which way a training step runs on a CPU: measured, remembered, and without a trace."""
+
+import copy
+import json
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import vovnet_fast
+from tests.extension_cases import require
+from vovnet_fast import reference, tuning
+from vovnet_fast.backends import cpu
+from vovnet_fast.network import decision, ways
+from vovnet_fast.tuning import processor
+
+SPEC = "V-19-slim-dw-eSE"
+
+
+@pytest.fixture(autouse=True)
+def _measuring(monkeypatch, tmp_path):
+    require("cpu")
+    torch.manual_seed(0)
+    monkeypatch.setenv("VOVNET_FAST_TUNE", "1")
+    monkeypatch.setenv("VOVNET_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(decision, "CPU_PIXELS_TRAINING", 0)  # Maps are small here.
+    monkeypatch.setattr(processor, "ROUNDS", 1)
+    tuning._table.cache_clear()
+    yield
+    tuning._table.cache_clear()
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The ways that were tried, in their order."""
+    found = []
+    trial = ways._trial
+
+    def note(network, x):
+        run = trial(network, x)
+        return lambda way: (found.append(way), run(way))
+
+    monkeypatch.setattr(ways, "_trial", note)
+    return found
+
+
+@pytest.fixture
+def slow(monkeypatch):
+    """Makes a function take a second, by the clock that is measured with: it has no other hands."""
+    now = [0.0]
+    monkeypatch.setattr(processor.time, "perf_counter", lambda: now[0])
+
+    def slow(module, name):
+        function = getattr(module, name)
+
+        def slowly(*args, **kwargs):
+            now[0] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(module, name, slowly)
+
+    return slow
+
+
+def images(size=32):
+    return torch.randn(1, 3, size, size)
+
+
+def train(model, x):
+    features = model(x)
+    sum(feature.sum() for feature in features).backward()
+    return features
+
+
+def ran_as_ops(model, x):
+    names = {type(feature.grad_fn).__name__ for feature in model(x)}
+    return names <= {"BlockBackward", "PermuteBackward0"}
+
+
+def test_slow_ops_are_avoided(slow):
+    slow(cpu, "conv_weight_grad")
+    model, x = vovnet_fast.VoVNet(SPEC).train(), images()
+    assert ways.choose(model, x) == ways.MODULES
+    assert not ran_as_ops(model, x)
+
+
+def test_slow_modules_are_avoided(slow):
+    slow(reference, "osa_block")
+    model, x = vovnet_fast.VoVNet(SPEC).train(), images()
+    assert ways.choose(model, x) == ways.OPS
+    assert ran_as_ops(model, x)
+
+
+def test_ops_on_small_maps_have_their_turn(monkeypatch, slow):
+    """What is measured for a size is not what a constant says of it."""
+    monkeypatch.setattr(decision, "CPU_PIXELS_TRAINING", 10**9)
+    slow(reference, "osa_block")
+    model, x = vovnet_fast.VoVNet(SPEC).train(), images()
+    assert ways.choose(model, x) == ways.OPS
+    assert ran_as_ops(model, x)
+
+
+@pytest.mark.parametrize("norm_eval", [False, True])
+def test_measuring_leaves_no_trace(monkeypatch, steps, norm_eval):
+    model = vovnet_fast.VoVNet(SPEC, norm_eval=norm_eval, frozen_stages=1).train()
+    twin, x = copy.deepcopy(model), images(64)
+    random = torch.get_rng_state()
+    found = train(model, x)
+    assert set(steps) == {ways.OPS, ways.MIXED, ways.MODULES}
+    assert torch.equal(random, torch.get_rng_state())
+    # The same way without a measurement.
+    chosen = ways.choose(model, x)
+    monkeypatch.setenv("VOVNET_FAST_TUNE", "0")
+    expected = ways.run(twin, x, chosen)
+    sum(feature.sum() for feature in expected).backward()
+    assert all(map(torch.equal, found, expected))
+    for ours, theirs in zip(model.parameters(), twin.parameters()):
+        assert (ours.grad is None) == (theirs.grad is None)
+        assert ours.grad is None or torch.equal(ours.grad, theirs.grad)
+    for (name, ours), theirs in zip(model.named_buffers(), twin.buffers()):
+        assert torch.equal(ours, theirs), name
+
+
+def test_it_is_measured_once(steps, tmp_path):
+    model = vovnet_fast.VoVNet(SPEC).train()
+    train(model, images())
+    number = len(steps)
+    assert number == 3 * (1 + processor.ROUNDS)
+    for _ in range(2):
+        train(model, images())
+    train(vovnet_fast.VoVNet(SPEC).train(), images(34))  # Nearly the same size, another network.
+    assert len(steps) == number
+    tuning._table.cache_clear()  # As the next process finds it.
+    train(model, images())
+    assert len(steps) == number
+    [choices] = json.loads((tmp_path / "tuning.json").read_text())["choices"].values()
+    [problem] = choices
+    assert problem.startswith(f"training step of {SPEC}, 1024 pixels, contiguous, torch.float32")
+
+
+def test_what_is_another_problem(steps):
+    model = vovnet_fast.VoVNet(SPEC, norm_eval=False).train()
+    problems = {ways._problem(model, images())}
+    problems.add(ways._problem(model, images(64)))
+    problems.add(ways._problem(model, images().to(memory_format=torch.channels_last)))
+    with torch.autocast("cpu", torch.bfloat16):
+        problems.add(ways._problem(model, images()))
+    problems.add(ways._problem(model, images().requires_grad_()))
+    problems.add(ways._problem(vovnet_fast.VoVNet(SPEC, norm_eval=True).train(), images()))
+    problems.add(ways._problem(vovnet_fast.VoVNet(SPEC, frozen_stages=2).train(), images()))
+    assert len(problems) == 7
+    assert not steps
+
+
+def test_large_images_are_measured_by_a_part():
+    for shape in ((6, 3, 640, 1600), (1, 3, 4000, 40), (64, 3, 224, 224), (1, 3, 33, 35)):
+        n, channels, height, width = ways._measured_size(torch.empty(shape, device="meta"))
+        assert channels == 3
+        assert 1 <= n <= shape[0]
+        assert min(32, shape[2]) <= height <= shape[2]
+        assert min(32, shape[3]) <= width <= shape[3]
+        assert n * height * width <= ways.PIXELS
+
+
+def test_nothing_is_measured_where_it_is_not_wanted(monkeypatch, steps):
+    model, x = vovnet_fast.VoVNet(SPEC).train(), images()
+    with torch.no_grad():
+        model(x)
+    for name in ("reference", "cpu"):
+        with vovnet_fast.use_backend(name):
+            train(model, x)
+    hooked = vovnet_fast.VoVNet(SPEC).train()
+    called = []
+    hooked.stage3.register_forward_hook(lambda *_: called.append(1))
+    train(hooked, x)
+    assert len(called) == 1
+    train(torch.nn.SyncBatchNorm.convert_sync_batchnorm(vovnet_fast.VoVNet(SPEC)).eval(), x)
+    monkeypatch.setenv("VOVNET_FAST_TUNE", "0")
+    train(model, x)
+    assert not steps
+
+
+def test_within_activation_checkpointing(monkeypatch, steps):
+    """Its hooks see what the step saves, and nothing of what was tried."""
+    model, x = vovnet_fast.VoVNet(SPEC).train(), images().requires_grad_()
+    found = checkpoint(model, x, use_reentrant=False)
+    sum(feature.sum() for feature in found).backward()
+    assert steps
+    gradient, x.grad = x.grad, None
+    train(model, x)
+    assert torch.equal(gradient, x.grad)
+
+
+def test_under_autocast(steps):
+    model, x = vovnet_fast.VoVNet(SPEC).train(), images()
+    with torch.autocast("cpu", torch.bfloat16):
+        features = train(model, x)
+    assert steps
+    assert {feature.dtype for feature in features} == {torch.bfloat16}
+
+
+def test_a_candidate_that_fails_is_left_out(monkeypatch, caplog):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("not today")
+
+    monkeypatch.setattr(reference, "osa_block", refuse)
+    model, x = vovnet_fast.VoVNet(SPEC).train(), images()
+    assert ways.choose(model, x) in (ways.OPS, ways.MIXED)
+    assert "candidate modules does not run and is left out: not today" in caplog.text

@@ -1,0 +1,137 @@
+"""A training step on a CPU by ops or by plain modules: whichever is faster there, as measured.
+
+Ops save passes over activations, and pay with passes over weights; plain modules keep the layout of
+the images, and oneDNN is faster in one layout on one processor and in the other on the next. What
+wins depends on the processor, the network, the size and the layout of the images: it is measured at
+the first step of a kind, and remembered (:mod:`vovnet_fast.tuning.processor`).
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextvars
+import copy
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from .. import backends, compat
+from ..tuning import processor
+from . import decision
+from .structure import has_hooks
+from .watchers import watching
+
+if TYPE_CHECKING:
+    from .model import VoVNet
+
+OPS, MIXED, MODULES = "ops", "ops on large maps", "modules"
+"""All parts that can run as ops; those on maps of :data:`.decision.CPU_PIXELS_TRAINING` pixels or
+more; none. Where two are equally fast, the one that keeps less is taken."""
+
+PIXELS = 2 * 256 * 256
+"""Of the images that are measured with, N * H * W, at most: beyond, ratios no longer change."""
+
+
+def choose(network: VoVNet, x: Tensor) -> str:
+    """The way to run a network's parts on images ``[N, C, H, W]``."""
+    if not _chosen_by_time(network, x):
+        return MIXED
+    candidates = (OPS, MIXED, MODULES)
+    return processor.choose(_problem(network, x), candidates, MIXED, lambda: _trial(network, x))
+
+
+def run(network: VoVNet, x: Tensor, way: str) -> tuple[Tensor, ...]:
+    """Run them."""
+    if way == MODULES:
+        with backends.use_backend("reference"):
+            return network._run_modules(x)
+    if way == OPS:
+        with decision.on_maps_of_any_size():
+            return network._run_modules(x)
+    return network._run_modules(x)
+
+
+def _chosen_by_time(network: VoVNet, x: Tensor) -> bool:
+    """Whether there is a choice, and nobody who would see what is tried."""
+    return (
+        x.device.type == "cpu"
+        and not compat.is_compiling()
+        and backends.chosen() == "auto"
+        and x.numel() > 0
+        and decision.needs_gradient(network, x)
+        and watching(x) is None
+        and backends.select(x.device, decision.compute_dtype(x), ()) == "cpu"
+        and not any(map(_would_be_seen, network.children()))
+        and network.parts() is not None
+    )
+
+
+def _would_be_seen(child: nn.Module) -> bool:
+    """Whether somebody would notice that it is run: by a hook, or in another process."""
+    return any(has_hooks(m) or isinstance(m, nn.SyncBatchNorm) for m in child.modules())
+
+
+def _problem(network: VoVNet, x: Tensor) -> str:
+    """Names what times depend on. Images of similar sizes are one problem."""
+    n, _, height, width = _measured_size(x)
+    layout = "channels_last" if _is_channels_last(x) else "contiguous"
+    modes = "".join(
+        ("b" if any(parts.batch for parts in part.conv_layers().values()) else "f")
+        + ("g" if decision.needs_gradient(part, x) else "n")
+        for part in network.parts() or ()
+    )
+    pixels = 2 ** round(math.log2(n * height * width))
+    return (
+        f"training step of {network.spec.name}, {pixels} pixels, {layout}, "
+        f"{decision.compute_dtype(x)}, input gradient {x.requires_grad}, "
+        f"{','.join(network.out_features)}, parts {modes}"
+    )
+
+
+def _is_channels_last(x: Tensor) -> bool:
+    return x.stride(1) == 1 and x.shape[1] > 1
+
+
+def _measured_size(x: Tensor) -> tuple[int, int, int, int]:
+    """Of the images that are measured with."""
+    n, channels, height, width = x.shape
+    if height * width > PIXELS:
+        shrink = math.sqrt(PIXELS / (height * width))
+        height, width = (max(32, int(size * shrink) // 32 * 32) for size in (height, width))
+    return min(n, max(1, PIXELS // (height * width))), channels, height, width
+
+
+def _trial(network: VoVNet, x: Tensor) -> Callable[[str], None]:
+    """Runs a step of a twin of the network, which leaves no trace: gradients and statistics are the
+    twin's, weights are shared."""
+    n, _, height, width = _measured_size(x)
+    image = x.detach()[:n, :, :height, :width].clone(memory_format=torch.preserve_format)
+    image.requires_grad_(x.requires_grad)
+    shared: dict[int, object] = {
+        id(p): nn.Parameter(p.detach(), p.requires_grad) for p in network.parameters()
+    }
+    shared.update((id(b), b.detach().clone()) for b in network.buffers())
+    twin = copy.deepcopy(network, shared)
+
+    def step(way: str) -> None:
+        features = [f for f in run(twin, image, way) if f.requires_grad]
+        torch.autograd.backward(features, [torch.ones_like(f) for f in features])
+        twin.zero_grad(set_to_none=True)
+        image.grad = None
+
+    def apart(way: str) -> None:
+        # In a thread of its own: hooks on what autograd saves, as activation checkpointing has
+        # them, and modes are this thread's. The backend that was chosen, and autocast, go with it.
+        with concurrent.futures.ThreadPoolExecutor(1) as executor:
+            executor.submit(contextvars.copy_context().run, cast, way).result()
+
+    dtype = compat.autocast_dtype("cpu")
+
+    def cast(way: str) -> None:
+        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+            step(way)
+
+    return apart
