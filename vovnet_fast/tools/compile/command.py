@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ...first_use.rehearsal import Setting
     from .needed import Run
 
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
 def add(commands: argparse._SubParsersAction) -> None:
