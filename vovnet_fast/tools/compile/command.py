@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -129,6 +130,11 @@ def _check_triton() -> None:
         raise backends.BackendError(
             "nothing is compiled ahead with a Triton older than 3.6, which kernels themselves "
             "run with: install torch 2.10 or newer, which brings it"
+        )
+    if not hasattr(os, "fork"):
+        raise backends.BackendError(
+            "kernels are compiled ahead by processes that are forked, which this system does not "
+            "do: they are compiled when they are met"
         )
     if interpreted():
         raise backends.BackendError(
