@@ -215,6 +215,6 @@ def _compile(
 
 def _write(path: Path, text: str) -> None:
     """Write a file, unless it says this already: what depends on it is compiled again."""
-    if not path.exists() or path.read_text() != text:
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")

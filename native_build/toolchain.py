@@ -142,7 +142,7 @@ def find_compiler() -> Compiler:
         version = run([*words, "--version"]).strip().splitlines()[0]
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "trial.cpp")
-            source.write_text(_CXX_TRIAL)
+            source.write_text(_CXX_TRIAL, encoding="utf-8")
             folders = [word for include in python_includes() for word in ("-isystem", include)]
             flags = ["-std=c++17", "-fPIC", *machine_flags(), *folders]
             run([*words, *flags, "-c", source, "-o", f"{folder}/trial.o"])
@@ -277,7 +277,7 @@ def check_nvcc(nvcc: Nvcc, compiler: Compiler, flags: Sequence[str]) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "trial.cu")
-        source.write_text(_CUDA_TRIAL)
+        source.write_text(_CUDA_TRIAL, encoding="utf-8")
         words = [str(nvcc.path), *host_compiler(compiler), "-std=c++17", "-Xcompiler", "-fPIC"]
         try:
             run([*words, *flags, "-c", source, "-o", f"{folder}/trial.o"])
