@@ -163,8 +163,8 @@ def _check_machine(compiler: str, macros: str) -> None:
         Missing: the compiler makes code for another processor than the wheel is for.
     """
     wanted = machine()
-    if sys.platform == "darwin" or wanted not in _MACROS:
-        return  # There it is told by machine_flags, or is not known here.
+    if sys.platform == "darwin" or wanted not in _MACROS or sys.maxsize < 1 << 32:
+        return  # It is told by machine_flags; it is not known here; tags say 32 bits by themselves.
     if f"#define {_MACROS[wanted]} " not in macros:
         made = next((name for name, macro in _MACROS.items() if macro in macros), "another one")
         raise Missing(

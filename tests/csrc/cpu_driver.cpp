@@ -3,9 +3,11 @@
 //
 //   cpu_driver          prints what is wrong, and at last how much was compared; fails if any is
 //   cpu_driver --spoil  spoils every output first: then every comparison must be wrong
+//   cpu_driver --isa    prints the instruction set that the environment chooses, or why it cannot
 #include "cpu_driver.h"
 
 #include <algorithm>
+#include <stdexcept>
 
 using namespace vovnet_fast;
 
@@ -243,8 +245,19 @@ void check_all(Report& report) {
 }  // namespace driver
 
 int main(int count, char** words) {
+  const std::string option = count > 1 ? words[1] : "";
+  if (option == "--isa") {
+    try {
+      cpu::choose_isa();
+    } catch (const std::invalid_argument& error) {
+      puts(error.what());
+      return 1;
+    }
+    puts(cpu::isa().c_str());
+    return 0;
+  }
   driver::Report report;
-  report.spoil = count > 1 && std::string(words[1]) == "--spoil";
+  report.spoil = option == "--spoil";
   for (const std::string& isa : cpu::isas()) {
     cpu::use_isa(isa);
     for (const int threads : {1, 3}) {

@@ -119,6 +119,19 @@ def test_the_driver_finds_what_is_wrong(native):
     assert wrong == compared > 3000
 
 
+def chosen(*words, isa):
+    """The instruction set that the environment variable makes it choose, or why it cannot."""
+    environment = {**os.environ, "VOVNET_FAST_CPU_ISA": isa}
+    done = subprocess.run([*words, "--isa"], env=environment, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def test_the_baseline_is_everywhere(native):
+    name = "neon" if toolchain.machine() == "aarch64" else "baseline"
+    assert chosen(native, isa="baseline") == name
+    assert f'has no instruction set "sse9": choose one of {name}' in chosen(native, isa="sse9")
+
+
 @pytest.mark.slow
 def test_every_op_is_right_on_aarch64(aarch64, tmp_path):
     emulator = tool("qemu-aarch64")
@@ -129,6 +142,9 @@ def test_every_op_is_right_on_aarch64(aarch64, tmp_path):
     assert (status, wrong) == (0, 0), said[-3000:]
     assert compared > 4000  # With the convolutions.
     assert "instruction set neon, convolutions: fma\n" in said
+    for name in ("", "baseline", "neon"):
+        assert chosen(emulator, driver, isa=name) == "neon"
+    assert chosen(emulator, driver, isa="avx2").endswith("choose one of neon")
 
 
 def listed(program, path):
