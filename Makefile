@@ -45,13 +45,15 @@ CXX_SOURCES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) \
 	$(if $(wildcard $(WHEELS)),--find-links $(abspath $(WHEELS)))
 
-.PHONY: help demo test test-versions $(PAIRS:%=test-%) sanitize gpu gpu-carry lint format clean
+.PHONY: help demo test test-versions $(PAIRS:%=test-%) test-aarch64 sanitize gpu gpu-carry lint format clean
 
 help:
 	@echo "make demo    train a detector on scenes of digits, evaluate it, draw what it finds"
 	@echo "             (SPEC=V-39-eSE DEVICE=cuda OUT=folder; see: python demo/run.py --help)"
 	@echo "make test    run the tests"
 	@echo "make test-versions  those that depend on versions, with two other torches (-j2)"
+	@echo "make test-aarch64  the op tests of the extension's CPU half on emulated AArch64"
+	@echo "             (Debian: apt install g++-aarch64-linux-gnu qemu-user)"
 	@echo "make sanitize  the op tests of the extension's CPU half under ASan and UBSan"
 	@echo "make gpu     proofs and measurements on a GPU, with GPU_PYTHON as it is"
 	@echo "             (SECONDS=540 OUT=folder; see: python benchmarks/gpu.py --help)"
@@ -105,6 +107,10 @@ $(PAIRS:%=test-%): test-%: $(VERSIONS)/%/made
 # In the tree, with the extension where `make test` has built it for the same Python.
 test-versions: $(PAIRS:%=test-%)
 
+test-aarch64: $(VENV)/dev
+	$(BIN)/python -m pytest -m "slow or not slow" tests/csrc/test_cpu_driver.py \
+		tests/native_build/test_machines.py
+
 sanitize: $(VENV)/dev
 	$(BIN)/python -m tests.sanitize
 
@@ -120,6 +126,7 @@ lint: $(VENV)/dev
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+	$(BIN)/mypy --platform win32 --cache-dir .mypy_cache/win32
 	$(BIN)/clang-format --dry-run -Werror $(CXX_SOURCES)
 
 format: $(VENV)/dev

@@ -27,7 +27,7 @@ def start() -> None:
     def note(*, src: Any, times: Any, cache_hit: bool, **rest: Any) -> None:
         line = json.dumps([src.name, cache_hit, times.total / 1e6])
         # In one write, so that processes can share the file.
-        with open(path, "a") as file:
+        with open(path, "a", encoding="utf-8") as file:
             file.write(line + "\n")
         if before is not None:
             before(src=src, times=times, cache_hit=cache_hit, **rest)

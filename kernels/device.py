@@ -102,6 +102,8 @@ CARDS = (
     # A100: of the 5120 bytes a clock that NVIDIA's white paper gives its L2, two thirds.
     _sheet("A100", (8, 0), 108, 312, 19.5, 1.94, 4.7, 40, 1.4e9),
     _sheet("RTX 3090", (8, 6), 82, 71, 35.6, 0.936, 2.5, 6, 1.7e9),
+    # Jetson AGX: its L2's rate is that of the RTX 3090, by processor and clock.
+    _sheet("Orin", (8, 7), 16, 42.5, 5.3, 0.205, 0.37, 4, 1.3e9),
     _sheet("RTX 4090", (8, 9), 128, 165, 82.6, 1.008, 5.0, 72, 2.5e9),
     H100,
     H200,

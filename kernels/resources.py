@@ -99,7 +99,7 @@ def tables() -> dict[tuple[int, int], dict[str, Any]]:
     found = {}
     for file in sorted(FOLDER.glob("sm_*.json")):
         number = int(file.stem.removeprefix("sm_"))
-        found[number // 10, number % 10] = json.loads(file.read_text())
+        found[number // 10, number % 10] = json.loads(file.read_text(encoding="utf-8"))
     return found
 
 

@@ -45,6 +45,7 @@ class Architecture(NamedTuple):
 _DEFAULT = (
     Architecture(80),
     Architecture(86),
+    Architecture(87),
     Architecture(89),
     # The Hopper convolution's instructions belong to this one alone; all GPUs 9.x are 9.0.
     Architecture(90, "a"),
@@ -53,13 +54,23 @@ _DEFAULT = (
 )
 
 
-def default(known: Collection[int]) -> tuple[Architecture, ...]:
+_WITH_ARM = frozenset({87})
+"""Jetson Orin, which runs nothing that is compiled for 80, and is never without Arm's processor."""
+
+
+def default(known: Collection[int], machine: str) -> tuple[Architecture, ...]:
     """All that an nvcc knows of the usual ones, and PTX of the newest that is not special.
 
     Args:
         known: numbers of the architectures that it knows.
+        machine: the processor that is compiled for. Only ``aarch64`` meets GPUs that are on a
+            board with it.
     """
-    found = [arch for arch in _DEFAULT if arch.number in known]
+    found = [
+        arch
+        for arch in _DEFAULT
+        if arch.number in known and (machine == "aarch64" or arch.number not in _WITH_ARM)
+    ]
     newest = max((arch for arch in found if not arch.suffix), default=None)
     return tuple(arch._replace(ptx=True) if arch == newest else arch for arch in found)
 

@@ -134,4 +134,4 @@ def _architectures(nvcc: Nvcc) -> tuple[Architecture, ...]:
     text = os.environ.get(architectures.ENVIRONMENT, "")
     if text.strip():
         return architectures.parse(text, nvcc.architectures)
-    return architectures.default(nvcc.architectures)
+    return architectures.default(nvcc.architectures, toolchain.machine())

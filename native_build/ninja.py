@@ -64,12 +64,12 @@ def build(steps: Sequence[Step], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "build.ninja"
     header = f"builddir = {_path(folder)}\n{_HEADER}"
-    file.write_text(header + "\n".join(map(_statement, steps)))
+    file.write_text(header + "\n".join(map(_statement, steps)), encoding="utf-8")
     words = [_program(), "-f", str(file), *_jobs(), str(steps[-1].output)]
     environment = {**os.environ, "NINJA_STATUS": "[%f/%t] "}
     lines = []
     with (
-        open(folder / "build.log", "w") as log,
+        open(folder / "build.log", "w", encoding="utf-8") as log,
         subprocess.Popen(
             words,
             stdout=subprocess.PIPE,

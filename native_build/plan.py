@@ -7,7 +7,6 @@ import os
 import re
 import shlex
 import sys
-import sysconfig
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +88,8 @@ class Plan:
         """What every C++ file is compiled with."""
         user = shlex.split(os.environ.get("CPPFLAGS", "") + " " + os.environ.get("CXXFLAGS", ""))
         debugging = ("-g",) if self.debug else ("-g0",)
-        return (*_FLAGS, *self.compiler.openmp, *debugging, *user)
+        machine = toolchain.machine_flags()
+        return (*_FLAGS, *self.compiler.openmp, *machine, *debugging, *user)
 
     def _cpp(self, folder: Path, information: Path) -> Iterator[Step]:
         sets = self._instruction_sets()
@@ -155,7 +155,7 @@ class Plan:
             "VERSION": self.version,
             "CXX": self.compiler.version,
             "FLAGS": shlex.join(self._flags()),
-            "ISAS": " ".join(self._instruction_sets()),
+            "ISAS": " ".join(map(_name_of, self._instruction_sets())),
             "CUDA": "" if self.nvcc is None else self.nvcc.version,
             "ARCHS": written(self.architectures),
         }
@@ -170,9 +170,7 @@ def _wanted_instruction_sets() -> list[str]:
     Raises:
         OptionError: there is none of that name.
     """
-    # Cross-compiling tools set _PYTHON_HOST_PLATFORM, which this follows.
-    x86_64 = sysconfig.get_platform().endswith(("x86_64", "amd64"))
-    names = list(_INSTRUCTION_SETS) if x86_64 else []
+    names = list(_INSTRUCTION_SETS) if toolchain.machine() == "x86_64" else []
     words = re.split(r"[;,\s]+", os.environ.get(ISAS, "").strip(";, \t"))
     asked = [word for word in words if word]
     for word in asked:
@@ -181,6 +179,11 @@ def _wanted_instruction_sets() -> list[str]:
                 f"{ISAS}: there is no {word!r}; choose from baseline {' '.join(names)}"
             )
     return [name for name in names if name in asked or not asked]
+
+
+def _name_of(isa: str) -> str:
+    """What the extension calls it: csrc/cpu/dispatch.cpp."""
+    return "neon" if isa == "baseline" and toolchain.machine() == "aarch64" else isa
 
 
 def _files(*patterns: str) -> list[Path]:
@@ -212,6 +215,6 @@ def _compile(
 
 def _write(path: Path, text: str) -> None:
     """Write a file, unless it says this already: what depends on it is compiled again."""
-    if not path.exists() or path.read_text() != text:
+    if not path.exists() or path.read_text(encoding="utf-8") != text:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
+        path.write_text(text, encoding="utf-8")

@@ -99,6 +99,28 @@ extern "C" int trial() { return size(std::vector<int>(3)) + PY_MAJOR_VERSION; }
 """
 
 
+_MACROS = {"x86_64": "__x86_64__", "aarch64": "__aarch64__"}
+"""By which a compiler tells what it compiles for."""
+
+
+def machine() -> str:
+    """The processor that is compiled for, as wheels name it on Linux: x86_64, aarch64.
+
+    ``universal2`` on macOS is both. Others have their own names.
+    """
+    # Cross-compiling tools set _PYTHON_HOST_PLATFORM, which this follows, as the wheel's tag does.
+    name = re.split(r"[-.]", sysconfig.get_platform())[-1]
+    return {"amd64": "x86_64", "arm64": "aarch64"}.get(name, name)
+
+
+def machine_flags() -> list[str]:
+    """What makes the compiler, and the linker, work for all that the wheel's tag says."""
+    if sys.platform != "darwin":
+        return []
+    names = {"universal2": ("x86_64", "arm64"), "aarch64": ("arm64",)}
+    return [word for name in names.get(machine(), (machine(),)) for word in ("-arch", name)]
+
+
 def python_includes() -> list[str]:
     """The folders of Python.h and of what it includes."""
     return list(dict.fromkeys((sysconfig.get_path("include"), sysconfig.get_path("platinclude"))))
@@ -120,28 +142,47 @@ def find_compiler() -> Compiler:
         version = run([*words, "--version"]).strip().splitlines()[0]
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "trial.cpp")
-            source.write_text(_CXX_TRIAL)
+            source.write_text(_CXX_TRIAL, encoding="utf-8")
             folders = [word for include in python_includes() for word in ("-isystem", include)]
-            flags = ["-std=c++17", "-fPIC", *folders]
+            flags = ["-std=c++17", "-fPIC", *machine_flags(), *folders]
             run([*words, *flags, "-c", source, "-o", f"{folder}/trial.o"])
             run([*words, *link_flags(), f"{folder}/trial.o", "-o", f"{folder}/trial.so"])
     except (Missing, IndexError) as error:
         raise Missing(
             f"the C++ compiler does not work: {error or 'it says no version'}\n{_HOW_TO_GET_CXX}"
         ) from error
-    return Compiler(tuple(words), version, _openmp(words))
-
-
-def _openmp(words: Sequence[str]) -> tuple[str, ...]:
-    """GCC's runtime is the one that torch brings. That of Clang would be a second one."""
     macros = run([*words, "-dM", "-E", "-x", "c++", os.devnull])
+    _check_machine(" ".join(words), macros)
+    return Compiler(tuple(words), version, _openmp(macros))
+
+
+def _check_machine(compiler: str, macros: str) -> None:
+    """A wheel with another processor's code would install, and not load.
+
+    Raises:
+        Missing: the compiler makes code for another processor than the wheel is for.
+    """
+    wanted = machine()
+    if sys.platform == "darwin" or wanted not in _MACROS or sys.maxsize < 1 << 32:
+        return  # It is told by machine_flags; it is not known here; tags say 32 bits by themselves.
+    if f"#define {_MACROS[wanted]} " not in macros:
+        made = next((name for name, macro in _MACROS.items() if macro in macros), "another one")
+        raise Missing(
+            f"the C++ compiler {compiler} makes code for {made}, and the wheel is for {wanted}: "
+            "name another one in CXX, or, to compile for another machine, what Python calls that "
+            "one in _PYTHON_HOST_PLATFORM, as in linux-aarch64"
+        )
+
+
+def _openmp(macros: str) -> tuple[str, ...]:
+    """GCC's runtime is the one that torch brings. That of Clang would be a second one."""
     return ("-fopenmp-simd",) if "__clang__" in macros else ("-fopenmp",)
 
 
 def link_flags() -> list[str]:
     """What makes a module that finds Python, and the OpenMP runtime, in the process."""
     if sys.platform == "darwin":
-        return ["-bundle", "-undefined", "dynamic_lookup"]
+        return ["-bundle", "-undefined", "dynamic_lookup", *machine_flags()]
     return ["-shared"]
 
 
@@ -236,7 +277,7 @@ def check_nvcc(nvcc: Nvcc, compiler: Compiler, flags: Sequence[str]) -> None:
     """
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "trial.cu")
-        source.write_text(_CUDA_TRIAL)
+        source.write_text(_CUDA_TRIAL, encoding="utf-8")
         words = [str(nvcc.path), *host_compiler(compiler), "-std=c++17", "-Xcompiler", "-fPIC"]
         try:
             run([*words, *flags, "-c", source, "-o", f"{folder}/trial.o"])

@@ -46,7 +46,7 @@ def locked(folder: Path, seconds: float | None = None) -> Iterator[None]:
     if fcntl is None:
         yield
         return
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    handle = os.open(folder, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
     try:
         with contextlib.suppress(_NoLocks):
             _wait_for(handle, folder, LOCK_SECONDS if seconds is None else seconds)
@@ -86,7 +86,9 @@ def read_text(path: Path) -> str:
         OSError: it cannot be read, is no regular file or is larger than 64 MiB.
         UnicodeDecodeError: it is no text.
     """
-    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
+    # Windows changes the ends of lines in what is not opened as a binary file.
+    flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    handle = os.open(path, os.O_RDONLY | flags)
     with os.fdopen(handle, "rb") as file:
         found = os.fstat(handle)
         if not stat.S_ISREG(found.st_mode):
@@ -127,13 +129,12 @@ def replacing(path: Path) -> Iterator[str]:
         yield temporary
         if not os.path.samestat(os.fstat(handle), os.stat(temporary)):
             raise RuntimeError(f"{temporary} must be written to, and another file is there now")
-        if old is not None and fcntl is not None:
-            with contextlib.suppress(OSError):  # Who may not give files away keeps them.
-                os.fchown(handle, old.st_uid, old.st_gid)
-            os.fchmod(handle, old.st_mode & 0o777)
+        if old is not None:
+            _hand_on(old, handle)
         os.fsync(handle)  # Some file systems find out only now that they are full.
         if fcntl is None:  # Windows does not rename what is open.
             os.close(handle)
+            handle = -1  # Its number may soon be another file's, which stays open.
         os.replace(temporary, path)
     except BaseException:  # Ctrl-C too: clean up, and pass it on.
         if fcntl is None:
@@ -145,6 +146,15 @@ def replacing(path: Path) -> Iterator[str]:
     finally:
         if fcntl is not None:
             os.close(handle)  # Which unlocks, and not before it has its name.
+
+
+def _hand_on(old: os.stat_result, handle: int) -> None:
+    """Owner and mode, of which Windows has neither."""
+    if hasattr(os, "fchown"):
+        with contextlib.suppress(OSError):  # Who may not give files away keeps them.
+            os.fchown(handle, old.st_uid, old.st_gid)
+    if hasattr(os, "fchmod"):
+        os.fchmod(handle, old.st_mode & 0o777)
 
 
 def _kind(mode: int) -> str:
@@ -163,7 +173,7 @@ def _machine() -> str:
     """Of whom a lock can be asked: a network file system may keep locks on each machine alone."""
     identity = platform.node()
     with contextlib.suppress(OSError):
-        identity += Path("/etc/machine-id").read_text()
+        identity += Path("/etc/machine-id").read_text(encoding="utf-8")
     return hashlib.sha256(identity.encode()).hexdigest()[:8]
 
 
@@ -233,7 +243,7 @@ def _remove_dead(path: str) -> None:
     Raises:
         OSError: it is somebody's, or cannot be opened or removed.
     """
-    flags = os.O_NOFOLLOW | os.O_NONBLOCK
+    flags = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
     try:
         handle = os.open(path, os.O_RDWR | flags)  # Locks of NFS want to be able to write.
     except PermissionError:

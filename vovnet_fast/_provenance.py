@@ -156,7 +156,7 @@ def _cpuinfo() -> dict[str, list[str]]:
     """Fields of /proc/cpuinfo, a value for each processor; empty elsewhere than on Linux."""
     found: dict[str, list[str]] = {}
     with contextlib.suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             key, colon, value = line.partition(":")
             if colon:
                 found.setdefault(key.strip(), []).append(value.strip())
@@ -219,5 +219,6 @@ class Clocks:
         megahertz = [float(value) for value in _cpuinfo().get("cpu MHz", [])]
         if megahertz:
             yield "cpu_mhz", round(statistics.median(megahertz), 1)
-        with contextlib.suppress(OSError, AttributeError):
-            yield "load", round(os.getloadavg()[0], 2)
+        if hasattr(os, "getloadavg"):  # Windows has none.
+            with contextlib.suppress(OSError):
+                yield "load", round(os.getloadavg()[0], 2)

@@ -19,6 +19,9 @@ namespace vovnet_fast {
   void conv_##name(const ConvParams& params, int threads);          \
   void conv_pack_##name(const ConvPackParams& params, int threads); \
   }
+#ifdef __aarch64__
+VF_DECLARE(baseline, fma)
+#endif
 #ifdef VF_WITH_AVX2
 VF_DECLARE(avx2, fma)
 #endif
@@ -69,6 +72,9 @@ bool has_amx() {
 #endif
 
 constexpr Engine kEngines[] = {
+#ifdef __aarch64__
+    {"fma", "neon", always, baseline::conv_fma, baseline::conv_pack_fma, 16, up_to_fp32},
+#endif
 #ifdef VF_WITH_AVX2
     {"fma", "avx2", always, avx2::conv_fma, avx2::conv_pack_fma, 16, up_to_fp32},
 #endif

@@ -1,6 +1,6 @@
 // Convolutions of the CPU half, by engine; which there are depends on the processor and the build.
 //
-//   fma   fp16, bf16 and fp32, products and sums in fp32         AVX2 or AVX-512
+//   fma   fp16, bf16 and fp32, products and sums in fp32         AVX2, AVX-512 or NEON
 //   amx   bf16, products by the matrix unit, sums in fp32        AMX
 #pragma once
 

@@ -1,7 +1,5 @@
 // Convolution in fp32, and by fp32 in half precision.
-#ifdef __AVX2__
-
-#include <immintrin.h>
+#if defined(__AVX2__) || defined(__aarch64__)
 
 #include <utility>
 
@@ -12,12 +10,56 @@ inline namespace VF_ISA {
 
 namespace {
 
-// The largest block whose sums fit into the registers, beside a row of weights and a pixel.
-#ifdef __AVX512F__
+// The largest block whose sums fit into the registers, beside a row of weights and a pixel; on
+// AArch64, whose 32 hold 4 numbers each, beside a row of weights and four channels of every pixel:
+// of 6 pixels GCC keeps some sums in memory.
+#if defined(__AVX512F__)
 constexpr int kMostPixels = 14, kMostTiles = 2;
+#elif defined(__aarch64__)
+constexpr int kMostPixels = 5, kMostTiles = 1;
 #else
 constexpr int kMostPixels = 6, kMostTiles = 1;
 #endif
+
+// Sums of a block, by the vectors of its output channels.
+template <int kPixels, int kVectors>
+using Sums = Vector<float>[kPixels][kVectors];
+
+#ifdef __aarch64__
+
+// The products of one input channel, which is lane kLane of the vectors of pixels: the instruction
+// takes it from there, and wants to know it beforehand.
+template <int kLane, int kPixels, int kVectors>
+VF_HD void multiply_lane(const Vector<float> (&pixels)[kPixels], const float* row,
+                         Sums<kPixels, kVectors>& sum) {
+#pragma GCC unroll 4
+  for (int v = 0; v < kVectors; ++v) {
+    const auto weights = load(row + v * kLanes<float>, Full{});
+#pragma GCC unroll 16
+    for (int i = 0; i < kPixels; ++i) {
+      sum[i][v] = vfmaq_laneq_f32(sum[i][v], weights, pixels[i], kLane);
+    }
+  }
+}
+
+// One chunk of a block, and the tile of its weights.
+template <int kPixels, int kVectors>
+VF_HD void multiply_chunk(const float* pixels, const char* weight, int64_t,
+                          Sums<kPixels, kVectors>& sum) {
+  static_assert(kVectors * kLanes<float> == 16, "one tile");
+  const auto* rows = reinterpret_cast<const float*>(weight);
+  for (int k = 0; k < 16; k += kLanes<float>, rows += kLanes<float> * 16) {
+    Vector<float> four[kPixels];
+#pragma GCC unroll 16
+    for (int i = 0; i < kPixels; ++i) four[i] = load(pixels + i * 16 + k, Full{});
+    multiply_lane<0>(four, rows, sum);
+    multiply_lane<1>(four, rows + 16, sum);
+    multiply_lane<2>(four, rows + 32, sum);
+    multiply_lane<3>(four, rows + 48, sum);
+  }
+}
+
+#else
 
 VF_HD Vector<float> same(float x) {
 #ifdef __AVX512F__
@@ -36,11 +78,36 @@ VF_HD Vector<float> multiply_add(Vector<float> x, Vector<float> y, Vector<float>
 #endif
 }
 
+// One chunk of a block, and the tiles of its weights.
+template <int kPixels, int kVectors>
+VF_HD void multiply_chunk(const float* pixels, const char* weight, int64_t tile_step,
+                          Sums<kPixels, kVectors>& sum) {
+  constexpr int kPerTile = 16 / kLanes<float>;
+#pragma GCC unroll 4
+  for (int k = 0; k < 16; ++k) {
+    Vector<float> row[kVectors];
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      const char* tile = weight + v / kPerTile * tile_step;
+      row[v] = load(reinterpret_cast<const float*>(tile) + k * 16 + v % kPerTile * kLanes<float>,
+                    Full{});
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < kPixels; ++i) {
+      const auto pixel = same(pixels[i * 16 + k]);
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) sum[i][v] = multiply_add(pixel, row[v], sum[i][v]);
+    }
+  }
+}
+
+#endif
+
 // All sums are in registers, which takes the loops over them unrolled.
 template <int kPixels, int kTiles>
 void multiply_pixels(const conv::Block& block, float* sums, bool add) {
-  constexpr int kPerTile = 16 / kLanes<float>, kVectors = kTiles * kPerTile;
-  Vector<float> sum[kPixels][kVectors];
+  constexpr int kVectors = kTiles * 16 / kLanes<float>;
+  Sums<kPixels, kVectors> sum;
 #pragma GCC unroll 16
   for (int i = 0; i < kPixels; ++i) {
 #pragma GCC unroll 4
@@ -50,22 +117,7 @@ void multiply_pixels(const conv::Block& block, float* sums, bool add) {
   for (int64_t chunk = 0; chunk < block.chunks; ++chunk, input += block.chunk_step) {
     for (int tap = 0; tap < block.taps; ++tap, weight += conv::kTileBytes) {
       const auto* pixels = reinterpret_cast<const float*>(input + block.offsets[tap]);
-#pragma GCC unroll 4
-      for (int k = 0; k < 16; ++k) {
-        Vector<float> row[kVectors];
-#pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) {
-          const char* tile = weight + v / kPerTile * block.tile_step;
-          row[v] = load(
-              reinterpret_cast<const float*>(tile) + k * 16 + v % kPerTile * kLanes<float>, Full{});
-        }
-#pragma GCC unroll 16
-        for (int i = 0; i < kPixels; ++i) {
-          const auto pixel = same(pixels[i * 16 + k]);
-#pragma GCC unroll 4
-          for (int v = 0; v < kVectors; ++v) sum[i][v] = multiply_add(pixel, row[v], sum[i][v]);
-        }
-      }
+      multiply_chunk<kPixels, kVectors>(pixels, weight, block.tile_step, sum);
     }
   }
 #pragma GCC unroll 16

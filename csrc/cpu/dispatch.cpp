@@ -5,7 +5,7 @@
 // with -DVF_ISA=<name> and the flags below, and each of its functions lies in a namespace of that
 // name; all other files once, without them.
 //
-//   baseline  none
+//   baseline  none: SSE2 on x86-64; on AArch64 NEON, by which name it is known there
 //   avx2      -mavx2 -mfma -mf16c
 //   avx512    avx2 and -mavx512f -mavx512bw -mavx512vl -mavx512dq
 //
@@ -51,6 +51,13 @@ struct Table {
 
 bool always() { return true; }
 
+constexpr const char* kBaseline = "baseline";
+#ifdef __aarch64__
+constexpr const char* kBaselineName = "neon";
+#else
+constexpr const char* kBaselineName = kBaseline;
+#endif
+
 #ifdef VF_WITH_AVX2
 bool has_avx2() {
   return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -70,7 +77,7 @@ bool has_avx512() {
 // The best one last.
 constexpr Table kTables[] = {
 #define VF_ENTRY(name, Params) baseline::name,
-    {"baseline", always, VF_OPS(VF_ENTRY)},
+    {kBaselineName, always, VF_OPS(VF_ENTRY)},
 #undef VF_ENTRY
 #ifdef VF_WITH_AVX2
 #define VF_ENTRY(name, Params) avx2::name,
@@ -85,6 +92,7 @@ constexpr Table kTables[] = {
 };
 
 const Table& find(const std::string& isa) {
+  if (isa == kBaseline) return kTables[0];
   std::string known;
   for (const Table& table : kTables) {
     if (isa == table.isa && table.supported()) return table;

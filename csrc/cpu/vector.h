@@ -7,8 +7,10 @@
 #include <cstdint>
 #include <cstring>
 
-#ifdef __F16C__
+#if defined(__F16C__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #include "../dtypes.h"
@@ -149,7 +151,7 @@ VF_HD Vector<float> load(const bfloat16* from, Full) {
   return (Vector<float>)(widen_halves(from) << 16);
 }
 
-#ifndef __F16C__
+#if !defined(__F16C__) && !defined(__aarch64__)
 // Not inline: they are long, and many loops would have them.
 inline __attribute__((noinline)) Vector<float> widen_lanes(const float16* from) {
   Vector<float> y;
@@ -168,6 +170,10 @@ VF_HD Vector<float> load(const float16* from, Full) {
   return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from)));
 #elif defined(__F16C__)
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+#elif defined(__aarch64__)
+  float16x4_t halves;
+  memcpy(&halves, from, sizeof halves);
+  return vcvt_f32_f16(halves);
 #else
   return widen_lanes(from);
 #endif
@@ -190,6 +196,9 @@ VF_HD void store(float16* to, Vector<float> y, Full) {
                       _mm512_maskz_cvtps_ph(0xffff, y, _MM_FROUND_TO_NEAREST_INT));
 #elif defined(__F16C__)
   _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_cvtps_ph(y, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__aarch64__)
+  const float16x4_t halves = vcvt_f16_f32(y);
+  memcpy(to, &halves, sizeof halves);
 #else
   narrow_lanes(to, y);
 #endif

@@ -283,6 +283,18 @@ def test_how_many_processes(monkeypatch):
         workers.count()
 
 
+@pytest.mark.parametrize("given", ["", "3"])
+def test_without_fork_nothing_is_compiled_ahead(given, monkeypatch, capsys):
+    """Triton has builds for Windows."""
+    monkeypatch.setenv(workers.ENVIRONMENT, given)
+    if not given:
+        monkeypatch.delenv(workers.ENVIRONMENT)
+    monkeypatch.delattr(os, "fork")
+    assert workers.count() == 0
+    assert cli.main(["compile", "V-19-slim-dw-eSE", "1x64x64", "--arch", "sm_80"]) == 1
+    assert "forked, which this system does not" in " ".join(capsys.readouterr().err.split())
+
+
 def test_what_goes_wrong_at_first_use_is_said_once_and_stops_nothing(monkeypatch, caplog):
     device, asked = torch.device("cuda", 7), []
 

@@ -17,9 +17,11 @@ from native_build import architectures
 from tests.csrc.cuda_on_cpu import kernel_files
 
 ARCHITECTURES = [
-    # Each takes half a minute of a core. These two have the instructions of 80.
-    pytest.param(arch, id=arch.name, marks=[pytest.mark.slow] if arch.number in (86, 89) else [])
-    for arch in architectures.default(range(1000))
+    # Each takes half a minute of a core. These three have the instructions of 80.
+    pytest.param(
+        arch, id=arch.name, marks=[pytest.mark.slow] if arch.number in (86, 87, 89) else []
+    )
+    for arch in architectures.default(range(1000), "aarch64")
 ]
 """What an installation compiles for."""
 

@@ -24,7 +24,7 @@ from tests import sanitize
 from vovnet_fast import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
-KNOWN = {75, 80, 86, 89, 90, 100, 120}
+KNOWN = {75, 80, 86, 87, 89, 90, 100, 120}
 
 for package in ("ninja", "pybind11"):
     pytest.importorskip(package, reason=f"building without pip takes {package}")
@@ -423,8 +423,14 @@ def test_wrong_architectures_are_an_error(small, tmp_path):
 
 
 def test_architectures_by_default():
-    assert architectures.written(architectures.default(KNOWN)) == "80 86 89 90a 100 120+PTX"
-    assert architectures.written(architectures.default({80, 86, 89, 90})) == "80 86 89+PTX 90a"
+    def written(known, machine="x86_64"):
+        return architectures.written(architectures.default(known, machine))
+
+    assert written(KNOWN) == "80 86 89 90a 100 120+PTX"
+    assert written({80, 86, 89, 90}) == "80 86 89+PTX 90a"
+    assert written(KNOWN, "aarch64") == "80 86 87 89 90a 100 120+PTX"
+    assert written({80, 86, 87}, "aarch64") == "80 86 87+PTX"
+    assert written({80, 87, 90}, "ppc64le") == "80+PTX 90a"
 
 
 @pytest.mark.parametrize(

@@ -312,6 +312,15 @@ def test_known_devices():
     assert pcie.processors == 114
 
 
+def test_a_board_is_known_and_its_smaller_sisters_are_part_of_it():
+    """Jetson Orin: torch says that of all of them, and Linux hides the rate of their memory."""
+    agx = device.derive(properties("Orin", 8, 7, 16))
+    assert (agx.name, agx.capability) == ("Orin", (8, 7))
+    nano = device.derive(properties("Orin", 8, 7, 8))
+    assert nano.half == agx.half / 2
+    assert nano.capability == (8, 7)
+
+
 def test_an_unknown_device_is_derived_from_its_properties():
     """The memory of an L4: 6.25 GHz, 192 bits."""
     found = device.derive(

@@ -96,10 +96,10 @@ def _tool(name: str, *arguments: str) -> str:
 
 @contextlib.contextmanager
 def _file(cubin: bytes) -> Iterator[str]:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        yield file.name
+    with tempfile.TemporaryDirectory() as folder:  # Windows opens no file twice.
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(cubin)
+        yield str(path)
 
 
 def _usage(name: str) -> tuple[int, int]:

@@ -119,7 +119,8 @@ def write(folder: Path, architectures: tuple[str, ...] = ARCHITECTURES) -> list[
         )
         version = json.dumps(content["triton"])
         file = folder / f"{arch}.json"
-        file.write_text(f'{{\n "triton": {version},\n "programs": {{\n{rows}\n }}\n}}\n')
+        text = f'{{\n "triton": {version},\n "programs": {{\n{rows}\n }}\n}}\n'
+        file.write_text(text, encoding="utf-8")
         files.append(file)
     return files
 

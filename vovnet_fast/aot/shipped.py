@@ -54,7 +54,7 @@ def read(file: Path) -> dict[str, Row]:
         ValueError: a line is no row.
     """
     found = {}
-    for number, line in enumerate(file.read_text().splitlines(), 1):
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
         try:
             row = Row(**json.loads(line))
         except (TypeError, ValueError) as error:

@@ -94,7 +94,7 @@ def pack(folder: Path, file: Path, keys: Collection[str] | None = None) -> Conte
     members: dict[str, bytes] = {}
     archs = set()
     for key, name in chosen.items():
-        description = json.loads((folder / key / f"{name}.json").read_text())
+        description = json.loads((folder / key / f"{name}.json").read_text(encoding="utf-8"))
         archs.add(f"sm_{description['target']['arch']}")
         # Where the machine that compiled it has its libraries is nobody's concern.
         description["extern_libs"] = [[n, Path(p).name] for n, p in description["extern_libs"]]
@@ -192,7 +192,7 @@ def _finish(folder: Path, name: str) -> None:
         names = (f"{name}.cubin", f"{name}.json")
         files = {file: str(folder / file) for file in names}
         with replacing(group) as temporary:
-            Path(temporary).write_text(json.dumps({"child_paths": files}))
+            Path(temporary).write_text(json.dumps({"child_paths": files}), encoding="utf-8")
 
 
 def mismatches(manifest: dict[str, Any], arch: str | None = None) -> list[str]:
@@ -241,7 +241,7 @@ def _made_by(archs: Iterable[str]) -> dict[str, Any]:
 def sources() -> str:
     """A digest of the files that kernels are defined in."""
     folder = Path(__file__).parents[1] / "kernels"
-    return _short("".join(path.read_text() for path in sorted(folder.glob("*.py"))))
+    return _short("".join(path.read_text(encoding="utf-8") for path in sorted(folder.glob("*.py"))))
 
 
 def _compiler(arch: str) -> str:
@@ -286,7 +286,7 @@ def log(file: Path) -> Log:
     Raises:
         ValueError: it is no such log.
     """
-    lines = file.read_text().splitlines() if file.exists() else []
+    lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     try:
         rows = [json.loads(line) for line in lines]
         compiled = [(name, seconds) for name, found, seconds in rows if not found]

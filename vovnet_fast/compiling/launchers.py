@@ -32,7 +32,7 @@ def utilities() -> Module:
     """The module that every process needs."""
     from triton.backends.nvidia import driver
 
-    return Module("cuda_utils", Path(driver.dirname, "driver.c").read_text())
+    return Module("cuda_utils", Path(driver.dirname, "driver.c").read_text(encoding="utf-8"))
 
 
 def of(compiled: Any) -> Module | None:
@@ -95,7 +95,7 @@ def _library_folders(source: str) -> Iterator[list[str]]:
     with tempfile.TemporaryDirectory() as folder:
         names = sorted(set(re.findall(r"\bcu[A-Z]\w+(?=\()", source)))
         path = Path(folder, "names.c")
-        path.write_text("".join(f"void {name}(void) {{}}\n" for name in names))
+        path.write_text("".join(f"void {name}(void) {{}}\n" for name in names), encoding="utf-8")
         compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
         if compiler is None:
             raise RuntimeError("there is no C compiler: install gcc, or name one in CC")

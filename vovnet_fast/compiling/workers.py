@@ -55,20 +55,22 @@ class WorkersError(RuntimeError):
 def count() -> int:
     """How many processes compile: ``VOVNET_FAST_COMPILE_WORKERS``, or as many as there are cores.
 
-    None before Triton 3.6, whose cache's names they know: a kernel is compiled when it is met.
+    None before Triton 3.6, whose cache's names they know, nor where processes are not forked, as on
+    Windows: a kernel is compiled when it is met.
 
     Raises:
         ValueError: the variable is no number from 0 on.
     """
     given = os.environ.get(ENVIRONMENT)
+    possible = AHEAD and hasattr(os, "fork")
     if given is None:
-        if not AHEAD:
+        if not possible:
             return 0
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         return cores or 1
     if not given.isdecimal():
         raise ValueError(f"{ENVIRONMENT} must be a number of processes, 0 for none, got {given!r}")
-    return int(given) if AHEAD else 0
+    return int(given) if possible else 0
 
 
 def compile_all(jobs: Sequence[Job], workers: int) -> Iterator[Result]:
@@ -147,7 +149,7 @@ def serve() -> None:
     """Read jobs from stdin, and write a line for each result to stdout."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # The process that asked decides.
     _end_with_parent()
-    answers = os.fdopen(os.dup(1), "w")
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # Compilers print.
     jobs, workers = pickle.load(sys.stdin.buffer)
     for result in _results(jobs, workers):

@@ -217,4 +217,4 @@ class Note:
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         with replacing(self._path) as temporary:
-            Path(temporary).write_text(json.dumps(kernels, sort_keys=True))
+            Path(temporary).write_text(json.dumps(kernels, sort_keys=True), encoding="utf-8")

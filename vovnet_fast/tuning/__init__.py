@@ -205,7 +205,7 @@ def machine(device: torch.device) -> str:
 def _driver_version() -> str:
     """Of the NVIDIA driver, as the kernel module says; the CUDA version elsewhere."""
     with contextlib.suppress(OSError):
-        text = Path("/proc/driver/nvidia/version").read_text()
+        text = Path("/proc/driver/nvidia/version").read_text(encoding="utf-8")
         words = text.split("Kernel Module", 1)[-1].split()
         numbers = [w for w in words if w[0].isdigit() and "." in w]
         if numbers:

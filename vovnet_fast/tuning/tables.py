@@ -226,4 +226,5 @@ def export(choices: Choices, path: Path) -> None:
             for machine, problems in choices.items()
         }
         content = {"format": FORMAT, "choices": found}
-        Path(temporary).write_text(json.dumps(content, indent=1, sort_keys=True))
+        text = json.dumps(content, indent=1, sort_keys=True)
+        Path(temporary).write_text(text, encoding="utf-8")

@@ -5,7 +5,7 @@ gradients of inputs, but for those of strided convolutions, which are oneDNN's:
 
 ==========  ==================  =================================================
 ``amx``     bf16                products by the matrix unit of Intel's processors
-``fma``     fp32 and fp16       AVX2 or AVX-512, products and sums in fp32
+``fma``     fp32 and fp16       AVX2, AVX-512 or NEON, products and sums in fp32
 ``aten``    any                 oneDNN through ATen, then one pass into the slot
 ==========  ==================  =================================================
 

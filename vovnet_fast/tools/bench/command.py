@@ -165,7 +165,7 @@ def _bench(args: argparse.Namespace) -> None:
         if args.json == _PRINT:
             print(text)
         else:
-            Path(args.json).write_text(text + "\n")
+            Path(args.json).write_text(text + "\n", encoding="utf-8")
     elif isinstance(found, Plan):
         _print_plan(found)
     else:

@@ -124,7 +124,7 @@ class Found:
             "benchmarks": benchmarks,
         }
         with replacing(path) as temporary:
-            Path(temporary).write_text(json.dumps(content, indent=1) + "\n")
+            Path(temporary).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 class _Provider(NamedTuple):

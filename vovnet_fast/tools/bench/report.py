@@ -52,7 +52,7 @@ def write(files: Sequence[Path], folder: Path, title: str) -> list[Path]:
     report = folder / "report.md"
     with replacing(report) as temporary:
         text = "\n".join([*_head(sections, title), *texts])
-        Path(temporary).write_text(text.rstrip("\n") + "\n")
+        Path(temporary).write_text(text.rstrip("\n") + "\n", encoding="utf-8")
     return [report, *pictures]
 
 

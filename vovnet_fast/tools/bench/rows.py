@@ -285,7 +285,7 @@ def against(ours: Row, peer: Row) -> Interval | None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ReportError(f"{path} cannot be read: {error}; {_HOW}") from error
     if not text.strip():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from ...first_use.rehearsal import Setting
     from .needed import Run
 
-ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+ARCHITECTURES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_100", "sm_120")
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -129,6 +130,11 @@ def _check_triton() -> None:
         raise backends.BackendError(
             "nothing is compiled ahead with a Triton older than 3.6, which kernels themselves "
             "run with: install torch 2.10 or newer, which brings it"
+        )
+    if not hasattr(os, "fork"):
+        raise backends.BackendError(
+            "kernels are compiled ahead by processes that are forked, which this system does not "
+            "do: they are compiled when they are met"
         )
     if interpreted():
         raise backends.BackendError(

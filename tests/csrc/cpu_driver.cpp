@@ -1,0 +1,279 @@
+// Every op of csrc/cpu on every instruction set that runs here, against plain formulas in fp64:
+// what a machine can run that has no torch, or is emulated. test_aarch64.py compiles and runs it.
+//
+//   cpu_driver          prints what is wrong, and at last how much was compared; fails if any is
+//   cpu_driver --spoil  spoils every output first: then every comparison must be wrong
+//   cpu_driver --isa    prints the instruction set that the environment chooses, or why it cannot
+#include "cpu_driver.h"
+
+#include <algorithm>
+#include <stdexcept>
+
+using namespace vovnet_fast;
+
+namespace driver {
+
+namespace {
+
+constexpr int32_t kStored[] = {kHalf, kBrain, kSingle};
+
+int64_t strided(int64_t size, int64_t stride) { return (size - 1) / stride + 1; }
+
+// ---- Convolution -------------------------------------------------------------------------------
+
+struct ConvCase {
+  Shape x;
+  int64_t c_out;
+  int32_t kernel, stride, relu;
+};
+
+Values convolved(const ConvCase& t, const Tensor& x, const Tensor& weight, const Tensor& scale,
+                 const Tensor& shift, const Shape& out) {
+  Values y;
+  for (int64_t n = 0; n < out.n; ++n) {
+    for (int64_t h = 0; h < out.h; ++h) {
+      for (int64_t w = 0; w < out.w; ++w) {
+        for (int64_t o = 0; o < out.c; ++o) {
+          double sum = 0;
+          for (int64_t tap = 0; tap < t.kernel * t.kernel; ++tap) {
+            const int64_t in_h = h * t.stride + tap / t.kernel - t.kernel / 2;
+            const int64_t in_w = w * t.stride + tap % t.kernel - t.kernel / 2;
+            if (in_h < 0 || in_h >= t.x.h || in_w < 0 || in_w >= t.x.w) continue;
+            for (int64_t i = 0; i < t.x.c; ++i) {
+              sum +=
+                  x.at(n, in_h, in_w, i) * weight.get((o * t.kernel * t.kernel + tap) * t.x.c + i);
+            }
+          }
+          sum = sum * scale.get(o) + shift.get(o);
+          y.push_back(t.relu != 0 && sum < 0 ? 0 : sum);
+        }
+      }
+    }
+  }
+  return y;
+}
+
+void check_conv(Report& report, const std::string& engine, const ConvCase& t, int32_t dtype) {
+  const Shape out_shape{t.x.n, strided(t.x.h, t.stride), strided(t.x.w, t.stride), t.c_out};
+  Tensor x = Tensor::slot(dtype, t.x).random(), out = Tensor::slot(dtype, out_shape);
+  Tensor weight = Tensor::packed(dtype, t.c_out * t.kernel * t.kernel * t.x.c).random();
+  Tensor scale = Tensor::packed(kSingle, t.c_out).random(0.5, 2);
+  Tensor shift = Tensor::packed(kSingle, t.c_out).random();
+  const int64_t parts =
+      cpu::conv_parts(engine, out_shape.h, out_shape.w, t.x.c, t.c_out, t.kernel, t.stride);
+  Tensor pool = Tensor::packed(kSingle, {t.x.n, parts, 1, t.c_out});
+  const int64_t bytes = cpu::conv_pack_bytes(engine, t.c_out, t.kernel, t.x.c);
+  void* tiles = std::aligned_alloc(64, bytes);
+  cpu::conv_pack({weight.data(), tiles, t.c_out, t.x.c, t.kernel, dtype}, engine, report.threads);
+  const ConvParams params{x.view(), out.view(), tiles,    scale.data(), shift.data(), pool.data(),
+                          t.x.n,    t.x.h,      t.x.w,    out_shape.h,  out_shape.w,  t.x.c,
+                          t.c_out,  t.kernel,   t.stride, t.relu,       dtype};
+  cpu::conv(params, engine, report.threads);
+  std::free(tiles);
+
+  const Values expected = convolved(t, x, weight, scale, shift, out_shape);
+  const int64_t pixels = out_shape.h * out_shape.w;
+  Values sums(t.x.n * t.c_out), found(sums.size());
+  for (int64_t i = 0; i < out_shape.count(); ++i) {
+    sums[i / t.c_out / pixels * t.c_out + i % t.c_out] += expected[i];
+  }
+  for (int64_t i = 0; i < pool.count(); ++i) {
+    found[i / t.c_out / parts * t.c_out + i % t.c_out] += pool.get(i);
+  }
+  Tensor pooled = Tensor::packed(kSingle, {t.x.n, 1, 1, t.c_out});
+  for (int64_t i = 0; i < pooled.count(); ++i) pooled.set(i, found[i]);
+  const std::string what = engine + " " + words(t.x) + " to " + std::to_string(t.c_out) +
+                           ", kernel " + std::to_string(t.kernel) + ", stride " +
+                           std::to_string(t.stride);
+  report.compare(what, out, expected);
+  report.compare(what + ", its pool", pooled, sums);
+  report.around(what + ", its parts", pool);
+}
+
+void check_convolutions(Report& report) {
+  std::vector<ConvCase> cases = {
+      {{2, 10, 7, 3}, 19, 3, 2, 1},  {{1, 9, 11, 35}, 40, 3, 1, 1}, {{2, 7, 9, 33}, 17, 3, 2, 1},
+      {{1, 11, 8, 64}, 32, 3, 2, 0}, {{2, 5, 3, 80}, 96, 3, 1, 1},  {{2, 17, 31, 33}, 24, 1, 1, 1},
+      {{1, 9, 12, 32}, 24, 1, 2, 1}, {{1, 4, 6, 320}, 33, 1, 1, 0}, {{1, 1, 1, 1}, 1, 1, 1, 1},
+      {{1, 1, 1, 16}, 16, 3, 1, 1},  {{1, 2, 33, 48}, 50, 3, 1, 0},
+  };
+  for (int64_t width = 1; width < 14; ++width) {  // Every number of pixels that a block can have.
+    cases.push_back({{1, 1, width, 18}, 20, 1, 1, 1});
+    cases.push_back({{1, 3, width, 18}, 20, 3, 1, 1});
+  }
+  for (const std::string& engine : cpu::conv_engines()) {
+    for (const int32_t dtype : kStored) {
+      if (engine == "amx" && dtype != kBrain) continue;
+      for (const ConvCase& t : cases) check_conv(report, engine, t, dtype);
+    }
+    if (engine != "amx") check_conv(report, engine, {{1, 30, 64, 64}, 16, 1, 1, 1}, kSingle);
+  }
+}
+
+// ---- Depthwise ---------------------------------------------------------------------------------
+
+// each(output, input, tap): places of a channel, as indices of pixels.
+void for_taps(const Shape& x, int32_t stride,
+              const std::function<void(int64_t, int64_t, int64_t)>& each) {
+  const int64_t out_h = strided(x.h, stride), out_w = strided(x.w, stride);
+  for (int64_t i = 0; i < x.n * out_h * out_w * 9; ++i) {
+    const int64_t pixel = i / 9, tap = i % 9, n = pixel / (out_h * out_w);
+    const int64_t h = pixel / out_w % out_h * stride + tap / 3 - 1;
+    const int64_t w = pixel % out_w * stride + tap % 3 - 1;
+    if (h < 0 || h >= x.h || w < 0 || w >= x.w) continue;
+    each(pixel, (n * x.h + h) * x.w + w, tap);
+  }
+}
+
+void check_depthwise(Report& report, const Shape& s, int32_t stride, int32_t dtype) {
+  const Shape o{s.n, strided(s.h, stride), strided(s.w, stride), s.c};
+  const std::string what = words(s) + ", stride " + std::to_string(stride);
+  Tensor x = Tensor::slot(dtype, s).random(), out = Tensor::slot(dtype, o);
+  Tensor g = Tensor::slot(dtype, o).random(), dx = Tensor::slot(dtype, s);
+  Tensor add = Tensor::slot(dtype, s).random(), mask = Tensor::slot(dtype, s).random();
+  Tensor weight = Tensor::packed(dtype, 9 * s.c).random();
+  Values y(o.count()), dy(s.count()), dw(9 * s.c);
+  for (int64_t i = 0; i < s.count(); ++i) dy[i] = add.get(i);
+  for_taps(s, stride, [&](int64_t pixel, int64_t input, int64_t tap) {
+    for (int64_t c = 0; c < s.c; ++c) {
+      const double gradient = g.get(pixel * s.c + c), w = weight.get(tap * s.c + c);
+      y[pixel * s.c + c] += x.get(input * s.c + c) * w;
+      dy[input * s.c + c] += gradient * w;
+      dw[tap * s.c + c] += x.get(input * s.c + c) * gradient;
+    }
+  });
+  for (int64_t i = 0; i < s.count(); ++i) {
+    if (mask.get(i) <= 0) dy[i] = 0;
+  }
+  VF_CALL(depthwise, (DepthwiseParams{x.view(), out.view(), weight.data(), s.n, s.h, s.w, o.h, o.w,
+                                      s.c, stride, dtype}));
+  VF_CALL(depthwise_input_grad,
+          (DepthwiseInputGradParams{g.view(), dx.view(), add.view(), mask.view(), weight.data(),
+                                    s.n, s.h, s.w, o.h, o.w, s.c, stride, dtype}));
+  const int64_t parts = cpu::reduction_parts(o.n, o.h, o.w, o.c);
+  Tensor partials = Tensor::packed(high(dtype), o.n * parts * 9 * s.c);
+  Tensor dweight = Tensor::packed(high(dtype), 9 * s.c);
+  VF_CALL(depthwise_weight_grad,
+          (DepthwiseWeightGradParams{x.view(), g.view(), partials.data(), dweight.data(), s.n, s.h,
+                                     s.w, o.h, o.w, s.c, parts, stride, dtype}));
+  report.compare("depthwise " + what, out, y);
+  report.compare("depthwise_input_grad " + what, dx, dy);
+  report.compare("depthwise_weight_grad " + what, dweight, dw);
+  report.around("partials of depthwise_weight_grad " + what, partials);
+}
+
+// ---- Pooling -----------------------------------------------------------------------------------
+
+void check_max_pool(Report& report, const Shape& s, int32_t pad, int32_t dtype) {
+  const Shape o{s.n, pad == 0 ? s.h / 2 : strided(s.h, 2), pad == 0 ? s.w / 2 : strided(s.w, 2),
+                s.c};
+  if (o.count() == 0) return;
+  const std::string what = words(s) + ", pad " + std::to_string(pad);
+  Tensor x = Tensor::slot(dtype, s).random(), out = Tensor::slot(dtype, o);
+  Tensor g = Tensor::slot(dtype, o).random(), dx = Tensor::slot(dtype, s);
+  std::vector<uint8_t> argmax(o.count() + 8, 0xff), taps;
+  Values y, dy(s.count());
+  for (int64_t i = 0; i < o.count(); ++i) {
+    const int64_t c = i % s.c, w = i / s.c % o.w, h = i / s.c / o.w % o.h, n = i / s.c / o.w / o.h;
+    int best = -1;
+    double most = 0;
+    int64_t from = 0;
+    for (int tap = 0; tap < 9; ++tap) {
+      const int64_t in_h = 2 * h + tap / 3 - pad, in_w = 2 * w + tap % 3 - pad;
+      if (in_h < 0 || in_h >= s.h || in_w < 0 || in_w >= s.w) continue;
+      const double value = x.at(n, in_h, in_w, c);
+      if (best >= 0 && value <= most) continue;
+      best = tap, most = value, from = ((n * s.h + in_h) * s.w + in_w) * s.c + c;
+    }
+    y.push_back(most);
+    taps.push_back(static_cast<uint8_t>(best));
+    dy[from] += g.get(i);
+  }
+  VF_CALL(max_pool, (MaxPoolParams{x.view(), out.view(), argmax.data(), s.n, s.h, s.w, o.h, o.w,
+                                   s.c, pad, dtype}));
+  VF_CALL(max_pool_backward, (MaxPoolBackwardParams{g.view(), dx.view(), argmax.data(), s.n, s.h,
+                                                    s.w, o.h, o.w, s.c, pad, dtype}));
+  taps.resize(argmax.size(), 0xff);
+  report.compare("max_pool " + what, out, y);
+  report.same("max_pool, where it was, " + what, argmax == taps);
+  report.compare("max_pool_backward " + what, dx, dy);
+}
+
+// ---- Storage -----------------------------------------------------------------------------------
+
+// Every number of 16 bits, and its products with a gate: what they are widened and rounded to.
+void check_conversions(Report& report, int32_t dtype) {
+  const int64_t c = 1 << 16;
+  Tensor z = Tensor::packed(dtype, c), out = Tensor::packed(dtype, c);
+  Tensor gates = Tensor::packed(kSingle, c);
+  for (int64_t i = 0; i < c; ++i) {
+    const auto bits = static_cast<uint16_t>(i);
+    memcpy(static_cast<char*>(z.data()) + 2 * i, &bits, 2);
+    gates.set(i, std::ldexp(1 + uniform(), static_cast<int>(uniform() * 24) - 20));
+  }
+  VF_CALL(apply_gates,
+          (ApplyGatesParams{z.view(), out.view(), View{}, gates.data(), 1, 1, 1, c, dtype}));
+  int64_t wrong = 0;
+  for (int64_t i = 0; i < c; ++i) {
+    const double expected = rounded(dtype, rounded(kSingle, z.get(i) * gates.get(i)));
+    const double found = out.get(i);
+    wrong += std::isnan(expected) ? !std::isnan(found) : found != expected;
+  }
+  report.same(std::string("conversions of ") + format(dtype).name, wrong == 0);
+  report.around("conversions", out);
+}
+
+}  // namespace
+
+void check_all(Report& report) {
+  check_convolutions(report);
+  for (const int32_t dtype : kAll) {
+    for (const Shape& s : kShapes) {
+      for (const int32_t stride : {1, 2}) check_depthwise(report, s, stride, dtype);
+      for (const int32_t pad : {0, 1}) check_max_pool(report, s, pad, dtype);
+    }
+  }
+  check_conversions(report, kHalf);
+  check_conversions(report, kBrain);
+  check_epilogue(report);
+  check_accumulate(report);
+  check_gates(report);
+  check_batch_norm(report);
+  check_pack(report);
+}
+
+}  // namespace driver
+
+int main(int count, char** words) {
+  const std::string option = count > 1 ? words[1] : "";
+  if (option == "--isa") {
+    try {
+      cpu::choose_isa();
+    } catch (const std::invalid_argument& error) {
+      puts(error.what());
+      return 1;
+    }
+    puts(cpu::isa().c_str());
+    return 0;
+  }
+  driver::Report report;
+  report.spoil = option == "--spoil";
+  for (const std::string& isa : cpu::isas()) {
+    cpu::use_isa(isa);
+    for (const int threads : {1, 3}) {
+      report.threads = threads;
+      report.called.clear();
+      driver::check_all(report);
+    }
+    std::string engines;
+    for (const std::string& engine : cpu::conv_engines()) engines += " " + engine;
+    printf("instruction set %s, convolutions:%s\n", isa.c_str(), engines.c_str());
+#define VF_CALLED(name, Params) \
+  if (report.called.count(#name) == 0) report.tell("nobody has called " #name, false, 0);
+    VF_OPS(VF_CALLED)
+#undef VF_CALLED
+  }
+  printf("compared %lld, wrong %lld\n", static_cast<long long>(report.compared),
+         static_cast<long long>(report.wrong));
+  return report.wrong == 0 ? 0 : 1;
+}
