@@ -70,7 +70,7 @@ $(VENV)/mmdet: pyproject.toml
 	$(PIP) "$(TORCH)"
 	@echo "Installing mmcv: seconds from a wheel, 15 to 30 minutes where it compiles."
 	$(PIP) --no-build-isolation "onedl-mmcv==2.3.6"
-	VOVNET_FAST_EXTENSION=0 $(PIP) -e ".[demo]" "$(TORCH)"
+	VOVNET_FAST_EXTENSION=0 $(PIP) -e ".[demo,onedl]" "$(TORCH)"
 	$(BIN)/python -c "import mmcv.ops, mmdet"
 	touch $@
 

@@ -212,7 +212,7 @@ def check(args: argparse.Namespace) -> VoVNetSpec:
     except ImportError as error:
         raise DemoError(
             f"importing what the demo needs failed with: {error}. Install it with: "
-            'pip install "vovnet-fast[demo]" (see the README for mmcv and its compiled ops)'
+            'pip install "vovnet-fast[demo,onedl]" (see the README for mmcv and its compiled ops)'
         ) from error
     try:
         spec = specs.get(args.spec)

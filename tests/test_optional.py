@@ -52,6 +52,13 @@ def test_one_that_is_missing(package):
     assert "No module named 'missing_below'" in _optional.why_not("whole")
 
 
+@pytest.mark.parametrize("name", ["timm", "torchvision"])
+def test_one_that_is_for_one_torch_alone(monkeypatch, name):
+    """pip would take the newest, and upgrade torch; a CPU build's version is known to no index."""
+    monkeypatch.setattr(torch, "__version__", "2.4.1+cpu")
+    assert _optional.remedy(name) == f'pip install {name} "torch==2.4.1"'
+
+
 def test_one_that_is_broken(package):
     package("broken", BROKEN)
     assert _optional.why_not("broken") == (

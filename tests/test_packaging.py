@@ -1,14 +1,21 @@
 """What pip gets, and what importing it costs."""
 
 import os
+import re
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
-from vovnet_fast import __version__
+from vovnet_fast import __version__, _optional
+
+try:
+    import tomllib
+except ModuleNotFoundError:  # Python 3.10, where pytest brings it.
+    import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -58,7 +65,7 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
     assert {f"vovnet_fast/{name}" for name in tables} <= set(names)
     metadata = next(n for n in names if n.endswith("METADATA"))
     text = zipfile.ZipFile(wheel).read(metadata).decode()
-    for line in ("License-Expression: Apache-2.0", "Requires-Python: >=3.9", "Extra: mmdet"):
+    for line in ("License-Expression: Apache-2.0", "Requires-Python: >=3.9", "Extra: onedl"):
         assert line in text.replace("Provides-Extra", "Extra")
     assert any(n.endswith("licenses/LICENSE") for n in names)
 
@@ -108,7 +115,7 @@ def test_timm_missing_or_too_old_is_one_clear_error():
     missing, old = done.stdout.splitlines()
     assert "needs timm 0.9 or newer, and importing it failed with" in missing
     assert "needs timm 0.9 or newer, got 0.8.23" in old
-    assert all('pip install "vovnet-fast[timm]"' in line for line in (missing, old))
+    assert all(f"with: {_optional.remedy('timm')}" in line for line in (missing, old))
 
 
 def test_mmdet_missing_is_one_clear_error(tmp_path):
@@ -118,4 +125,47 @@ def test_mmdet_missing_is_one_clear_error(tmp_path):
         "except ImportError as e: print(e)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert 'pip install "vovnet-fast[mmdet]"' in done.stdout
+    assert 'pip install "vovnet-fast[onedl]"' in done.stdout
+
+
+# --------------------------------------------------------------------------------------
+# What it asks pip for, beside what there is
+# --------------------------------------------------------------------------------------
+
+OF_OPENMMLAB = re.compile(r"(onedl-)?mm[a-z0-9-]+|mmcv|openmim")
+TIED_TO_A_TORCH = {"fairscale", "timm", "torch", "torchaudio", "torchvision", "xformers"}
+
+
+def asked_for():
+    """Every requirement by the extra that has it; the package's own under ``""``."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for extra, lines in {"": project["dependencies"], **project["optional-dependencies"]}.items():
+        for line in lines:
+            yield extra, Requirement(line)
+
+
+def test_extras_that_are_named_exist():
+    there = {extra for extra, _ in asked_for()}
+    for name in tracked("*.py", "*.md", "Makefile"):
+        for extras in re.findall(
+            r"(?:vovnet-fast|\"\.)\[([a-z0-9,]+)\]", (ROOT / name).read_text()
+        ):
+            assert set(extras.split(",")) <= there, f"{name}: {extras}"
+
+
+def test_openmmlabs_packages_are_asked_for_by_name_or_not_at_all():
+    """Two distributions own each of their folders: pip lays one over the other without a word."""
+    found = {(extra, r.name) for extra, r in asked_for() if OF_OPENMMLAB.fullmatch(r.name)}
+    assert {name for _, name in found} >= {"onedl-mmcv", "onedl-mmdetection", "onedl-mmengine"}
+    wrong = {(e, name) for e, name in found if e != "onedl" or not name.startswith("onedl-")}
+    assert not wrong, "only the extra whose name says so may bring OpenMMLab's packages"
+    nested = {(extra, str(r)) for extra, r in asked_for() if "onedl" in r.extras}
+    assert not nested, "an extra that brings the extra onedl does what that does"
+
+
+def test_no_extra_makes_pip_change_torch():
+    """A torchvision fits one torch alone, and a torch of CUDA asks for one Triton."""
+    found = [(extra, r) for extra, r in asked_for() if r.name in TIED_TO_A_TORCH]
+    assert [(extra, str(r)) for extra, r in found] == [("", "torch>=2.1")]
+    triton = [r for _, r in asked_for() if r.name == "triton"]
+    assert [str(r.specifier) for r in triton] == [""], "any that is there will do for pip"

@@ -10,13 +10,15 @@ from typing import Any
 _REMEDIES = {
     "cudnn": 'pip install "vovnet-fast[cudnn]"',
     "matplotlib": 'pip install "vovnet-fast[bench]"',
-    "mmcv": 'pip install "vovnet-fast[mmdet]"',
-    "mmdet": 'pip install "vovnet-fast[mmdet]"',
+    "mmcv": 'pip install "vovnet-fast[onedl]"',
+    "mmdet": 'pip install "vovnet-fast[onedl]"',
     "onnx": 'pip install "vovnet-fast[onnx]"',
     "onnxruntime": 'pip install "vovnet-fast[onnx]"',
-    "timm": 'pip install "vovnet-fast[timm]"',
 }
 """Other than to install the package by its name."""
+
+_FOR_ONE_TORCH = ("timm", "torchvision")
+"""Of which pip would take the newest, and upgrade torch to it."""
 
 _LEAST = {
     "triton": (
@@ -40,11 +42,19 @@ def why_not(module: str) -> str | None:
         found = importlib.import_module(module)
     except Exception as error:
         if isinstance(error, ModuleNotFoundError) and error.name == package:
-            remedy = _REMEDIES.get(package, f"pip install {package}")
-            return f"{package} is not installed ({remedy})"
+            return f"{package} is not installed ({remedy(package)})"
         first = str(error).strip().partition("\n")[0][:200]
         return f"{module} cannot be imported: {type(error).__name__}: {first}"
     return _too_old(found)
+
+
+def remedy(package: str) -> str:
+    """How to install a package, with the torch that is there: some are for one torch alone."""
+    if package in _FOR_ONE_TORCH:
+        import torch
+
+        return f'pip install {package} "torch=={torch.__version__.partition("+")[0]}"'
+    return _REMEDIES.get(package, f"pip install {package}")
 
 
 def _too_old(module: Any) -> str | None:

@@ -128,14 +128,36 @@ def test_one_distribution_twice_on_the_path_is_one(site, tmp_path, monkeypatch):
 
 
 def test_what_to_install_does_not_change_what_is_there(site):
-    assert 'pip install "vovnet-fast[mmdet]"' in installed.remedy("mmdet")
+    assert 'pip install "vovnet-fast[onedl]"' in installed.remedy("mmdet")
     site("mmcv-full", "1.7.2", "mmcv")
     assert installed.remedy("mmdet") == 'pip install "mmdet==2.28.2" for mmcv-full 1.7.2'
     assert 'mim install "mmcv-full==1.7.2"' in installed.remedy("mmcv._ext")
 
 
+ONE_OF_UPSTREAM = [
+    (("mmengine", "0.10.7", "mmengine"), "mmcv==2.1.0", "mmdet==3.3.0"),
+    (("mmdet", "3.3.0", "mmdet"), "mmcv==2.1.0", None),
+    (("mmdet", "2.28.2", "mmdet"), "mmcv-full==1.7.2", None),
+    (("mmdet3d", "1.4.0", "mmdet3d"), "mmcv==2.1.0", "mmdet==3.3.0"),
+    # Which refuses mmcv 1.7.1 and newer.
+    (("mmdet3d", "1.0.0rc6", "mmdet3d"), "mmcv-full==1.7.0", "mmdet==2.28.2"),
+]
+
+
+@pytest.mark.parametrize(("there", "mmcv", "mmdet"), ONE_OF_UPSTREAM)
+def test_one_of_upstreams_is_enough_to_stay_with_them(site, there, mmcv, mmdet):
+    """onedl's mmcv brings its mmengine, and would lie over it."""
+    site(*there)
+    assert installed.remedy("mmcv") == f'mim install "{mmcv}" for {" ".join(there[:2])}'
+    assert installed.remedy("mmcv._ext") == installed.remedy("mmcv")
+    if mmdet:
+        assert installed.remedy("mmdet") == f'pip install "{mmdet}" for {" ".join(there[:2])}'
+    for module in (*installed.MODULES, "mmcv.ops", "terminaltables"):
+        assert "onedl" not in installed.remedy(module)
+
+
 def test_the_doctor_does_not_lay_onedls_over_upstreams(site, monkeypatch):
-    absent = 'mmdet is not installed (pip install "vovnet-fast[mmdet]")'
+    absent = 'mmdet is not installed (pip install "vovnet-fast[onedl]")'
     monkeypatch.setattr(doctor._optional, "why_not", lambda module: absent)
     assert doctor._version("mmdet").startswith(absent[:-1])
     site("mmcv", "2.1.0", "mmcv")

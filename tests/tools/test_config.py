@@ -85,7 +85,8 @@ def test_what_cannot_be_built(write):
     for text, words in (
         (small(backbone=dict(out_features=("res5",))), "res5"),
         (small().replace(NAME, "V-40-eSE"), "V-40-eSE"),
-        (small(backbone=dict(depth=50)), "depth"),
+        (small(backbone=dict(depth=50, out_indices=(3,))), "takes no 'depth'"),
+        (small(backbone=dict(depth=50, out_indices=(3,))), "gives [512] channels"),
     ):
         (found,) = config.examine(write(text))
         assert found.wrong

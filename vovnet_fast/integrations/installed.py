@@ -11,7 +11,7 @@ from __future__ import annotations
 import csv
 import importlib.metadata
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -136,15 +136,30 @@ def _of_other_times(mmcv: Installed, mmdet: Installed) -> str | None:
 
 def remedy(module: str) -> str:
     """What to install for a module that is missing, beside what is there."""
-    mmcv = next(iter(installed("mmcv")), None)
-    if mmcv is None or mmcv.onedl:
-        return 'pip install "vovnet-fast[mmdet]" (see the README for mmcv and its compiled ops)'
-    if module == "mmcv._ext":
+    found = {name: next(iter(installed(name)), None) for name in MODULES}
+    upstreams = [it for it in found.values() if it is not None and not it.onedl]
+    mmcv = found["mmcv"]
+    if not upstreams or (mmcv is not None and mmcv.onedl):
+        return 'pip install "vovnet-fast[onedl]" (see the README for mmcv and its compiled ops)'
+    old, there = _of_mmcv_1(found), mmcv or upstreams[-1]
+    if mmcv is None and module in ("mmcv", "mmcv._ext"):
+        full = f"mmcv-full=={'1.7.0' if found['mmdet3d'] else '1.7.2'}"
+        return f'mim install "{full if old else "mmcv==2.1.0"}" for {there}'
+    if mmcv is not None and module == "mmcv._ext":
         full = "mmcv-full" if mmcv.release < (2,) else "mmcv"
         return (
             f"pip uninstall -y {mmcv.name}, then mim install "
             f'"{full}=={mmcv.version}", which has its operators'
         )
     if module == "mmdet":
-        return f'pip install "mmdet=={"2.28.2" if mmcv.release < (2,) else "3.3.0"}" for {mmcv}'
-    return f"pip install {module} for {mmcv}"
+        return f'pip install "mmdet=={"2.28.2" if old else "3.3.0"}" for {there}'
+    return f"pip install {module} for {there}"
+
+
+def _of_mmcv_1(found: Mapping[str, Installed | None]) -> bool:
+    """Whether what is there is of the times of mmcv 1.x, as the first that is there tells."""
+    for module, first in (("mmcv", (2,)), ("mmdet", (3,)), ("mmdet3d", (1, 1))):
+        it = found[module]
+        if it is not None:
+            return it.release < first
+    return False

@@ -14,13 +14,14 @@ Nothing else in this package imports mmdet.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from .. import checkpoints
 from ..network.model import STAGE_NAMES
 from ..network.norms import NormCfg
 from ..specs import VoVNetSpec
 from .openmmlab import REGISTRIES, BaseModule, PretrainedInit, update_init_info
-from .whole import Guarded
+from .whole import Guarded, refuse_others
 
 
 class VoVNetFast(Guarded, BaseModule):
@@ -39,6 +40,8 @@ class VoVNetFast(Guarded, BaseModule):
 
     Raises:
         UnknownSpecError, ValueError: as :class:`~vovnet_fast.VoVNet`.
+        TypeError: an argument of another backbone, a ResNet's ``depth``; the message has
+            the channels that the neck is to be given.
 
     A checkpoint of a whole detector (``load_from``, ``resume``) that holds some
     but not all of the backbone's parameters is refused too, and so is one that
@@ -62,11 +65,15 @@ class VoVNetFast(Guarded, BaseModule):
         model_name: str | None = None,
         pretrained: str | None = None,
         init_cfg: dict | list[dict] | None = None,
+        **others: Any,
     ) -> None:
+        out_features = STAGE_NAMES if out_features is None else out_features
+        named = dict(spec_name=spec_name, model_name=model_name)
+        refuse_others({**others, **named, "out_features": out_features, "out_indices": out_indices})
         super().__init__(
             spec_name,
             input_ch,
-            STAGE_NAMES if out_features is None else out_features,
+            out_features,
             frozen_stages,
             norm_eval,
             norm_cfg,

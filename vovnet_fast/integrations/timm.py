@@ -24,6 +24,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import _optional
+
 try:
     import timm
     from timm.layers import ClassifierHead
@@ -39,7 +41,7 @@ try:
 except ImportError as error:
     raise ImportError(
         f"vovnet_fast.timm needs timm 0.9 or newer, and importing it failed with: {error}. "
-        'Install it with: pip install "vovnet-fast[timm]"'
+        f"Install it with: {_optional.remedy('timm')}"
     ) from error
 
 from .. import checkpoints, specs
@@ -51,7 +53,7 @@ from ..specs import VoVNetSpec
 if tuple(map(int, re.findall(r"\d+", timm.__version__)[:2])) < (0, 9):
     raise ImportError(
         f"vovnet_fast.timm needs timm 0.9 or newer, got {timm.__version__}. "
-        'Install it with: pip install "vovnet-fast[timm]"'
+        f"Install it with: {_optional.remedy('timm')}"
     )
 
 FEATURES = ("stem_2", *STAGE_NAMES)

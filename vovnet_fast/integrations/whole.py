@@ -6,9 +6,12 @@ line in a log: detectors have been trained and evaluated for days with a backbon
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping
 from typing import Any
+
+import torch
 
 from .. import compat
 from ..checkpoints import identify
@@ -16,6 +19,30 @@ from ..checkpoints.files import unwrap
 from ..checkpoints.layouts import locate
 from ..network.filling import COUNTER, CheckpointError
 from ..network.model import VoVNet
+
+_TAKEN = frozenset(inspect.signature(VoVNet).parameters)
+
+
+def refuse_others(options: Mapping[str, Any]) -> None:
+    """Look at the arguments of a backbone that may have been written for the one that it replaces.
+
+    Raises:
+        TypeError: one is no argument of :class:`~vovnet_fast.VoVNet`.
+        UnknownSpecError, ValueError: as that.
+    """
+    others = [name for name in options if name not in _TAKEN]
+    if not others:
+        return
+    with torch.device("meta"):
+        backbone = VoVNet(**{name: options[name] for name in options if name in _TAKEN})
+    raise TypeError(
+        f"VoVNetFast takes no {', '.join(map(repr, others))}: a slip of the pen, or arguments of "
+        "the backbone that it replaces, as a ResNet's depth. Leave those out: spec_name says which "
+        "VoVNet (vovnet-fast specs lists them), and out_indices, frozen_stages, norm_cfg, "
+        "norm_eval, with_cp and init_cfg are what they are there. "
+        f"{backbone.spec.name} gives {list(backbone.feature_channels)} channels: write these as "
+        "the neck's in_channels"
+    )
 
 
 class Guarded(VoVNet):

@@ -19,7 +19,7 @@ import torch
 from .. import checkpoints
 from ..checkpoints import CheckpointError
 from ..checkpoints.files import read_whole
-from ..integrations.whole import Guarded, refuse_partial_load
+from ..integrations.whole import Guarded, refuse_others, refuse_partial_load
 from ..network.model import VoVNet
 from ..specs import UnknownSpecError
 
@@ -92,6 +92,7 @@ def _look(config: Any, where: str, holder: Mapping[str, Any], key: str) -> Itera
     section = holder[key]
     options = {name: value for name, value in section.items() if name not in _NOT_OURS}
     try:
+        refuse_others(options)
         with torch.device("meta"):
             backbone = Guarded(**options)
     except (UnknownSpecError, ValueError, TypeError) as error:
