@@ -15,6 +15,7 @@ import os
 import pytest
 import torch
 
+from tests.features import require_half
 from vovnet_fast import selfcheck
 from vovnet_fast.backends import _extension, reference
 from vovnet_fast.compat import zip
@@ -253,6 +254,8 @@ CASES = [
 @pytest.mark.parametrize("function", sorted({case.function for case in CASES}))
 @torch.no_grad()
 def test_against_fp64(function, dtype, kernels, kernels_device):
+    if function.startswith(("conv", "depthwise", "max_pool")):
+        require_half(dtype, kernels_device)
     for case in CASES:
         if case.function != function:
             continue

@@ -10,7 +10,6 @@ import builtins
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -149,20 +148,6 @@ def all_gather(out: Tensor, x: Tensor, group: Any) -> None:
         dist.all_gather(list(out.chunk(dist.get_world_size(group))), x, group)
     else:
         dist.all_gather_into_tensor(out, x, group)
-
-
-def unknown_globals(path: Path) -> list[str] | None:
-    """Names of what a pickle holds beside weights, None where torch cannot say.
-
-    It can from torch 2.6 on, of files that torch 1.6 or newer wrote.
-    """
-    known = getattr(torch.serialization, "get_unsafe_globals_in_checkpoint", None)
-    if known is None:
-        return None
-    try:
-        return list(known(path))
-    except ValueError:
-        return None
 
 
 def is_batched(x: Tensor) -> bool:

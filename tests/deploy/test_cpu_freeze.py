@@ -10,6 +10,7 @@ import torch
 from tests import straight_line
 from tests.backends.test_cpu_backend import threads
 from tests.extension_cases import require
+from tests.features import HALF
 from tests.fused import needs_traces
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, backends, freeze
@@ -40,7 +41,7 @@ def errors(found, exact):
     return [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, HALF])
 @pytest.mark.parametrize("spec", [*TINY, *PUBLISHED])
 def test_no_worse_than_eager(spec, dtype):
     """Errors against fp64 at most twice eager's in the same dtype, whatever the image's size."""

@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 import vovnet_fast
 from tests import straight_line
 from tests.checkpoints.test_writing import largest_file
+from tests.features import needs_half
 from tests.fused import fused
 from tests.tiny import TINY
-from vovnet_fast import VoVNet, checkpoints, compat, freeze, load_frozen, specs, use_backend
+from vovnet_fast import VoVNet, checkpoints, freeze, load_frozen, specs, use_backend
 from vovnet_fast.backends import _extension
 from vovnet_fast.checkpoints import CheckpointError
 from vovnet_fast.compat import zip
@@ -31,9 +32,6 @@ needs_extension = pytest.mark.skipif(
     _extension.why_not("cpu") is not None, reason="the extension's CPU half is not built"
 )
 BACKENDS = ["reference", pytest.param("cpu", marks=needs_extension)]
-needs_half = pytest.mark.skipif(
-    compat.TORCH < (2, 4), reason="older ones convolve no fp16 on all CPUs"
-)
 NARROW = [torch.float32, torch.bfloat16]
 CASES = [
     *(("reference", dtype) for dtype in (*NARROW, torch.float64)),

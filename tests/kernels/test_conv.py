@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.kernels.forms import require, why_not
 from vovnet_fast.kernels import conv as conv_module
 from vovnet_fast.kernels import conv_tma
 from vovnet_fast.kernels._common import accumulator
@@ -71,12 +72,6 @@ def case(embed, device):
     return case
 
 
-def runnable(config, device):
-    return device.type == "cpu" or config.form == "pointer" or (
-        torch.cuda.get_device_capability(device) >= HOPPER
-    )  # fmt: skip
-
-
 def check(case, out, config, assert_accurate, *, pool=True, tf32=False):
     """Run into a poisoned slot; check values, pool partials and guard bands."""
     dtype = case.x.dtype
@@ -119,8 +114,7 @@ def shipped():
 
 @pytest.mark.parametrize(("config", "c_out", "kernel"), shipped())
 def test_every_configuration(config, c_out, kernel, case, output, assert_accurate, device):
-    if not runnable(config, device):
-        pytest.skip("needs sm_90")
+    require(config, device)
     layer = case(1, 5, 17, 40, c_out, torch.float16, kernel=kernel)
     check(layer, output(layer.shape(), torch.float16), config, assert_accurate)
 
@@ -131,8 +125,7 @@ def test_every_dtype(form, stride, kernel, dtype, case, output, assert_accurate,
     config = FORMS[form]
     if config.form == "tma" and device.type == "cuda" and dtype == torch.float32:
         pytest.skip("there is no warpgroup MMA for exact fp32")
-    if not runnable(config, device):
-        pytest.skip("needs sm_90")
+    require(config, device)
     layer = case(2, 5, 19, 24, 40, dtype, kernel=kernel, stride=stride)
     check(layer, output(layer.shape(), dtype), config, assert_accurate)
 
@@ -141,7 +134,7 @@ def test_every_dtype(form, stride, kernel, dtype, case, output, assert_accurate,
 def test_shipped_configurations_of_fp32(tf32, case, output, assert_accurate, device):
     layer = case(1, 5, 19, 24, 40, torch.float32)
     for config in candidates(HOPPER, 24, 40, dtype=torch.float32, tf32=tf32):
-        if not runnable(config, device):
+        if why_not(config, device) is not None:
             continue
         out = output(layer.shape(), torch.float32)
         if tf32 and device.type == "cuda":
@@ -157,8 +150,7 @@ def test_shipped_configurations_of_fp32(tf32, case, output, assert_accurate, dev
 @pytest.mark.parametrize("form", FORMS)
 def test_odd_sizes(form, kernel, size, case, output, assert_accurate, device):
     config = FORMS[form]
-    if not runnable(config, device):
-        pytest.skip("needs sm_90")
+    require(config, device)
     layer = case(2, *size, 24, 40, torch.float16, kernel=kernel)
     check(layer, output(layer.shape(), torch.float16), config, assert_accurate)
 
@@ -176,8 +168,7 @@ def test_stride_2_on_an_image(size, case, output, assert_accurate, dtype):
 def test_cropped_views(form, kernel, case, output, assert_accurate, device):
     """Rows that do not follow each other: a 1x1 cannot treat the image as one row."""
     config = FORMS[form]
-    if not runnable(config, device):
-        pytest.skip("needs sm_90")
+    require(config, device)
     layer = case(2, 5, 19, 24, 40, torch.float16, kernel=kernel, crop=True)
     check(layer, output(layer.shape(), torch.float16, crop=True), config, assert_accurate)
 
@@ -185,8 +176,7 @@ def test_cropped_views(form, kernel, case, output, assert_accurate, device):
 @pytest.mark.parametrize("form", FORMS)
 def test_from_slot_to_slot_of_one_buffer(form, case, assert_accurate, device):
     config = FORMS[form]
-    if not runnable(config, device):
-        pytest.skip("needs sm_90")
+    require(config, device)
     layer = case(2, 5, 19, 32, 48, torch.float16)
     buffer = torch.full((2, 5, 19, 96), float("nan"), dtype=torch.float16, device=device)
     buffer[..., :32] = layer.x
@@ -199,8 +189,7 @@ def test_from_slot_to_slot_of_one_buffer(form, case, assert_accurate, device):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_without_relu(form, case, output, assert_accurate, device):
-    if not runnable(FORMS[form], device):
-        pytest.skip("needs sm_90")
+    require(FORMS[form], device)
     layer = case(1, 5, 7, 24, 40, torch.float16, relu=False)
     check(layer, output(layer.shape(), torch.float16), FORMS[form], assert_accurate)
     assert layer.reference(torch.float64).min() < 0
@@ -210,8 +199,7 @@ def test_without_relu(form, case, output, assert_accurate, device):
 @pytest.mark.parametrize("kernel", [3, 1])
 @pytest.mark.parametrize("form", FORMS)
 def test_nan_and_inf(form, kernel, case, output, assert_same_nonfinite, device):
-    if not runnable(FORMS[form], device):
-        pytest.skip("needs sm_90")
+    require(FORMS[form], device)
     layer = case(1, 9, 19, 24, 40, torch.float16, kernel=kernel)
     layer.x[0, 1, 1, 5] = float("nan")
     layer.x[0, 7, 17, 23] = float("inf")
@@ -223,8 +211,7 @@ def test_nan_and_inf(form, kernel, case, output, assert_same_nonfinite, device):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_overflow_to_infinity(form, case, output, device):
-    if not runnable(FORMS[form], device):
-        pytest.skip("needs sm_90")
+    require(FORMS[form], device)
     layer = case(1, 5, 7, 24, 40, torch.float16)
     layer.scale.fill_(1e6)
     out = output(layer.shape(), torch.float16)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.kernels.forms import require, why_not
 from vovnet_fast.kernels.conv import input_grad, input_grad_choices, output_size, plan_input_grad
 from vovnet_fast.kernels.conv_config import ConvConfig, candidates
 from vovnet_fast.kernels.pack import transposed
@@ -81,12 +82,6 @@ def case(embed, device):
     return case
 
 
-def runnable(config, device):
-    return device.type == "cpu" or config.form == "pointer" or (
-        torch.cuda.get_device_capability(device) >= HOPPER
-    )  # fmt: skip
-
-
 def check(case, out, config, assert_accurate, **options):
     """Run into a poisoned slot; check values and guard bands."""
     case.run(out.view, config=config, **options)
@@ -111,8 +106,7 @@ def test_every_configuration(config, case, output, assert_accurate, device):
 
     One tap is enough: test_conv.py sees the configurations through a 3x3.
     """
-    if not runnable(config, device):
-        pytest.skip("needs sm_90")
+    require(config, device)
     c_in = sum(config.block_out) + 8
     layer = case(
         1, 3, 17, c_in, 40, torch.float16, kernel=1, added=c_in - 16, masked=c_in - 8, crop=True
@@ -126,8 +120,7 @@ def test_every_dtype(form, stride, kernel, dtype, case, output, assert_accurate,
     config = FORMS[form]
     if config.form == "tma" and device.type == "cuda" and dtype == torch.float32:
         pytest.skip("there is no warpgroup MMA for exact fp32")
-    if not runnable(config, device):
-        pytest.skip("needs sm_90")
+    require(config, device)
     layer = case(1, 5, 11, 40, 24, dtype, kernel=kernel, stride=stride, added=40, masked=40)
     check(layer, output(layer.shape(), dtype), config, assert_accurate)
 
@@ -136,7 +129,7 @@ def test_every_dtype(form, stride, kernel, dtype, case, output, assert_accurate,
 def test_shipped_configurations_of_fp32(tf32, case, output, assert_accurate, device):
     layer = case(1, 3, 17, 40, 24, torch.float32, kernel=1, added=40, masked=40)
     for config in candidates(HOPPER, 24, 40, dtype=torch.float32, tf32=tf32, kind="gradient"):
-        if not runnable(config, device):
+        if why_not(config, device) is not None:
             continue
         out = output(layer.shape(), torch.float32)
         if tf32 and device.type == "cuda":
@@ -153,8 +146,7 @@ def test_shipped_configurations_of_fp32(tf32, case, output, assert_accurate, dev
 @pytest.mark.parametrize(("form", "stride"), [*((form, 1) for form in FORMS), ("pointer", 2)])
 def test_some_of_the_channels(form, stride, added, masked, case, output, assert_accurate, device):
     """``add`` belongs to the first ones, ``mask`` to the last ones."""
-    if not runnable(FORMS[form], device):
-        pytest.skip("needs sm_90")
+    require(FORMS[form], device)
     layer = case(
         1, 5, 7, 40, 24, torch.float16, kernel=1, stride=stride, added=added, masked=masked
     )
@@ -165,8 +157,7 @@ def test_some_of_the_channels(form, stride, added, masked, case, output, assert_
 @pytest.mark.parametrize("kernel", [3, 1])
 @pytest.mark.parametrize(("form", "stride"), [("tma", 1), ("pointer", 1), ("pointer", 2)])
 def test_odd_sizes(form, stride, kernel, size, case, output, assert_accurate, device):
-    if not runnable(FORMS[form], device):
-        pytest.skip("needs sm_90")
+    require(FORMS[form], device)
     layer = case(1, *size, 40, 24, torch.float16, kernel=kernel, stride=stride, added=40, masked=40)
     check(layer, output(layer.shape(), torch.float16), FORMS[form], assert_accurate)
 
@@ -193,8 +184,7 @@ def test_gradients_of_few_channels(stride, case, output, assert_accurate):
 @pytest.mark.parametrize(("form", "stride"), [*((form, 1) for form in FORMS), ("pointer", 2)])
 def test_cropped_views(form, stride, case, output, assert_accurate, device):
     """Rows that do not follow each other: a 1x1 cannot treat the image as one row."""
-    if not runnable(FORMS[form], device):
-        pytest.skip("needs sm_90")
+    require(FORMS[form], device)
     options = dict(kernel=1, stride=stride, added=40, masked=24, crop=True)
     layer = case(2, 5, 7, 40, 24, torch.float16, **options)
     check(layer, output(layer.shape(), torch.float16, crop=True), FORMS[form], assert_accurate)
@@ -204,8 +194,7 @@ def test_cropped_views(form, stride, case, output, assert_accurate, device):
 @pytest.mark.parametrize(("form", "stride"), [*((form, 1) for form in FORMS), ("pointer", 2)])
 def test_in_place(form, stride, added, case, output, assert_accurate, device):
     """The gradient is added to what the slot holds, all of its channels or the first ones."""
-    if not runnable(FORMS[form], device):
-        pytest.skip("needs sm_90")
+    require(FORMS[form], device)
     layer = case(2, 9, 17, 40, 24, torch.float16, kernel=1, stride=stride, added=added, masked=40)
     exact, eager = layer.reference(torch.float64), layer.reference(torch.float16)
     out = output(layer.shape(), torch.float16)
@@ -218,8 +207,7 @@ def test_in_place(form, stride, added, case, output, assert_accurate, device):
 @pytest.mark.parametrize("form", FORMS)
 def test_from_slot_to_slot_of_one_buffer(form, case, assert_accurate, device):
     """As in a block: the gradient of layer l is in its slot, and goes into the slot before."""
-    if not runnable(FORMS[form], device):
-        pytest.skip("needs sm_90")
+    require(FORMS[form], device)
     layer = case(2, 5, 19, 48, 32, torch.float16, added=48, masked=48)
     exact, eager = layer.reference(torch.float64), layer.reference(torch.float16)
     buffer = torch.full((2, 5, 19, 96), float("nan"), dtype=torch.float16, device=device)
@@ -234,8 +222,7 @@ def test_from_slot_to_slot_of_one_buffer(form, case, assert_accurate, device):
 @pytest.mark.parametrize(("form", "stride"), [*((form, 1) for form in FORMS), ("pointer", 2)])
 def test_nan_and_inf(form, stride, case, output, assert_same_nonfinite, device):
     """They spread as in torch; a mask that hides them leaves 0, and one of NaN lets them pass."""
-    if not runnable(FORMS[form], device):
-        pytest.skip("needs sm_90")
+    require(FORMS[form], device)
     layer = case(1, 17, 21, 40, 24, torch.float16, stride=stride, added=40, masked=40)
     layer.g[0, 1, 1, 5] = float("nan")
     layer.g[0, -2, -2, 23] = float("inf")

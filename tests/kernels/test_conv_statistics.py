@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.kernels.forms import require
 from vovnet_fast.kernels import epilogue as epilogue_module
 from vovnet_fast.kernels._common import accumulator
 from vovnet_fast.kernels.conv import conv, output_size, pool_tiles
@@ -74,12 +75,6 @@ def check(embed, output, assert_accurate, device):
     return check
 
 
-def runnable(config, device):
-    return device.type == "cpu" or config.form == "pointer" or (
-        torch.cuda.get_device_capability(device) >= HOPPER
-    )  # fmt: skip
-
-
 def shipped():
     """Every configuration, by name."""
     return {
@@ -96,8 +91,7 @@ def test_every_configuration(config, check, device):
 
     One tap is enough: test_conv.py sees the configurations through a 3x3.
     """
-    if not runnable(config, device):
-        pytest.skip("needs sm_90")
+    require(config, device)
     c_out = sum(config.block_out) + 8
     check((1, 3, 17, 24), c_out, config, torch.float16, kernel=1, crop=True)
 
@@ -108,23 +102,20 @@ def test_every_dtype(form, stride, kernel, dtype, check, device):
     config = FORMS[form]
     if config.form == "tma" and device.type == "cuda" and dtype == torch.float32:
         pytest.skip("there is no warpgroup MMA for exact fp32")
-    if not runnable(config, device):
-        pytest.skip("needs sm_90")
+    require(config, device)
     check((1, 5, 19, 24), 40, config, dtype, kernel=kernel, stride=stride)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (1, 17), (17, 1), (9, 33)])
 @pytest.mark.parametrize("form", FORMS)
 def test_odd_sizes(form, size, check, device):
-    if not runnable(FORMS[form], device):
-        pytest.skip("needs sm_90")
+    require(FORMS[form], device)
     check((2, *size, 24), 40, FORMS[form], torch.float16, kernel=1)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_cropped_views(form, check, device):
-    if not runnable(FORMS[form], device):
-        pytest.skip("needs sm_90")
+    require(FORMS[form], device)
     check((2, 5, 19, 24), 40, FORMS[form], torch.float16, kernel=1, crop=True)
 
 

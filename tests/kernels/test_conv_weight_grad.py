@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from tests.kernels.forms import require, why_not
 from vovnet_fast.backends import triton as backend
 from vovnet_fast.backends.triton import convolution_gradients
 from vovnet_fast.compat import zip
@@ -46,12 +47,6 @@ def _two_splits(monkeypatch):
         return -(-steps // each), each
 
     monkeypatch.setattr(module, "split", two)
-
-
-def runnable(config, device):
-    return device.type == "cpu" or config.form == "pointer" or (
-        torch.cuda.get_device_capability(device) >= HOPPER
-    )  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -140,8 +135,7 @@ def shipped():
 @pytest.mark.parametrize("config", shipped())
 def test_every_configuration(config, case, assert_accurate, device):
     """What it leaves for the finish; with a last block that is not full of either channels."""
-    if not runnable(config, device):
-        pytest.skip("needs sm_90")
+    require(config, device)
     layer = case(1, 2, 70, 8, sum(config.block_out) - 8, torch.float16, scaled=False)
     launch, products, sums = plan(layer.x, layer.g, 3, config=config)
     assert launch.grid[1:] == (1, 2)
@@ -160,8 +154,7 @@ def test_every_dtype(form, kernel, stride, dtype, case, check, device):
     config = FORMS[form]
     if config.form == "tma" and device.type == "cuda" and dtype.itemsize > 2:
         pytest.skip("no warpgroup MMA takes wider operands pixels first")
-    if not runnable(config, device):
-        pytest.skip("needs sm_90")
+    require(config, device)
     check(case(2, 2, 9, 24, 40, dtype, kernel=kernel, stride=stride), config)
 
 
@@ -182,8 +175,7 @@ def test_shipped_configurations_of_fp32(tf32, case, check, device):
 @pytest.mark.parametrize("kernel", [3, 1])
 @pytest.mark.parametrize("form", FORMS)
 def test_odd_sizes(form, kernel, size, case, check, device):
-    if not runnable(FORMS[form], device):
-        pytest.skip("needs sm_90")
+    require(FORMS[form], device)
     check(case(1, *size, 8, 24, torch.float16, kernel=kernel), FORMS[form])
 
 
@@ -212,8 +204,7 @@ def test_image(case, check):
 @pytest.mark.parametrize("form", FORMS)
 def test_cropped_views(form, kernel, case, check, device):
     """Rows that do not follow each other: a 1x1 cannot treat the image as one row."""
-    if not runnable(FORMS[form], device):
-        pytest.skip("needs sm_90")
+    require(FORMS[form], device)
     check(case(1, 3, 19, 8, 24, torch.float16, kernel=kernel, crop=True), FORMS[form])
 
 
@@ -244,8 +235,7 @@ def nonfinite_case(case, *, column):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_nan_and_inf(form, case, assert_same_nonfinite, device):
-    if not runnable(FORMS[form], device):
-        pytest.skip("needs sm_90")
+    require(FORMS[form], device)
     layer = nonfinite_case(case, column=6)
     for actual, right in zip(
         layer.run(config=FORMS[form]), layer.reference(torch.float64), strict=True
@@ -259,7 +249,7 @@ def test_nan_in_the_last_column(case, device):
     right = layer.reference(torch.float64)[0].isfinite()
     exact = layer.run(config=FORMS["pointer"])[0].isfinite()
     assert torch.equal(exact, right)
-    if runnable(FORMS["tma"], device):
+    if why_not(FORMS["tma"], device) is None:
         spread = layer.run(config=FORMS["tma"])[0].isfinite()
         right[..., 5] = False
         assert torch.equal(spread, right)
@@ -267,8 +257,7 @@ def test_nan_in_the_last_column(case, device):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_same_bits_again(form, case, device):
-    if not runnable(FORMS[form], device):
-        pytest.skip("needs sm_90")
+    require(FORMS[form], device)
     layer = case(1, 3, 19, 8, 24, torch.float16)
     first, second = layer.run(config=FORMS[form]), layer.run(config=FORMS[form])
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
@@ -300,7 +289,7 @@ def test_offsets_beyond_32_bits(n, strides, wide, case, check, device):
     for config in FORMS.values():
         if config.form == "tma" and wide:  # The interpreter's descriptors count in 32 bits.
             continue
-        if runnable(config, device):
+        if why_not(config, device) is None:
             launch, _, _ = plan(layer.x, layer.g, 3, config=config)
             assert launch.constants["WIDE"] == wide
             check(layer, config)

@@ -11,6 +11,7 @@ import threading
 import pytest
 import torch
 
+from tests.features import needs_looks
 from tests.fused import needs_traces
 from tests.stand_in import forget, stand_in
 from tests.tiny import TINY
@@ -355,6 +356,7 @@ def test_a_training_step_compiles_without_a_graph_break(fake, checks):
     assert checks == checked(block.needs(block.kinds, backward=True), FP32)
 
 
+@needs_looks
 @torch.no_grad()
 def test_exported_graphs_are_those_of_plain_modules(fake, checks):
     model, x = VoVNet(TINY["detectron2"]).eval(), torch.randn(1, 3, 64, 64)

@@ -16,14 +16,16 @@ promise: ``native`` is the layout of this package's own modules, of any dialect;
 the same function, ``torchhub`` one that the VoVNet of 2019 does. Converting and
 loading refuse where no such function exists.
 
-Nothing here executes code from a file: files of ``torch.save`` are read with
-``weights_only=True``, and unknown classes in them (a trainer's log buffers, say)
-become inert placeholders; pickles of NumPy arrays, detectron2's ``.pkl`` files,
-are read without unpickling.
+Nothing here executes code from a file: no pickle is unpickled. In files of
+``torch.save`` whatever is no tensor (a trainer's log buffers, say) becomes an inert
+placeholder; in pickles of NumPy arrays, detectron2's ``.pkl`` files, it is refused.
 
 ===================  ================================================================
 :mod:`.files`        reading files of tensors
+:mod:`.archives`     reading files of ``torch.save``: where their storages lie
+:mod:`.tensors`      reading the pickles in them
 :mod:`.arrays`       reading pickles of NumPy arrays
+:mod:`.pickles`      a pickle as a list of instructions, for both
 :mod:`.downloads`    files of http(s) addresses, kept
 :mod:`.writing`      writing them
 :mod:`.layouts`      what modules are called in every layout

@@ -1,9 +1,7 @@
 """Reading pickles of NumPy arrays, as detectron2's ``.pkl`` files are, without unpickling.
 
-A pickle is a program. Here it is read as a list of instructions, of which those that make numbers,
-strings, lists, tuples, dicts and arrays are carried out by this file alone. Nothing that a pickle
-names is imported or called: the names that NumPy writes for arrays are recognised, every other is
-refused.
+The names that NumPy writes for arrays are recognised, and this file makes tensors where they stand;
+every other name is refused. See :mod:`.pickles`.
 """
 
 from __future__ import annotations
@@ -11,7 +9,6 @@ from __future__ import annotations
 import math
 import mmap
 import os
-import pickletools
 import re
 from collections.abc import Callable
 from enum import Enum
@@ -22,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .pickles import STEPS, Machine
+
 _TORCH_MAGIC = (0x1950A86A20F9469CFC6C).to_bytes(10, "little")
 """What ``torch.save`` put at the beginning before PyTorch 1.6."""
 
@@ -31,8 +30,6 @@ _REMEDY = (
     "Load it once where it was written, and save the weights alone, as tensors by name with "
     "torch.save or as numpy arrays by name with pickle"
 )
-
-_MARK = object()
 
 
 class _Named(Enum):
@@ -97,113 +94,50 @@ def load(path: Path) -> Any:
             uses the same bytes again and again, and would be many times as large as the file.
     """
     with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-        return _Reader(os.path.getsize(path)).run(content)
+        return _Reader(3 * os.path.getsize(path)).run(content)
 
 
-class _Reader:
-    """The stack and the memo of a pickle.
+class _Reader(Machine):
+    """Which makes arrays. Text becomes bytes, and bytes become arrays, each at most once."""
 
-    Args:
-        size: bytes of the file. What is made of them is bounded by it: one string of bytes can be
-            used many times.
-    """
+    steps = STEPS
+    remedy = _REMEDY
 
-    def __init__(self, size: int) -> None:
-        self._room = 3 * size  # Text becomes bytes, and bytes become arrays, each at most once.
-        self._stack: list[Any] = []
-        self._memo: dict[int, Any] = {}
+    def finished(self, value: Any) -> Any:
+        """An array as a tensor."""
+        value = super().finished(value)
+        if not isinstance(value, _Array):
+            return value
+        if value.tensor is None:
+            raise ValueError("it has an array without contents: it is damaged")
+        return value.tensor
 
-    def run(self, file: Any) -> Any:
-        for opcode, argument, _ in pickletools.genops(file):
-            if opcode.name in _CONSTANTS:
-                self._stack.append(argument)
-            elif opcode.name in _STEPS:
-                _STEPS[opcode.name](self, argument)
-            elif opcode.name not in ("PROTO", "FRAME", "STOP"):
-                raise ValueError(
-                    f"it has the instruction {opcode.name}, for which arrays have no use. {_REMEDY}"
-                )
-        return _finished(self.pop())  # genops raises where there is no STOP.
-
-    def push(self, value: Any) -> None:
-        self._stack.append(value)
-
-    def pop(self) -> Any:
-        if not self._stack:
-            raise ValueError("it takes something from an empty stack: it is damaged")
-        return self._stack.pop()
-
-    def top(self) -> Any:
-        self.push(value := self.pop())
-        return value
-
-    def since_mark(self) -> list[Any]:
-        found = []
-        while (value := self.pop()) is not _MARK:
-            found.append(_finished(value))
-        return found[::-1]
-
-    def some(self, number: int) -> list[Any]:
-        return [_finished(self.pop()) for _ in range(number)][::-1]
-
-    def put(self, index: int | None) -> None:
-        self._memo[len(self._memo) if index is None else index] = self.top()
-
-    def get(self, index: int) -> None:
-        if index not in self._memo:
-            raise ValueError(f"it remembers nothing under the number {index}: it is damaged")
-        self.push(self._memo[index])
-
-    def extend(self, values: list[Any]) -> None:
-        into = self.top()
-        if not isinstance(into, list):
-            raise ValueError(f"it appends to a {type(into).__name__}: it is damaged")
-        into.extend(values)
-
-    def update(self, values: list[Any]) -> None:
-        into = self.top()
-        if not isinstance(into, dict) or len(values) % 2:
-            raise ValueError(f"it sets items of a {type(into).__name__}: it is damaged")
-        for i in range(0, len(values), 2):
-            key, value = values[i : i + 2]
-            if not isinstance(key, (str, int)):
-                raise ValueError(f"a dict has a {type(key).__name__} for a key, expected a string")
-            into[key] = value
-
-    def named(self, name: str) -> None:
+    def named(self, name: str) -> _Named:
         if name not in _NAMES:
             raise ValueError(
                 f"it names {name.replace(' ', '.')[:200]}, which is no part of an array and was "
                 f"not run. {_REMEDY}"
             )
-        self.push(_NAMES[name])
+        return _NAMES[name]
 
-    def call(self) -> None:
-        arguments, named = self.pop(), self.pop()
-        if not isinstance(named, _Named) or not isinstance(arguments, tuple):
+    def called(self, named: Any, arguments: tuple[Any, ...]) -> Any:
+        if not isinstance(named, _Named):
             raise ValueError(f"it calls a {type(named).__name__}. {_REMEDY}")
         try:
-            self.push(_CALLS[named](self, *arguments))
+            return _CALLS[named](self, *arguments)
         except (TypeError, AttributeError, KeyError) as error:  # Of other kinds, or not as many.
             raise ValueError(f"its {named.value} is not as NumPy writes one") from error
 
-    def build(self) -> None:
-        state = self.pop()
-        built = self.top()
-        if isinstance(built, _Array) and isinstance(state, tuple) and len(state) in (4, 5):
+    def built(self, value: Any, state: Any) -> None:
+        if isinstance(value, _Array) and isinstance(state, tuple) and len(state) in (4, 5):
             shape, dtype, fortran, data = state[-4:]
-            built.tensor = self.tensor(data, dtype, shape, bool(fortran))
-        elif isinstance(built, _Dtype) and isinstance(state, tuple) and state[1:2]:
+            value.tensor = self.tensor(data, dtype, shape, bool(fortran))
+        elif isinstance(value, _Dtype) and isinstance(state, tuple) and state[1:2]:
             if state[1] not in ("<", ">", "=", "|"):
                 raise ValueError("the byte order of a dtype is none")
-            built.code = state[1] + built.code.lstrip("<>=|")
-        elif not isinstance(built, dict):  # Whose attributes are no weights.
-            raise ValueError(f"it sets the state of a {type(built).__name__}. {_REMEDY}")
-
-    def spend(self, size: int) -> None:
-        self._room -= size
-        if self._room < 0:
-            raise ValueError("it uses the same bytes again and again: it is no file of weights")
+            value.code = state[1] + value.code.lstrip("<>=|")
+        elif not isinstance(value, dict):  # Whose attributes are no weights.
+            raise ValueError(f"it sets the state of a {type(value).__name__}. {_REMEDY}")
 
     def tensor(self, data: Any, dtype: Any, shape: Any, fortran: bool) -> Tensor:
         if isinstance(data, str):  # Python 2 had one kind of string.
@@ -223,17 +157,6 @@ class _Reader:
         self.spend(size)
         array = np.frombuffer(data, kind).reshape(shape, order="F" if fortran else "C")
         return torch.from_numpy(np.array(array, kind.newbyteorder("="), order="C"))
-
-
-def _finished(value: Any) -> Any:
-    """As it goes into a container: an array as a tensor."""
-    if value is _MARK:
-        raise ValueError("it takes a mark for a value: it is damaged")
-    if not isinstance(value, _Array):
-        return value
-    if value.tensor is None:
-        raise ValueError("it has an array without contents: it is damaged")
-    return value.tensor
 
 
 # --------------------------------------------------------------------------------------
@@ -289,60 +212,4 @@ _CALLS: dict[_Named, Callable[..., Any]] = {
     _Named.ENCODE: _encode,
     _Named.NO_BYTES: _no_bytes,
     _Named.ORDERED: _ordered,
-}
-
-
-# --------------------------------------------------------------------------------------
-# Instructions
-# --------------------------------------------------------------------------------------
-
-
-def _new_dict(reader: _Reader) -> None:
-    values = reader.since_mark()
-    reader.push({})
-    reader.update(values)
-
-
-def _stack_name(reader: _Reader) -> None:
-    module, name = reader.some(2)
-    reader.named(f"{module} {name}")
-
-
-# Whose argument is the value.
-_CONSTANTS = frozenset(
-    (
-        *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-        *("STRING", "BINSTRING", "SHORT_BINSTRING"),
-        *("UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
-        *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
-    )
-)
-
-_STEPS: dict[str, Callable[[_Reader, Any], None]] = {
-    "MARK": lambda reader, _: reader.push(_MARK),
-    "NONE": lambda reader, _: reader.push(None),
-    "NEWTRUE": lambda reader, _: reader.push(True),
-    "NEWFALSE": lambda reader, _: reader.push(False),
-    "POP": lambda reader, _: (reader.pop(), None)[1],
-    "POP_MARK": lambda reader, _: (reader.since_mark(), None)[1],
-    "DUP": lambda reader, _: reader.push(reader.top()),
-    "EMPTY_DICT": lambda reader, _: reader.push({}),
-    "EMPTY_LIST": lambda reader, _: reader.push([]),
-    "EMPTY_TUPLE": lambda reader, _: reader.push(()),
-    "DICT": lambda reader, _: _new_dict(reader),
-    "LIST": lambda reader, _: reader.push(reader.since_mark()),
-    "TUPLE": lambda reader, _: reader.push(tuple(reader.since_mark())),
-    "TUPLE1": lambda reader, _: reader.push(tuple(reader.some(1))),
-    "TUPLE2": lambda reader, _: reader.push(tuple(reader.some(2))),
-    "TUPLE3": lambda reader, _: reader.push(tuple(reader.some(3))),
-    "APPEND": lambda reader, _: reader.extend(reader.some(1)),
-    "APPENDS": lambda reader, _: reader.extend(reader.since_mark()),
-    "SETITEM": lambda reader, _: reader.update(reader.some(2)),
-    "SETITEMS": lambda reader, _: reader.update(reader.since_mark()),
-    **dict.fromkeys(("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"), _Reader.put),
-    **dict.fromkeys(("GET", "BINGET", "LONG_BINGET"), _Reader.get),
-    "GLOBAL": _Reader.named,
-    "STACK_GLOBAL": lambda reader, _: _stack_name(reader),
-    "REDUCE": lambda reader, _: reader.call(),
-    "BUILD": lambda reader, _: reader.build(),
 }

@@ -1,44 +1,27 @@
 """Reading files of tensors by key, without running code from them.
 
-Files of ``torch.save`` are read with ``weights_only=True``, and unknown classes in them (a
-trainer's log buffers, say) become inert placeholders; pickles of NumPy arrays are not unpickled.
+No pickle is unpickled, neither of ``torch.save`` nor of NumPy arrays: see :mod:`.pickles`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import pickle
-import threading
 import urllib.parse
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .. import compat
 from ..network.filling import CheckpointError
-from . import arrays, downloads
+from . import archives, arrays, downloads
+from .tensors import Inert
 
 StateDict = Mapping[str, Any]
 
 _WRAPPERS = ("state_dict", "model")
 _DEEPEST = 16
-_ZIP = b"PK\x03\x04"
-
-_inert_lock = threading.Lock()
-
-
-class _Inert:
-    """Stands in for any class that a file names and that weights do not need."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Inert:
-        return super().__new__(cls)
-
-    def __setstate__(self, state: Any) -> None:
-        pass
 
 
 def unwrap(state_dict: Any) -> StateDict:
@@ -47,7 +30,7 @@ def unwrap(state_dict: Any) -> StateDict:
         if not isinstance(state_dict, Mapping):
             raise CheckpointError(
                 "the checkpoint must be a mapping of tensors by key, got "
-                f"{type(state_dict).__name__}"
+                f"{state_dict if isinstance(state_dict, Inert) else type(state_dict).__name__}"
             )
         inner = [state_dict[k] for k in _WRAPPERS if isinstance(state_dict.get(k), Mapping)]
         if not inner:
@@ -68,13 +51,14 @@ def read(source: str | os.PathLike[str], *, mmap: bool = False) -> StateDict:
             is kept in torch.hub's cache. What is kept and cannot be read is downloaded again.
         mmap: tensors are windows on the file, of which only what is used is ever in memory;
             changing them does not change it. The file must not be written to while they live:
-            replace it, as :func:`~vovnet_fast.checkpoints.write` does. Files of before PyTorch
-            1.6 and pickles of arrays are read whole.
+            replace it, as :func:`~vovnet_fast.checkpoints.write` does. What is not as this machine
+            has it in memory is read: files of before PyTorch 1.6, or of another byte order, and
+            pickles of arrays.
 
     Raises:
         FileNotFoundError: there is no such file.
-        CheckpointError: it is not a checkpoint, or it asks for blocked modules; an address
-            cannot be downloaded.
+        CheckpointError: it is not a checkpoint, or it names something that is there to do harm
+            (``os.system``); an address cannot be downloaded.
     """
     scheme = urllib.parse.urlparse(str(source)).scheme
     if scheme in ("http", "https"):
@@ -94,7 +78,7 @@ def read_whole(source: str | os.PathLike[str]) -> Any:
         FileNotFoundError: there is no such file.
         CheckpointError: it cannot be read.
     """
-    return _content(_existing(source), True)
+    return _part(_existing(source), True, lambda content: content)
 
 
 def _existing(source: str | os.PathLike[str]) -> Path:
@@ -120,14 +104,15 @@ def _read_address(url: str, mmap: bool) -> StateDict:
 
 
 def _read_file(path: Path, mmap: bool) -> StateDict:
-    return unwrap(_content(path, mmap))
+    found: StateDict = _part(path, mmap, unwrap)
+    return found
 
 
-def _content(path: Path, mmap: bool) -> Any:
+def _part(path: Path, mmap: bool, part: Callable[[Any], Any]) -> Any:
     try:
         if path.suffix == ".safetensors":
-            return _load_safetensors(path, mmap)
-        return _load_pickle(path, mmap)
+            return part(_load_safetensors(path, mmap))
+        return _load_pickle(path, mmap, part)
     except CheckpointError:
         raise
     except Exception as error:  # Damaged files raise almost anything.
@@ -142,40 +127,9 @@ def _load_safetensors(path: Path, mmap: bool) -> dict[str, Tensor]:
         return {key: tensor if mmap else tensor.clone() for key, tensor in tensors}
 
 
-def _load_pickle(path: Path, mmap: bool) -> Any:
+def _load_pickle(path: Path, mmap: bool, part: Callable[[Any], Any]) -> Any:
     with open(path, "rb") as file:
         head = file.read(64)
     if arrays.is_pickle(head):
-        return arrays.load(path)
-    mmap = mmap and head.startswith(_ZIP)
-    name = str(path)  # PyTorch 2.1 maps no others.
-    try:
-        return torch.load(name, map_location="cpu", weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        unknown = compat.unknown_globals(path)
-        if unknown is None:
-            raise CheckpointError(
-                f"{path} holds more than weights ({error}). Load it once where it was written, "
-                "and save its state_dict alone; files of torch 1.6 and newer are read by torch 2.6"
-            ) from error
-        with _inert(unknown):
-            return torch.load(name, map_location="cpu", weights_only=True, mmap=mmap)
-
-
-@contextlib.contextmanager
-def _inert(names: Iterable[str]) -> Iterator[None]:
-    """Let placeholders stand in for classes, in one thread at a time.
-
-    PyTorch keeps one list for all threads, and its own context manager puts back at its end what
-    there was at its beginning: two that overlap take each other's names away, and what others
-    added meanwhile.
-    """
-    ours: list[Any] = [(_Inert, name) for name in names]
-    with _inert_lock:
-        torch.serialization.add_safe_globals(ours)
-        try:
-            yield
-        finally:
-            others = [g for g in torch.serialization.get_safe_globals() if g not in ours]
-            torch.serialization.clear_safe_globals()
-            torch.serialization.add_safe_globals(others)
+        return part(arrays.load(path))
+    return archives.load(path, mmap=mmap, part=part)

@@ -16,6 +16,7 @@ from ..network.model import VoVNet
 from ..specs import Dialect, VoVNetSpec
 from .files import StateDict, unwrap
 from .layouts import ANCHORS, DIALECTS, ROOTS, Layout, function_of, keys_of, locate, names_in
+from .tensors import Inert
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ def take(
         module, _, leaf = key.removeprefix(prefix).rpartition(".")
         if key.startswith(prefix) and module in rename:
             reason = why_not_plain(value)
+            if isinstance(value, Inert):
+                reason = f"is {value}: save a plain tensor, on the CPU"
             if reason is not None:
                 raise CheckpointError(f"{key!r} {reason}")
             taken[f"{rename[module]}.{leaf}"] = value

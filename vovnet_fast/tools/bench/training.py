@@ -61,7 +61,8 @@ class TrainingStep:
     def forward(self) -> tuple[Tensor, ...]:
         """The features, and all that autograd keeps."""
         mixed = self.dtype != torch.float32
-        with torch.autocast(self._images.device.type, self.dtype, enabled=mixed):
+        narrow = self.dtype if mixed else None  # On a CPU torch 2.1 refuses fp32 where it is off.
+        with torch.autocast(self._images.device.type, narrow, enabled=mixed):
             features: tuple[Tensor, ...] = self.model(self._images)
         return features
 
