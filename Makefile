@@ -45,12 +45,14 @@ CXX_SOURCES = $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh')
 PIP := $(BIN)/python -m pip install --disable-pip-version-check -q $(PIP_ARGS) \
 	$(if $(wildcard $(WHEELS)),--find-links $(abspath $(WHEELS)))
 
-.PHONY: help demo test test-versions $(PAIRS:%=test-%) test-aarch64 sanitize gpu gpu-carry lint format clean
+.PHONY: help demo test versions test-versions $(PAIRS:%=test-%) test-aarch64 sanitize gpu gpu-carry \
+	lint format clean
 
 help:
 	@echo "make demo    train a detector on scenes of digits, evaluate it, draw what it finds"
 	@echo "             (SPEC=V-39-eSE DEVICE=cuda OUT=folder; see: python demo/run.py --help)"
 	@echo "make test    run the tests"
+	@echo "make versions  install what the next one needs, and run nothing"
 	@echo "make test-versions  those that depend on versions, with two other torches (-j2)"
 	@echo "make test-aarch64  the op tests of the extension's CPU half on emulated AArch64"
 	@echo "             (Debian: apt install g++-aarch64-linux-gnu qemu-user)"
@@ -100,6 +102,8 @@ $(PAIRS:%=$(VERSIONS)/%/made): $(VERSIONS)/%/made: pyproject.toml $(VERSIONS)/bi
 	$(VERSIONS)/bin/uv pip install -q --python $(@D)/bin/python -r pyproject.toml \
 		pytest $(INSTALLED_$*)
 	touch $@
+
+versions: $(PAIRS:%=$(VERSIONS)/%/made)
 
 $(PAIRS:%=test-%): test-%: $(VERSIONS)/%/made
 	$(VERSIONS)/$*/bin/python -m pytest -p no:cacheprovider -m versions

@@ -20,6 +20,7 @@ pytest.importorskip("triton", minversion="3.6", reason="the Triton backend is op
 import triton
 
 import vovnet_fast
+from vovnet_fast.aot.__main__ import main
 
 ROOT = Path(__file__).parents[2]
 SMEM_OF_ADA = 99 << 10  # Bytes a program may use on sm_86 and sm_89, which run what sm_80 does.
@@ -354,22 +355,21 @@ def test_every_layer_in_every_configuration(arch):
         check_bulk_copies(rows, "HGMMA" if arch == "sm_90" else "UTCHMMA")
 
 
-def test_table_is_printed():
-    """The command of the README, up to the first compilation."""
-    process = start("-m", "vovnet_fast.aot", "--help")
-    out, err = process.communicate()
-    assert process.returncode == 0, err
-    assert "--arch" in out
+def test_help_is_printed(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    assert "--arch" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("text", ["no row", '{"kernel": "conv"}'])
-def test_a_file_of_rows_that_cannot_be_read(tmp_path, text):
+def test_a_file_of_rows_that_cannot_be_read(tmp_path, text, capsys):
     path = tmp_path / "rows.jsonl"
     path.write_text(f"\n{text}\n" if text == "no row" else text)
-    process = start("-m", "vovnet_fast.aot", "--known", str(path))
-    _, err = process.communicate()
-    assert process.returncode == 2
-    assert re.search(r"rows.jsonl, line 1, is no row of --json", err)
+    with pytest.raises(SystemExit) as ended:
+        main(["--known", str(path)])
+    assert ended.value.code == 2
+    assert re.search(r"rows.jsonl, line 1, is no row of --json", capsys.readouterr().err)
 
 
 def test_importing_the_package_imports_no_triton():

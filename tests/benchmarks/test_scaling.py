@@ -12,6 +12,7 @@ from torch import nn
 
 from tests.fused import fused
 from tests.network.test_training import images, network
+from tests.processes import run_two
 
 communication = pytest.importorskip("benchmarks.communication")
 
@@ -194,7 +195,7 @@ def two_processes(tmp_path_factory):
     torch.manual_seed(3)
     batches = [images(4, 3, 40, 40) for _ in range(STEPS)]
     torch.save(batches, folder / "batches.pt")
-    torch.multiprocessing.spawn(worker, (str(folder),), nprocs=2)
+    run_two(worker, str(folder))
     return batches, [torch.load(folder / f"{rank}.pt") for rank in (0, 1)]
 
 

@@ -53,6 +53,57 @@ Values convolved(const ConvCase& t, const Tensor& x, const Tensor& weight, const
   return y;
 }
 
+void* packed(const std::string& engine, const ConvCase& t, Tensor& weight, Tensor* scale,
+             bool transposed, int32_t dtype, int threads) {
+  const int64_t c_in = t.x.c, taps = t.kernel * t.kernel;
+  const int64_t bytes = transposed ? cpu::conv_pack_bytes(engine, c_in, t.kernel, t.c_out)
+                                   : cpu::conv_pack_bytes(engine, t.c_out, t.kernel, c_in);
+  void* tiles = std::aligned_alloc(64, bytes);
+  cpu::conv_pack({weight.array(), scale == nullptr ? Array{} : scale->array(), tiles, t.c_out,
+                  t.kernel, c_in, taps * c_in, t.kernel * c_in, c_in, 1, transposed ? 1 : 0, dtype},
+                 engine, threads);
+  return tiles;
+}
+
+// The gradient of the input of a convolution with stride 1: added to what is in the first channels
+// of its slot, and masked in the last ones.
+void check_gradient(Report& report, const std::string& engine, const ConvCase& t, int32_t dtype) {
+  Tensor g = Tensor::slot(dtype, {t.x.n, t.x.h, t.x.w, t.c_out}).random();
+  Tensor out = Tensor::slot(dtype, t.x).random();
+  const int64_t taps = t.kernel * t.kernel, add_c = (t.x.c + 1) / 2, mask_c = (2 * t.x.c + 2) / 3;
+  Tensor mask = Tensor::slot(dtype, {t.x.n, t.x.h, t.x.w, mask_c}).random();
+  Tensor weight = Tensor::packed(dtype, t.c_out * taps * t.x.c).random();
+  Tensor scale = Tensor::packed(kSingle, t.c_out).random(0.5, 2);
+  Values expected;
+  for (int64_t i = 0; i < out.count(); ++i) {
+    const int64_t c = i % t.x.c, w = i / t.x.c % t.x.w, h = i / t.x.c / t.x.w % t.x.h;
+    const int64_t n = i / t.x.c / t.x.w / t.x.h, masked = c - (t.x.c - mask_c);
+    double sum = c < add_c ? out.get(i) : 0;
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t out_h = h - tap / t.kernel + t.kernel / 2;
+      const int64_t out_w = w - tap % t.kernel + t.kernel / 2;
+      if (out_h < 0 || out_h >= t.x.h || out_w < 0 || out_w >= t.x.w) continue;
+      for (int64_t o = 0; o < t.c_out; ++o) {
+        const double y = rounded(dtype, weight.get((o * taps + tap) * t.x.c + c) * scale.get(o));
+        sum += g.at(n, out_h, out_w, o) * y;
+      }
+    }
+    expected.push_back(masked >= 0 && mask.at(n, h, w, masked) <= 0 ? 0 : sum);
+  }
+  void* tiles = packed(engine, t, weight, &scale, true, dtype, report.threads);
+  ConvParams params{};
+  params.x = g.view(), params.out = params.add = out.view(), params.mask = mask.view();
+  params.tiles = tiles, params.add_c = add_c, params.mask_c = mask_c;
+  params.n = t.x.n, params.height = params.out_height = t.x.h;
+  params.width = params.out_width = t.x.w, params.c_in = t.c_out, params.c_out = t.x.c;
+  params.kernel = t.kernel, params.stride = 1, params.dtype = dtype;
+  cpu::conv(params, engine, report.threads);
+  std::free(tiles);
+  report.compare(engine + ", gradient of " + words(t.x) + " from " + std::to_string(t.c_out) +
+                     ", kernel " + std::to_string(t.kernel),
+                 out, expected);
+}
+
 void check_conv(Report& report, const std::string& engine, const ConvCase& t, int32_t dtype) {
   const Shape out_shape{t.x.n, strided(t.x.h, t.stride), strided(t.x.w, t.stride), t.c_out};
   Tensor x = Tensor::slot(dtype, t.x).random(), out = Tensor::slot(dtype, out_shape);
@@ -62,12 +113,13 @@ void check_conv(Report& report, const std::string& engine, const ConvCase& t, in
   const int64_t parts =
       cpu::conv_parts(engine, out_shape.h, out_shape.w, t.x.c, t.c_out, t.kernel, t.stride);
   Tensor pool = Tensor::packed(kSingle, {t.x.n, parts, 1, t.c_out});
-  const int64_t bytes = cpu::conv_pack_bytes(engine, t.c_out, t.kernel, t.x.c);
-  void* tiles = std::aligned_alloc(64, bytes);
-  cpu::conv_pack({weight.data(), tiles, t.c_out, t.x.c, t.kernel, dtype}, engine, report.threads);
-  const ConvParams params{x.view(), out.view(), tiles,    scale.data(), shift.data(), pool.data(),
-                          t.x.n,    t.x.h,      t.x.w,    out_shape.h,  out_shape.w,  t.x.c,
-                          t.c_out,  t.kernel,   t.stride, t.relu,       dtype};
+  void* tiles = packed(engine, t, weight, nullptr, false, dtype, report.threads);
+  ConvParams params{};
+  params.x = x.view(), params.out = out.view(), params.tiles = tiles;
+  params.scale = scale.data(), params.shift = shift.data(), params.pool_partials = pool.data();
+  params.n = t.x.n, params.height = t.x.h, params.width = t.x.w, params.c_in = t.x.c;
+  params.out_height = out_shape.h, params.out_width = out_shape.w, params.c_out = t.c_out;
+  params.kernel = t.kernel, params.stride = t.stride, params.relu = t.relu, params.dtype = dtype;
   cpu::conv(params, engine, report.threads);
   std::free(tiles);
 
@@ -104,7 +156,10 @@ void check_convolutions(Report& report) {
   for (const std::string& engine : cpu::conv_engines()) {
     for (const int32_t dtype : kStored) {
       if (engine == "amx" && dtype != kBrain) continue;
-      for (const ConvCase& t : cases) check_conv(report, engine, t, dtype);
+      for (const ConvCase& t : cases) {
+        check_conv(report, engine, t, dtype);
+        if (t.stride == 1) check_gradient(report, engine, t, dtype);
+      }
     }
     if (engine != "amx") check_conv(report, engine, {{1, 30, 64, 64}, 16, 1, 1, 1}, kSingle);
   }

@@ -134,6 +134,7 @@ def _types(node: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _types(child, key)
 
 
+@functools.cache  # Some twenty registries are asked, by configs that name the same types.
 def _resolves(key: str, type_name: str) -> bool:
     if key in ("nms", "roi_layer"):  # Looked up among mmcv's ops, not in a registry.
         return hasattr(mmcv.ops, type_name)

@@ -9,6 +9,7 @@ from torch import nn
 
 from tests import straight_line
 from tests.features import needs_looks
+from tests.processes import run_two
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, backends
 from vovnet_fast.compat import zip
@@ -135,7 +136,7 @@ def test_ddp_with_checkpointing(tmp_path):
     batches = [torch.randn(4, 3, 64, 64, dtype=torch.float64) for _ in range(2)]
     for step, x in enumerate(batches):
         torch.save(x, tmp_path / f"x{step}.pt")
-    torch.multiprocessing.spawn(_ddp_worker, (str(tmp_path),), nprocs=2)
+    run_two(_ddp_worker, str(tmp_path))
     states = {
         (cp, rank): torch.load(tmp_path / f"{cp}-{rank}.pt")
         for cp in (False, True)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from tests import straight_line
 from tests.features import HALF
 from tests.fused import fused, needs_traces
+from tests.processes import run_two
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, backends, compat, ops
 from vovnet_fast.compat import zip
@@ -521,7 +522,7 @@ def _train(rank, kind):
 def trained(tmp_path_factory):
     """What both processes have of each kind. They start once: that takes longest."""
     folder = tmp_path_factory.mktemp("processes")
-    torch.multiprocessing.spawn(_worker, (str(folder),), nprocs=2)
+    run_two(_worker, str(folder))
 
     return lambda kind: [torch.load(folder / f"{kind}-{rank}.pt") for rank in (0, 1)]
 

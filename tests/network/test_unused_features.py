@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from tests.fused import fused
+from tests.processes import run_two
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, use_backend
 from vovnet_fast.compat import zip
@@ -46,7 +47,7 @@ def _worker(rank, folder):
 
 
 def test_ddp_that_looks_for_unused_parameters(tmp_path):
-    torch.multiprocessing.spawn(_worker, (str(tmp_path),), nprocs=2)
+    run_two(_worker, str(tmp_path))
     for rank in (0, 1):
         found = torch.load(tmp_path / f"{rank}.pt")
         for name, with_cp in itertools.product(USED, (False, True)):
