@@ -1,4 +1,4 @@
-"""What a frozen network keeps from call to call: arenas, CUDA graphs, parameters."""
+"""What is kept from call to call: arenas, CUDA graphs, parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..ops import NetworkParams
 from ..ops.memory import Arena
-from .cpu_replay import Replay
+from .cpu import Replay
 
 KEPT_SHAPES = 8
 """How many arenas, or graphs, are kept. Detection has many shapes; memory is finite."""
