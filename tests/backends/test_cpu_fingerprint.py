@@ -55,7 +55,7 @@ def test_it_depends_on_the_bytes_alone(size, instruction_sets):
 def test_any_bit_counts(size):
     data = noise(size)
     found = {of(data)}
-    places = torch.randperm(size)[:60].tolist() + [0, size - 1]
+    places = [*torch.randperm(size)[:60].tolist(), 0, size - 1]
     flipped = {(place, bit) for place in places for bit in (0, 3, 7)}
     for place, bit in flipped:
         data[place] ^= 1 << bit

@@ -20,7 +20,7 @@ from ..ops import _checks
 from ..ops.features import check_size
 from ..ops.features import needs as features_need
 from ..specs import FIRST_STAGE, NUM_STAGES, VoVNetSpec
-from . import decision, structure
+from . import decision, keeping, structure
 from .blocks import OSABlock, OSAStage
 from .decision import compute_dtype, fused
 from .filling import AllOrNothing
@@ -181,9 +181,16 @@ class VoVNet(AllOrNothing):
         check_size(self.spec, self.out_features, x.shape[2], x.shape[3])
         if x.is_cuda and not compat.is_compiling():
             first_use.of_model(self, x, compute_dtype(x))
-        if self.decide(x).op:
+        decided = self.decide(x)
+        if decided.op:
             dtype = compute_dtype(x)
-            return tuple(ops.features(x.to(dtype), self.fold(dtype), self.out_features))
+            found = keeping.features(self, x, dtype)
+            if found is None and decided is not decision.SMALL_AT_FIRST:
+                found = ops.features(x.to(dtype), self.fold(dtype), self.out_features)
+            if found is not None:
+                return tuple(found)
+        elif decided is decision.GRADIENT and not compat.is_compiling():
+            keeping.forget(self)
         return self._run_modules(x)
 
     def decide(self, x: Tensor) -> decision.Decision:
@@ -300,6 +307,8 @@ class VoVNet(AllOrNothing):
         """Set training mode, except in frozen stages and, with ``norm_eval``, in norms."""
         super().train(mode)
         self._freeze_stages()
+        if mode:
+            keeping.forget(self)
         if mode and self.norm_eval:
             for module in self.modules():
                 if isinstance(module, _BatchNorm):

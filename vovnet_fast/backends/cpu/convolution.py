@@ -153,6 +153,23 @@ def _tiles(engine: str, weight: Tensor) -> Tensor:
     return found.tiles
 
 
+def stand_in(weight: Tensor) -> Tensor:
+    """What :func:`conv` takes in place of a weight that will not change, and need not be kept.
+
+    It is of the weight's shape and dtype on the meta device, with no memory but that of its packed
+    form, for the engine that is in use now. Where weights are not packed it is the weight itself.
+    """
+    engine = choose_engine(weight.dtype)
+    if engine == ATEN or weight.numel() == 0:
+        return weight
+    with torch.inference_mode(False):
+        alone = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+    packed_form = _Packed(engine, alone.data_ptr(), alone._version, _pack(engine, weight))
+    with _lock:
+        _kept[alone] = packed_form
+    return alone
+
+
 def forget(weights: Iterable[Tensor]) -> None:
     """Drop the packed forms of weights, which were written to without PyTorch's counting it."""
     with _lock:
