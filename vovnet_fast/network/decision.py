@@ -29,8 +29,8 @@ gradients, and where gradients are needed, or norms take their statistics from t
 An op saves passes over activations, and pays with passes over weights and with Python. On two cores
 of a Xeon the first blocks of the stages of V-39 and V-19-slim-dw broke even with plain modules
 there, whatever their channels were; at a quarter of the pixels they took 1.1 to 1.4 times as long.
-In half precision without gradients they were always faster. Frozen networks have their weights
-packed: this is not for them.
+In half precision without gradients they were always faster. Networks that are frozen, or that keep
+their weights packed (:mod:`.keeping`), make no such passes: this is not for them.
 """
 
 

@@ -59,6 +59,11 @@ class VoVNet(AllOrNothing):
         model_name: takes the place of ``spec_name``, as configs of the
             mmdet 1.2 port write it.
 
+    On a CPU, inference keeps a second copy of the weights, folded and packed, and arenas for the
+    shapes of images that come again (:mod:`vovnet_fast.replay.kept`), from the second call that
+    finds the weights unchanged until the model trains. Any write to a weight is followed.
+    ``VOVNET_FAST_KEEP_WEIGHTS=0`` keeps nothing.
+
     Attributes:
         spec: the architecture.
         out_features: names of the returned features, in network order.

@@ -14,6 +14,7 @@ none depends on the number of threads.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -130,6 +131,16 @@ _kept = WeakTensorKeyDictionary()
 """Packed forms by weight, for as long as that lives: a frozen network packs only once."""
 
 _lock = threading.Lock()
+
+
+def _renew_lock() -> None:
+    """In a process that was forked while another thread held the lock, which is not there."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
 
 
 def _tiles(engine: str, weight: Tensor) -> Tensor:
