@@ -189,9 +189,20 @@ def test_all_elements_of_a_view_count_and_nothing_else(name):
 
 def test_tensors_without_memory_here_are_not_looked_at():
     for other in (torch.empty(3, device="meta"), torch.eye(3).to_sparse()):
-        assert fingerprint.places([torch.ones(1), other]) is None
-    assert fingerprint.places([None, nn_parameter()]) is not None
+        tensors = [torch.ones(1), other]
+        places = fingerprint.places(tensors)
+        assert places is None or fingerprint.layout(tensors, places) is None
 
 
-def nn_parameter():
-    return torch.nn.Parameter(torch.ones(2))
+def test_tensors_that_count_no_versions_are_read_all_the_same():
+    with torch.inference_mode():
+        uncounted = torch.ones(3)
+    tensors = [None, uncounted, torch.ones(2)]
+    before = fingerprint.places(tensors)
+    assert [place and place[1] for place in before] == [None, None, 0]
+    layout = fingerprint.layout(tensors, before)
+    content = fingerprint.content(tensors, layout)
+    with torch.inference_mode():
+        uncounted.add_(1)
+    assert fingerprint.places(tensors) == before
+    assert fingerprint.content(tensors, layout) != content

@@ -35,21 +35,38 @@ class Layout(NamedTuple):
 
 
 def places(tensors: Sequence[Tensor | None]) -> list[tuple[Any, ...] | None] | None:
-    """See :class:`Layout`; None if one is no plain tensor in this machine's memory."""
-    found: list[tuple[Any, ...] | None] = []
-    for t in tensors:  # At every call of a network, for some hundreds.
-        if t is None:
-            found.append(None)
-            continue
-        if type(t) not in _PLAIN or not t.is_cpu or t.layout is not torch.strided:
+    """See :class:`Layout`; None if one has no strides or no memory."""
+    # At every call of a network, for some hundreds: no question more than is needed.
+    try:
+        return [
+            None
+            if t is None
+            else (t.data_ptr(), t._version, t.shape, t.stride(), t.dtype, t.is_neg())
+            for t in tensors
+        ]
+    except RuntimeError:  # Some of them count no versions, being made in inference mode.
+        if not any(t is not None and t.is_inference() for t in tensors):
             return None
-        version = None if t.is_inference() else t._version
-        found.append((t.data_ptr(), version, t.shape, t.stride(), t.dtype, t.is_neg()))
-    return found
+    counted = [t if t is None or not t.is_inference() else None for t in tensors]
+    found = places(counted)
+    if found is None:
+        return None
+    return [
+        known
+        if t is None or known is not None
+        else (t.data_ptr(), None, t.shape, t.stride(), t.dtype, t.is_neg())
+        for t, known in zip(tensors, found, strict=True)
+    ]
 
 
-def layout(tensors: Sequence[Tensor | None], found: list[tuple[Any, ...] | None]) -> Layout:
-    """What :func:`content` needs, of tensors that are where :func:`places` found them."""
+def layout(tensors: Sequence[Tensor | None], found: list[tuple[Any, ...] | None]) -> Layout | None:
+    """What :func:`content` needs, of tensors that are where :func:`places` found them.
+
+    None if one of them is no plain tensor in this machine's memory.
+    """
+    for t in tensors:
+        if t is not None and (type(t) not in _PLAIN or not t.is_cpu or t.layout != torch.strided):
+            return None
     dense = [t is None or (is_dense(t) and not t.is_neg()) for t in tensors]
     return Layout(
         found,
