@@ -16,6 +16,7 @@
 
 #include "conditions.h"
 #include "cpu/conv_engines.h"
+#include "cpu/fingerprint.h"
 #include "cpu/recording.h"
 #include "cuda/conv_sm90/launch.h"
 #include "fields.h"
@@ -245,6 +246,24 @@ inline void bind_recording(py::module_ m) {
         const py::gil_scoped_release released;
         self.run(addresses, threads);
       });
+}
+
+// `fingerprint(threads, [(address, bytes), ...])`, two integers.
+inline void bind_fingerprint(py::module_ m) {
+  m.def("fingerprint", [](int threads, const std::vector<std::pair<uintptr_t, int64_t>>& given) {
+    checks::threads(threads);
+    std::vector<cpu::Piece> pieces;
+    for (const auto& [first, bytes] : given) {
+      const auto* data = reinterpret_cast<const void*>(first);
+      checks::extent("a piece's bytes", bytes);
+      if (bytes > 0) checks::address("a piece's address", data, 1);
+      checks::memory("a piece", data, bytes, {bytes});
+      pieces.push_back({data, bytes});
+    }
+    const py::gil_scoped_release released;
+    const cpu::Digest found = cpu::fingerprint(pieces, threads);
+    return std::make_pair(found.first, found.second);
+  });
 }
 
 // `name(stream, **fields)`.

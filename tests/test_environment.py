@@ -18,6 +18,7 @@ WRONG = {
     "BACKEND": ["bogus", "CPU", "triton "],
     "CPU_ISA": ["bogus", "AVX2", "sse"],
     "CHECK": ["yes", "2"],
+    "KEEP_WEIGHTS": ["no", "2"],
     "CONV_SM90": ["true", "-1"],
     "TUNE": ["2", "none"],
     "TUNING_TABLE": ["/nowhere/table.json", "/"],

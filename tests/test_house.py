@@ -22,7 +22,7 @@ FLOORS = (
     ("selfcheck",),
     ("backends",),
     ("ops",),
-    ("first_use",),
+    ("first_use", "replay"),
     ("network",),
     ("checkpoints",),
     ("deploy",),

@@ -32,6 +32,7 @@ VARIABLES = {
     "BACKEND": _one_of("auto", "reference", "cpu", "triton", "cuda"),
     "CPU_ISA": _one_of("baseline", "avx2", "avx512", "amx", "neon"),
     "CHECK": _one_of("0", "1"),
+    "KEEP_WEIGHTS": _one_of("0", "1"),
     "CONV_SM90": _one_of("0", "1"),
     "TUNE": _one_of("0", "1", "all"),
     "TUNING_TABLE": Variable(
@@ -72,13 +73,17 @@ def require() -> None:
             _log.warning("the environment variable %s is read by nobody: %s", name, hint)
 
 
-def flag(name: str) -> bool:
+def flag(name: str, default: str = "0") -> bool:
     """Whether a variable that may be 0 or 1 is 1.
+
+    Args:
+        name: of the variable, without :data:`PREFIX`.
+        default: what it says where it is not set.
 
     Raises:
         ValueError: it is something else.
     """
-    value = os.environ.get(PREFIX + name) or "0"
+    value = os.environ.get(PREFIX + name) or default
     if not VARIABLES[name].allows(value):
         raise ValueError(f"{PREFIX}{name} must be {VARIABLES[name].expected}, got {value!r}")
     return value == "1"

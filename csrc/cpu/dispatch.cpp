@@ -18,22 +18,28 @@
 
 #include "../math.h"
 #include "../ops.h"
+#include "fingerprint.h"
 
 namespace vovnet_fast {
+
+using Digests = decltype(cpu::digests);
 
 #define VF_DECLARE(name, Params) void name(const Params& params, int threads);
 namespace baseline {
 VF_OPS(VF_DECLARE)
-}
+Digests digests;
+}  // namespace baseline
 #ifdef VF_WITH_AVX2
 namespace avx2 {
 VF_OPS(VF_DECLARE)
-}
+Digests digests;
+}  // namespace avx2
 #endif
 #ifdef VF_WITH_AVX512
 namespace avx512 {
 VF_OPS(VF_DECLARE)
-}
+Digests digests;
+}  // namespace avx512
 #endif
 #undef VF_DECLARE
 
@@ -47,6 +53,7 @@ struct Table {
 #define VF_FIELD(name, Params) void (*name)(const Params& params, int threads);
   VF_OPS(VF_FIELD)
 #undef VF_FIELD
+  Digests* digests;
 };
 
 bool always() { return true; }
@@ -77,16 +84,16 @@ bool has_avx512() {
 // The best one last.
 constexpr Table kTables[] = {
 #define VF_ENTRY(name, Params) baseline::name,
-    {kBaselineName, always, VF_OPS(VF_ENTRY)},
+    {kBaselineName, always, VF_OPS(VF_ENTRY) baseline::digests},
 #undef VF_ENTRY
 #ifdef VF_WITH_AVX2
 #define VF_ENTRY(name, Params) avx2::name,
-    {"avx2", has_avx2, VF_OPS(VF_ENTRY)},
+    {"avx2", has_avx2, VF_OPS(VF_ENTRY) avx2::digests},
 #undef VF_ENTRY
 #endif
 #ifdef VF_WITH_AVX512
 #define VF_ENTRY(name, Params) avx512::name,
-    {"avx512", has_avx512, VF_OPS(VF_ENTRY)},
+    {"avx512", has_avx512, VF_OPS(VF_ENTRY) avx512::digests},
 #undef VF_ENTRY
 #endif
 };
@@ -149,6 +156,10 @@ void refuse_dtype(int32_t dtype) {
   void name(const Params& params, int threads) { current().name(params, threads); }
 VF_OPS(VF_DEFINE)
 #undef VF_DEFINE
+
+void digests(const Piece* chunks, int64_t count, int64_t bytes, int threads, Digest* out) {
+  current().digests(chunks, count, bytes, threads, out);
+}
 
 int64_t reduction_parts(int64_t, int64_t height, int64_t width, int64_t) {
   return ceil_div(height * width, kTilePixels);

@@ -218,6 +218,8 @@ def test_auto_leaves_small_maps_to_plain_modules(norm_eval, compiled, monkeypatc
 
 
 def test_auto_runs_whole_networks_of_large_images_as_one_op(monkeypatch, tmp_path):
+    """Where nothing is kept of their weights; tests/network/test_kept.py has what is."""
+    monkeypatch.setenv("VOVNET_FAST_KEEP_WEIGHTS", "0")
     monkeypatch.setenv("VOVNET_FAST_BACKEND", "auto")
     monkeypatch.setenv("VOVNET_FAST_CACHE", str(tmp_path))
     model, whole = VoVNet(TINY["detectron2"]).eval(), []

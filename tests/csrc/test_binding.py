@@ -183,7 +183,7 @@ def fuzz(seed, path):
     assert all(spoiling.refused[name] > 20 for name in bound), spoiling.refused
 
 
-OTHERS = {"Recording", "isa", "isas", "use_isa", "conv_engines"}
+OTHERS = {"Recording", "fingerprint", "isa", "isas", "use_isa", "conv_engines"}
 """Bound too: what has no arguments that matter, and what has its own tests."""
 
 

@@ -3,8 +3,6 @@
 ===================  ==================================================================
 :mod:`.freeze`       :func:`vovnet_fast.freeze`: batch norms are folded, weights packed
 :mod:`.frozen`       the module that it makes, and the ways in which that runs
-:mod:`.caches`       what the module keeps: arenas, CUDA graphs, parameters
-:mod:`.cpu_replay`   calls of the ``cpu`` backend, recorded and repeated
 :mod:`.folded`       the same network of plain PyTorch's convolutions
 :mod:`.file`         that module as a file
 :mod:`.layout`       its buffers, by its architecture alone

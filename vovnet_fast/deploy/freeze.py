@@ -20,7 +20,7 @@ from ..backends import BackendError
 from ..network.model import VoVNet
 from ..network.structure import has_hooks
 from ..ops import BlockParams, ConvParams, NetworkParams, _checks
-from .caches import KEPT_SHAPES
+from ..replay.caches import KEPT_SHAPES
 from .frozen import FrozenVoVNet
 
 __all__ = ["KEPT_SHAPES", "FrozenVoVNet", "freeze"]

@@ -22,7 +22,7 @@ from ..ops import features as run_op
 from ..ops.conv import unflatten
 from ..ops.features import check_size, needs, plan, rebuild, run
 from ..ops.memory import Arena, Memory
-from .caches import Caches, Captured, Workspace
+from ..replay.caches import Caches, Captured, Workspace
 from .folded import folded_forward
 
 _WARM_UP = 3
@@ -36,10 +36,10 @@ class FrozenVoVNet(AllOrNothing):
     with a bias, or in half precision with a scale and a shift, and in-place ReLUs. With
     one it runs :func:`vovnet_fast.ops.features` in an arena, planned once for each input
     shape and used again by later calls. What it returns is never part of an arena:
-    results stay as they are for as long as they are kept. The :data:`.caches.KEPT_SHAPES` arenas
-    used last are kept; threads that run at the same time do not share one. On the ``cpu``
-    backend the third call for a shape, and those after it, repeat recorded calls of the
-    extension, with no Python between them.
+    results stay as they are for as long as they are kept. The arenas used last are kept
+    (:data:`vovnet_fast.replay.caches.KEPT_SHAPES`); threads that run at the same time do not
+    share one. On the ``cpu`` backend the third call for a shape, and those after it, repeat
+    recorded calls of the extension, with no Python between them.
 
     All tensors are buffers. ``to(device)``, ``state_dict``, ``deepcopy`` and ``pickle``
     work; the dtype is fixed, :meth:`train` changes nothing, and autocast is ignored.

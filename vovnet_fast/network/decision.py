@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .. import backends, compat
 from ..ops.conv import Kinds
+from . import keeping
 from .watchers import watching
 
 CPU_PIXELS, CPU_PIXELS_TRAINING = 1600, 6400
@@ -30,8 +31,8 @@ gradients, and where gradients are needed, or norms take their statistics from t
 An op saves passes over activations, and pays with passes over weights and with Python. On two cores
 of a Xeon the first blocks of the stages of V-39 and V-19-slim-dw broke even with plain modules
 there, whatever their channels were; at a quarter of the pixels they took 1.1 to 1.4 times as long.
-In half precision without gradients they were always faster. Frozen networks have their weights
-packed: this is not for them.
+In half precision without gradients they were always faster. Networks that are frozen, or that keep
+their weights packed (:mod:`.keeping`), make no such passes: this is not for them.
 """
 
 
@@ -55,6 +56,9 @@ NO_BACKEND = Decision(False, "no backend for ops runs here")
 SMALL = Decision(False, "on maps as small as these, plain modules are faster on a CPU")
 NO_IMAGES = Decision(False, "statistics of no image are what PyTorch makes of them")
 NOT_RIGHT = Decision(False, "no backend has proved right in all functions that it needs")
+SMALL_AT_FIRST = Decision(
+    True, "on maps as small as these, plain modules are faster until it has packed its weights"
+)
 GRADIENT = Decision(False, "autograd takes part: its blocks keep what their gradients need")
 
 
@@ -156,12 +160,15 @@ def of_network(network: Network, x: Tensor) -> Decision:
     if needs_gradient(network, x):
         return GRADIENT
     middle = x.shape[0] * x.shape[2] * x.shape[3] // 8**2  # Pixels of maps of stride 8.
-    if faster_plain(x, middle, batch=False, gradient=False):
+    small = faster_plain(x, middle, batch=False, gradient=False)
+    if small and not keeping.possible(x, compute_dtype(x)):
         return SMALL
     reason = network.why_not_one_op()
     if reason is not None:
         return Decision(False, reason)
-    return OP if fused(x, network.functions()) else NOT_RIGHT
+    if not fused(x, network.functions()):
+        return NOT_RIGHT
+    return SMALL_AT_FIRST if small else OP
 
 
 def _watched(x: Tensor, *, modules: bool = True) -> Decision | None:

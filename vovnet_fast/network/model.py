@@ -20,7 +20,7 @@ from ..ops import _checks
 from ..ops.features import check_size
 from ..ops.features import needs as features_need
 from ..specs import FIRST_STAGE, NUM_STAGES, VoVNetSpec
-from . import decision, structure, ways
+from . import decision, keeping, structure, ways
 from .blocks import OSABlock, OSAStage
 from .decision import compute_dtype, fused
 from .filling import AllOrNothing
@@ -58,6 +58,11 @@ class VoVNet(AllOrNothing):
             Takes the place of ``out_features``.
         model_name: takes the place of ``spec_name``, as configs of the
             mmdet 1.2 port write it.
+
+    On a CPU, inference keeps a second copy of the weights, folded and packed, and arenas for the
+    shapes of images that come again (:mod:`vovnet_fast.replay.kept`), from the second call that
+    finds the weights unchanged until the model trains. Any write to a weight is followed.
+    ``VOVNET_FAST_KEEP_WEIGHTS=0`` keeps nothing.
 
     Attributes:
         spec: the architecture.
@@ -181,9 +186,16 @@ class VoVNet(AllOrNothing):
         check_size(self.spec, self.out_features, x.shape[2], x.shape[3])
         if x.is_cuda and not compat.is_compiling():
             first_use.of_model(self, x, compute_dtype(x))
-        if self.decide(x).op:
+        decided = self.decide(x)
+        if decided.op:
             dtype = compute_dtype(x)
-            return tuple(ops.features(x.to(dtype), self.fold(dtype), self.out_features))
+            found = keeping.features(self, x, dtype)
+            if found is None and decided is not decision.SMALL_AT_FIRST:
+                found = ops.features(x.to(dtype), self.fold(dtype), self.out_features)
+            if found is not None:
+                return tuple(found)
+        elif decided is decision.GRADIENT and not compat.is_compiling():
+            keeping.forget(self)
         return ways.run(self, x, ways.choose(self, x))
 
     def decide(self, x: Tensor) -> decision.Decision:
@@ -212,10 +224,6 @@ class VoVNet(AllOrNothing):
             self.stem.fold(dtype),
             tuple(block.fold(dtype) for block in self._blocks()),
         )
-
-    def parts(self) -> list[Stem | OSABlock] | None:
-        """The stem and the blocks, None where others have taken their place."""
-        return None if self._why_other_parts() is not None else [self.stem, *self._blocks()]
 
     def _blocks(self) -> list[OSABlock]:
         stages = [cast(OSAStage, getattr(self, name)) for name in STAGE_NAMES]
@@ -304,6 +312,8 @@ class VoVNet(AllOrNothing):
         """Set training mode, except in frozen stages and, with ``norm_eval``, in norms."""
         super().train(mode)
         self._freeze_stages()
+        if mode:
+            keeping.forget(self)
         if mode and self.norm_eval:
             for module in self.modules():
                 if isinstance(module, _BatchNorm):

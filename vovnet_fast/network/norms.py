@@ -14,7 +14,7 @@ from .structure import computed_by
 NormCfg = Mapping[str, Any]
 
 
-@computed_by()
+@computed_by("eps")
 class FrozenBatchNorm2d(nn.Module):
     """Batch normalisation whose statistics and affine terms are constants.
 

@@ -48,8 +48,9 @@ def computed_by(*attributes: str) -> Callable[[Class], Class]:
     return remember
 
 
-for _cls in (nn.BatchNorm2d, nn.SyncBatchNorm, nn.ModuleList):
-    computed_by()(_cls)
+computed_by()(nn.ModuleList)
+for _cls in (nn.BatchNorm2d, nn.SyncBatchNorm):
+    computed_by("eps")(_cls)
 computed_by("stride", "padding", "dilation", "groups", "padding_mode")(nn.Conv2d)
 
 
@@ -159,7 +160,7 @@ class _Kept(Generic[Answer]):
     It must not hold the module that it is about, which is the key that it is kept by.
     """
 
-    __slots__ = ("_below", "_children", "_looks", "_own", "_parents", "answer")
+    __slots__ = ("_below", "_children", "_leaves", "_looks", "_parents", "answer")
 
     def __init__(self, root: nn.Module, answer: Answer) -> None:
         self.answer = answer
@@ -167,6 +168,7 @@ class _Kept(Generic[Answer]):
         self._below = [module for module in root.modules() if module is not root]
         self._looks = [_look(module) for module in self._below]
         self._parents = [(m, list(m._modules.values())) for m in self._below if m._modules]
+        self._leaves = [module for module in self._below if not module._modules]
 
     def holds(self, root: nn.Module) -> bool:
         """Whether everything is as it was."""
@@ -175,6 +177,22 @@ class _Kept(Generic[Answer]):
             and all(list(m._modules.values()) == children for m, children in self._parents)
             and [_look(module) for module in self._below] == self._looks
         )
+
+    def tensors(self) -> list[Any]:
+        """What its convolutions and norms compute with just now, in an order that does not change.
+
+        None stands for what one of them does not have.
+        """
+        found = []
+        for module in self._leaves:
+            own = module.__dict__  # As in _look().
+            parameters, buffers = own["_parameters"], own["_buffers"]
+            for name in ("weight", "bias", "running_mean", "running_var"):
+                tensor = own.get(name)
+                if tensor is None:
+                    tensor = parameters.get(name)
+                found.append(buffers.get(name) if tensor is None else tensor)
+        return found
 
 
 _kept: WeakKeyDictionary[nn.Module, _Kept[Any]] = WeakKeyDictionary()
@@ -192,3 +210,11 @@ def kept(root: nn.Module, find: Callable[[], Answer]) -> Answer:
     if known is None or not known.holds(root):
         known = _kept[root] = _Kept(root, find())
     return known.answer
+
+
+def known(root: nn.Module) -> _Kept[Any] | None:
+    """What was last seen of the modules below ``root`` by :func:`kept`; another one if they change.
+
+    None before its first call.
+    """
+    return _kept.get(root)

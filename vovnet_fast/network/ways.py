@@ -65,7 +65,7 @@ def _chosen_by_time(network: VoVNet, x: Tensor) -> bool:
         and watching(x) is None
         and backends.select(x.device, decision.compute_dtype(x), ()) == "cpu"
         and not any(map(_would_be_seen, network.children()))
-        and network.parts() is not None
+        and network._why_other_parts() is None
     )
 
 
@@ -81,7 +81,7 @@ def _problem(network: VoVNet, x: Tensor) -> str:
     modes = "".join(
         ("b" if any(parts.batch for parts in part.conv_layers().values()) else "f")
         + ("g" if decision.needs_gradient(part, x) else "n")
-        for part in network.parts() or ()
+        for part in (network.stem, *network._blocks())
     )
     pixels = 2 ** round(math.log2(n * height * width))
     return (

@@ -94,10 +94,7 @@ def features(x: Tensor, params: NetworkParams, out_features: tuple[str, ...]) ->
             f"got {out_features}"
         )
     check_size(params.spec, out_features, x.shape[2], x.shape[3])
-    for layer in params.stem:
-        conv.check(op, layer, x)
-    for block in params.blocks:
-        osa.check(op, block, x)
+    check_params(op, params, x)
     layers, fcs = params.convs(), params.fcs()
     *tensors, strides, epsilons, _ = conv.flatten(op, layers)
     if not compat.is_compiling():
@@ -118,6 +115,18 @@ def features(x: Tensor, params: NetworkParams, out_features: tuple[str, ...]) ->
         x, *tensors, strides, fcs, params.encoded_spec, ",".join(out_features)
     )
     return out
+
+
+def check_params(op: str, params: NetworkParams, x: Tensor) -> None:
+    """Refuse parameters that do not fit each other or the images.
+
+    Raises:
+        ValueError, TypeError: one does not; the message names it.
+    """
+    for layer in params.stem:
+        conv.check(op, layer, x)
+    for block in params.blocks:
+        osa.check(op, block, x)
 
 
 def sizes(spec: VoVNetSpec, height: int, width: int) -> dict[str, tuple[int, int]]:

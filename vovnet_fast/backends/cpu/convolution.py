@@ -15,6 +15,7 @@ none depends on the number of threads.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -188,6 +189,16 @@ _kept = WeakTensorKeyDictionary()
 _lock = threading.Lock()
 
 
+def _renew_lock() -> None:
+    """In a process that was forked while another thread held the lock, which is not there."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_lock)
+
+
 def _tiles(engine: str, weight: Tensor) -> Tensor:
     """The packed form of a weight, packed again where the weight has changed since."""
     if weight.is_inference():  # It does not count what is written to it.
@@ -207,6 +218,23 @@ def _tiles(engine: str, weight: Tensor) -> Tensor:
         with _lock:
             _kept[weight] = found
     return found.tiles
+
+
+def stand_in(weight: Tensor) -> Tensor:
+    """What :func:`conv` takes in place of a weight that will not change, and need not be kept.
+
+    It is of the weight's shape and dtype on the meta device, with no memory but that of its packed
+    form, for the engine that is in use now. Where weights are not packed it is the weight itself.
+    """
+    engine = choose_engine(weight.dtype)
+    if engine == ATEN or weight.numel() == 0:
+        return weight
+    with torch.inference_mode(False):
+        alone = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+    packed_form = _Packed(engine, alone.data_ptr(), alone._version, _pack(engine, weight))
+    with _lock:
+        _kept[alone] = packed_form
+    return alone
 
 
 def forget(weights: Iterable[Tensor]) -> None:

@@ -1,4 +1,4 @@
-"""What a frozen network keeps from call to call: arenas, CUDA graphs, parameters."""
+"""What is kept from call to call: arenas, CUDA graphs, parameters."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..ops import NetworkParams
 from ..ops.memory import Arena
-from .cpu_replay import Replay
+from .cpu import Replay
 
 KEPT_SHAPES = 8
 """How many arenas, or graphs, are kept. Detection has many shapes; memory is finite."""
@@ -26,8 +26,8 @@ class Workspace:
         replay: on the ``cpu`` backend, what repeats the work in this arena.
     """
 
-    def __init__(self, arena: Arena) -> None:
-        self.arena, self.replay = arena, Replay()
+    def __init__(self, arena: Arena, replay: Replay | None = None) -> None:
+        self.arena, self.replay = arena, replay or Replay()
 
 
 class Workspaces:
@@ -35,10 +35,13 @@ class Workspaces:
 
     A call takes its workspace out, so that no other thread finds it: calls of one shape at the
     same time have one each.
+
+    Args:
+        limit: how many are kept.
     """
 
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
+    def __init__(self, limit: int = KEPT_SHAPES) -> None:
+        self._lock, self._limit = threading.Lock(), limit
         self._spare: list[tuple[Hashable, Workspace]] = []  # Those used last are last.
 
     def take(self, key: Hashable) -> Workspace | None:
@@ -52,7 +55,7 @@ class Workspaces:
         """Keep a workspace; those used longest ago go."""
         with self._lock:
             self._spare.append((key, workspace))
-            del self._spare[:-KEPT_SHAPES]
+            del self._spare[: -self._limit]
 
 
 class Captured(NamedTuple):

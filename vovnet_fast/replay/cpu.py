@@ -38,12 +38,15 @@ class Replay:
     it keeps the memory that nobody else does; arenas and weights are the caller's to keep. For
     one thread at a time.
 
+    Args:
+        at_once: record the first call: it is known that others will be like it.
+
     Attributes:
         calls: of the extension that are repeated; 0 as long as there is no recording.
     """
 
-    def __init__(self) -> None:
-        self.calls = 0
+    def __init__(self, *, at_once: bool = False) -> None:
+        self.calls, self._at_once = 0, at_once
         self._stamp: _Stamp | None = None
         self._recording: _Recording | None = None
 
@@ -60,7 +63,8 @@ class Replay:
         stamp = _stamp(image, weights)
         if stamp is None or stamp != self._stamp:
             self.calls, self._stamp, self._recording = 0, stamp, None
-            return work(image)
+            if stamp is None or not self._at_once:
+                return work(image)
         if self._recording is None:
             features, self._recording = _record(work, image)
             self.calls = len(self._recording.calls or ())
