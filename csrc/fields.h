@@ -27,6 +27,8 @@ VF_FIELDS(EpilogueParams, z, out, n, height, width, c, scale, shift, pool_partia
 VF_FIELDS(ConvParams, x, out, tiles, scale, shift, pool_partials, n, height, width, out_height,
           out_width, c_in, c_out, kernel, stride, relu, dtype)
 VF_FIELDS(ConvPackParams, weight, out, c_out, c_in, kernel, dtype)
+VF_FIELDS(ConvWeightGradParams, x, g, partials, out, n, height, width, out_height, out_width, c_in,
+          c_out, parts, kernel, stride, dtype)
 VF_FIELDS(AccumulateParams, z, out, add, mask, n, height, width, c, add_c, mask_c, dtype)
 VF_FIELDS(DepthwiseParams, x, out, weight, n, height, width, out_height, out_width, c, stride,
           dtype)

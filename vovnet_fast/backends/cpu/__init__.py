@@ -1,7 +1,8 @@
 """The backend of the extension's CPU half: the signatures of :mod:`vovnet_fast.backends`.
 
-All run on torch's own threads (csrc/cpu). Convolutions are :mod:`.convolution`'s; their
-gradients are oneDNN's, through ATen, followed by one pass into the slot.
+All run on torch's own threads (csrc/cpu). Convolutions are :mod:`.convolution`'s, and their
+weight gradients :mod:`.weight_grad`'s; input gradients are oneDNN's, through ATen, followed by one
+pass into the slot.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from .. import _extension
-from . import convolution
+from . import convolution, weight_grad
 
 _ops = _extension.CPU
 
@@ -28,14 +29,17 @@ def variant() -> str:
 
 def sources(function: str) -> tuple[str, ...]:
     """Modules of this package that compute a function."""
-    own = ("backends.cpu.convolution",) if function == "conv" else ()
-    return ("backends.cpu.__init__", *own, *_extension.SOURCES)
+    own = {
+        "conv": ("backends.cpu.convolution",),
+        "conv_weight_grad": ("backends.cpu.weight_grad",),
+    }
+    return ("backends.cpu.__init__", *own.get(function, ()), *_extension.SOURCES)
 
 
 conv = convolution.conv
 conv_statistics = _ops.conv_statistics
 conv_input_grad = _ops.conv_input_grad
-conv_weight_grad = _ops.conv_weight_grad
+conv_weight_grad = weight_grad.conv_weight_grad
 normalize = _ops.normalize
 batch_norm_merge = _ops.batch_norm_merge
 batch_norm_finish = _ops.batch_norm_finish
