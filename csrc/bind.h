@@ -16,6 +16,7 @@
 
 #include "conditions.h"
 #include "cpu/conv_engines.h"
+#include "cpu/conv_weight_grad.h"
 #include "cpu/fingerprint.h"
 #include "cpu/recording.h"
 #include "cuda/conv_sm90/launch.h"
@@ -199,6 +200,25 @@ inline void bind_cpu_conv(py::module_ m) {
     const auto params = read<ConvPackParams>("conv_pack", fields);
     const py::gil_scoped_release released;
     cpu::conv_pack(params, engine, threads);
+  });
+}
+
+// `conv_weight_grad(threads, **fields)`, where there is one.
+inline void bind_cpu_conv_weight_grad(py::module_ m) {
+  m.def("has_conv_weight_grad", &cpu::has_conv_weight_grad);
+  m.def("conv_weight_grad_parts",
+        [](int64_t n, int64_t out_height, int64_t out_width, int64_t c_in, int64_t c_out,
+           int64_t kernel, int64_t stride) {
+          checks::extent("n", n);
+          checks::extent("out_height", out_height);
+          checks::extent("out_width", out_width);
+          checks::filter_extents(c_out, kernel, c_in);
+          checks::choice("stride", stride, {1, 2});
+          checks::count("x", {n, out_height, out_width, c_in});
+          return cpu::conv_weight_grad_parts(n, out_height, out_width, c_in, c_out, kernel, stride);
+        });
+  m.def("conv_weight_grad", [](int threads, const py::kwargs& fields) {
+    run<ConvWeightGradParams>("conv_weight_grad", fields, threads, &cpu::conv_weight_grad);
   });
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "checks.h"
+#include "cpu/conv_weight_grad.h"
 
 namespace vovnet_fast {
 namespace checks {
@@ -106,6 +107,20 @@ inline void tensors(const ConvPackParams& p) {
   filter("weight", p.weight, p);
   array("scale", p.scale, {p.c_out}, kOptional);
   packed("out", p.out, bytes, {p.c_out, p.kernel, p.kernel, p.c_in}, false, kTilesAlignment);
+}
+
+inline void tensors(const ConvWeightGradParams& p) {
+  const int64_t bytes = bytes_of("dtype", p.dtype);
+  choice("kernel", p.kernel, {1, 3});
+  strided_output(p);
+  count("out", {p.c_out, p.kernel, p.kernel, p.c_in});
+  view("x", p.x, bytes, {p.n, p.height, p.width, p.c_in});
+  view("g", p.g, bytes, {p.n, p.out_height, p.out_width, p.c_out});
+  same("parts", p.parts,
+       cpu::conv_weight_grad_parts(p.n, p.out_height, p.out_width, p.c_in, p.c_out, p.kernel,
+                                   p.stride));
+  packed("partials", p.partials, 4, {p.parts, p.c_out, p.kernel, p.kernel, p.c_in}, p.parts == 1);
+  packed("out", p.out, 4, {p.c_out, p.kernel, p.kernel, p.c_in});
 }
 
 inline void tensors(const AccumulateParams& p) {

@@ -28,6 +28,8 @@ VF_FIELDS(ConvParams, x, out, add, mask, tiles, scale, shift, pool_partials, n, 
           out_height, out_width, c_in, c_out, add_c, mask_c, kernel, stride, relu, dtype)
 VF_FIELDS(ConvPackParams, weight, scale, out, c_out, kernel, c_in, stride_o, stride_h, stride_w,
           stride_i, transposed, dtype)
+VF_FIELDS(ConvWeightGradParams, x, g, partials, out, n, height, width, out_height, out_width, c_in,
+          c_out, parts, kernel, stride, dtype)
 VF_FIELDS(AccumulateParams, z, out, add, mask, n, height, width, c, add_c, mask_c, dtype)
 VF_FIELDS(DepthwiseParams, x, out, weight, n, height, width, out_height, out_width, c, stride,
           dtype)

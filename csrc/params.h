@@ -74,6 +74,17 @@ struct ConvPackParams {
   int32_t transposed, dtype;                       // dtype: what is rounded to
 };
 
+// out = gradient of the weight of a convolution, padded by kernel / 2. The CPU half only.
+struct ConvWeightGradParams {
+  View x;          // [N, H, W, C_in]
+  View g;          // [N, H', W', C_out], H' = (H - 1) / stride + 1
+  void* partials;  // [parts, C_out, K, K, C_in] fp32, scratch; not used where parts is 1
+  void* out;       // [C_out, K, K, C_in] packed, fp32
+  int64_t n, height, width, out_height, out_width, c_in, c_out;
+  int64_t parts;  // of all pixels, from conv_weight_grad_parts
+  int32_t kernel, stride, dtype;  // kernel: 1 or 3, stride: 1 or 2
+};
+
 // out = mask(z + add): after another library's input gradient.
 struct AccumulateParams {
   View z, out;  // [N, H, W, C]; out may be z

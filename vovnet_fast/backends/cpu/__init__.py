@@ -1,8 +1,7 @@
 """The backend of the extension's CPU half: the signatures of :mod:`vovnet_fast.backends`.
 
-All run on torch's own threads (csrc/cpu). Convolutions and the
-gradients of their inputs are :mod:`.convolution`'s; those of their weights are oneDNN's, through
-ATen.
+All run on torch's own threads (csrc/cpu). Convolutions and the gradients of their inputs are
+:mod:`.convolution`'s, those of their weights :mod:`.weight_grad`'s.
 """
 
 from __future__ import annotations
@@ -10,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .. import _extension
-from . import convolution
+from . import convolution, weight_grad
 
 _ops = _extension.CPU
 
@@ -31,14 +30,18 @@ def variant() -> str:
 
 def sources(function: str) -> tuple[str, ...]:
     """Modules of this package that compute a function."""
-    own = ("backends.cpu.convolution",) if function in _CONVOLUTIONS else ()
+    own: tuple[str, ...] = ()
+    if function in _CONVOLUTIONS:
+        own = ("backends.cpu.convolution",)
+    elif function == "conv_weight_grad":
+        own = ("backends.cpu.weight_grad",)
     return ("backends.cpu.__init__", *own, *_extension.SOURCES)
 
 
 conv = convolution.conv
 conv_statistics = convolution.conv_statistics
 conv_input_grad = convolution.conv_input_grad
-conv_weight_grad = _ops.conv_weight_grad
+conv_weight_grad = weight_grad.conv_weight_grad
 normalize = _ops.normalize
 batch_norm_merge = _ops.batch_norm_merge
 batch_norm_finish = _ops.batch_norm_finish

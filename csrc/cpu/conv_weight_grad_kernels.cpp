@@ -1,0 +1,316 @@
+// Weight gradients of convolutions in fp32, and by fp32 in half precision.
+#ifdef __AVX2__
+
+#include <utility>
+
+#include "conv_strips.h"
+#include "conv_weight_grad_plan.h"
+#include "fma.h"
+
+namespace vovnet_fast {
+inline namespace VF_ISA {
+
+namespace {
+
+using conv::kChunkBytes;
+
+// The largest outer product whose sums fit into the registers, beside a pixel's channels.
+#ifdef __AVX512F__
+constexpr int kMostRows = 12, kMostChunks = 2;
+#else
+constexpr int kMostRows = 6, kMostChunks = 1;
+#endif
+constexpr int kPerChunk = 16 / kLanes<float>;
+
+// Pixels of both operands, from the first one of some images on, and where their sums go.
+struct Block {
+  const char* x;  // distances in bytes
+  int64_t chunk_step, row_step, image_step;
+  const float* g;  // pixel after pixel
+  int64_t images, rows, columns;
+  float* out;  // [output channel][x's channel]
+  int64_t out_step, channels;
+  bool add;
+};
+
+// All sums are in registers, which takes the loops over them unrolled.
+template <int kRows, int kChunks>
+void multiply_block(const Block& block) {
+  constexpr int kVectors = kChunks * kPerChunk;
+  Vector<float> sum[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+    __builtin_prefetch(block.out + i * block.out_step);
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) sum[i][v] = Vector<float>{};
+  }
+  const float* g = block.g;
+  const char* image = block.x;
+  for (int64_t n = 0; n < block.images; ++n, image += block.image_step) {
+    const char* row = image;
+    for (int64_t h = 0; h < block.rows; ++h, row += block.row_step) {
+      const char* x = row;
+      for (int64_t w = 0; w < block.columns; ++w, x += kChunkBytes, g += kRows) {
+        Vector<float> pixel[kVectors];
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) {
+          const char* chunk = x + v / kPerChunk * block.chunk_step;
+          pixel[v] = load(
+              reinterpret_cast<const float*>(chunk) + v % kPerChunk * kLanes<float>, Full{});
+        }
+#pragma GCC unroll 16
+        for (int i = 0; i < kRows; ++i) {
+          const auto gradient = same(g[i]);
+#pragma GCC unroll 4
+          for (int v = 0; v < kVectors; ++v) {
+            sum[i][v] = multiply_add(gradient, pixel[v], sum[i][v]);
+          }
+        }
+      }
+    }
+  }
+  const auto put = [&](float* to, Vector<float> y, auto span) VF_LAMBDA {
+    store(to, block.add ? y + load(to, span) : y, span);
+  };
+  const bool full = block.channels >= kChunks * 16;
+#pragma GCC unroll 16
+  for (int i = 0; i < kRows; ++i) {
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      float* to = block.out + i * block.out_step + v * kLanes<float>;
+      const int64_t left = block.channels - v * kLanes<float>;
+      if (full || left >= kLanes<float>) {
+        put(to, sum[i][v], Full{});
+      } else if (left > 0) {
+        put(to, sum[i][v], Part{static_cast<int>(left)});
+      }
+    }
+  }
+}
+
+// A tile's channels of pixels that lie `stride` elements apart.
+template <class T, int kRows>
+void gather_tile(const T* from, int64_t stride, int64_t pixels, float* to) {
+  for (int64_t i = 0; i < pixels; ++i, from += stride, to += kRows) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      memcpy(to, from, kRows * sizeof(float));
+    } else {
+      T all[kLanes<T>] = {};
+      memcpy(all, from, kRows * sizeof(T));
+      const Vector<float> wide = load(all, Full{});
+      memcpy(to, &wide, kRows * sizeof(float));
+    }
+  }
+}
+
+template <int kChunks, int... kCounts>
+VF_HD void multiply_rows(int64_t rows, const Block& block, std::integer_sequence<int, kCounts...>) {
+  using Multiply = void (*)(const Block&);
+  static constexpr Multiply kBySize[] = {multiply_block<kCounts + 1, kChunks>...};
+  kBySize[rows - 1](block);
+}
+
+template <class T, int... kCounts>
+VF_HD void gather_rows(int64_t rows, const T* from, int64_t stride, int64_t pixels, float* to,
+                       std::integer_sequence<int, kCounts...>) {
+  using Gather = void (*)(const T*, int64_t, int64_t, float*);
+  static constexpr Gather kBySize[] = {gather_tile<T, kCounts + 1>...};
+  kBySize[rows - 1](from, stride, pixels, to);
+}
+
+constexpr std::make_integer_sequence<int, kMostRows> kCounts;
+
+// Output channels in tiles of nearly one size, rather than a small one at the end.
+struct Tiles {
+  int64_t c_out, count;
+
+  explicit VF_HD Tiles(int64_t c_out) : c_out(c_out), count(ceil_div(c_out, kMostRows)) {}
+  VF_HD int64_t first(int64_t tile) const { return tile * c_out / count; }
+  VF_HD int64_t size(int64_t tile) const { return first(tile + 1) - first(tile); }
+};
+
+// What one thread computes: sums over the strips of a part, of some chunks and tiles.
+struct Task {
+  int64_t first_strip, last_strip, first_chunk, last_chunk, first_tile, last_tile;
+};
+
+// Images, and output rows of each.
+struct Strip {
+  int64_t image, images, row, rows;
+};
+
+template <class T>
+void gather_input(const ConvParams& input, const conv::PixelPlan& plan, const Strip& strip,
+                  char* to) {
+  for (int64_t i = 0; i < strip.images; ++i) {
+    conv::gather<T, float>(input, plan.input, strip.image + i, strip.row, strip.rows,
+                           to + i * plan.image_pixels * kChunkBytes);
+  }
+}
+
+template <class T>
+void gather_gradient(const ConvWeightGradParams& p, const Task& task, const Strip& strip,
+                     float* to) {
+  constexpr int64_t kGroup = 8;  // So many streams to read.
+  const Tiles tiles(p.c_out);
+  const int64_t pixels = strip.images * strip.rows * p.out_width, from = tiles.first(task.first_tile);
+  for (int64_t row = 0; row < strip.images * strip.rows; ++row) {
+    const Pixel first{strip.row + row % strip.rows, 0};
+    const T* g = at<const T>(p.g, strip.image + row / strip.rows, first);
+    for (int64_t w = 0; w < p.out_width; w += kGroup) {
+      const int64_t count = least(kGroup, p.out_width - w), before = row * p.out_width + w;
+      for (int64_t tile = task.first_tile; tile < task.last_tile; ++tile) {
+        const int64_t channel = tiles.first(tile), size = tiles.size(tile);
+        gather_rows<T>(size, g + w * p.g.stride_w + channel, p.g.stride_w, count,
+                       to + (channel - from) * pixels + before * size, kCounts);
+      }
+    }
+  }
+}
+
+// Gathered pixels of a strip.
+struct Gathered {
+  const char* x;
+  const float* g;
+  int64_t pixels;  // of g
+};
+
+// The tiles of a task with a chunk of some columns, at the taps that lie in one plane.
+void multiply_plane(const conv::Plan& input, const Task& task, int64_t plane, const Tiles& tiles,
+                    const Gathered& from, int64_t column, Block block) {
+  const int64_t first_row = plane / input.planes, first_column = plane % input.planes;
+  const char* x = block.x + (plane * input.plane_pixels + column) * kChunkBytes;
+  float* out = block.out;
+  for (int64_t tile = task.first_tile; tile < task.last_tile; ++tile) {
+    const int64_t channel = tiles.first(tile), size = tiles.size(tile);
+    block.g = from.g + (channel - tiles.first(task.first_tile)) * from.pixels + column * size;
+    for (int64_t h = first_row; h < input.kernel; h += input.stride) {
+      for (int64_t w = first_column; w < input.kernel; w += input.stride) {
+        block.x = x + (h / input.stride * input.width + w / input.stride) * kChunkBytes;
+        block.out = out + channel * block.out_step + (h * input.kernel + w) * input.channels;
+        if (kMostChunks == 1 || block.channels <= 16) {
+          multiply_rows<1>(size, block, kCounts);
+        } else {
+          multiply_rows<kMostChunks>(size, block, kCounts);
+        }
+      }
+    }
+  }
+}
+
+// All that a task has of a strip; `first`: there is nothing to add to.
+void multiply_strip(const conv::PixelPlan& plan, const Task& task, const Tiles& tiles,
+                    const Strip& strip, int64_t width, const Gathered& from, float* out,
+                    bool first) {
+  const conv::Plan& input = plan.input;
+  // Only a strip of one row can have more columns than a block takes.
+  const int64_t blocks = plan.rows > 1 ? 1 : ceil_div(width, conv::kStripPixels);
+  const int64_t columns = ceil_div(width, blocks);
+  Block block{};
+  block.chunk_step = input.pixels * kChunkBytes;
+  block.row_step = input.width * kChunkBytes;
+  block.image_step = plan.image_pixels * kChunkBytes;
+  block.images = strip.images;
+  block.rows = strip.rows;
+  block.out_step = conv::taps(input) * input.channels;
+  for (int64_t chunk = task.first_chunk; chunk < task.last_chunk; chunk += kMostChunks) {
+    const int64_t last = least<int64_t>(chunk + kMostChunks, task.last_chunk);
+    block.x = from.x + (chunk - task.first_chunk) * block.chunk_step;
+    block.out = out + chunk * 16;
+    block.channels = least(last * 16, input.channels) - chunk * 16;
+    for (int64_t plane = 0; plane < input.planes * input.planes; ++plane) {
+      for (int64_t column = 0; column < width; column += columns) {
+        block.columns = least(columns, width - column);
+        block.add = !first || column > 0;
+        multiply_plane(input, task, plane, tiles, from, column, block);
+      }
+    }
+  }
+}
+
+template <class T>
+void run_task(const ConvWeightGradParams& p, const conv::PixelPlan& whole, const Task& task,
+              char* memory, float* out) {
+  const Tiles tiles(p.c_out);
+  conv::PixelPlan plan = whole;
+  plan.input.chunks = task.last_chunk - task.first_chunk;
+  // x as the input of a convolution, from the task's first channel on.
+  ConvParams x{};
+  const int64_t channel = task.first_chunk * 16;
+  x.x = p.x;
+  x.x.data = static_cast<T*>(p.x.data) + channel;
+  x.height = p.height;
+  x.width = p.width;
+  x.c_in = plan.input.unfolded ? p.c_in : least(task.last_chunk * 16, p.c_in) - channel;
+  x.kernel = p.kernel;
+  x.stride = p.stride;
+  auto* gradient =
+      reinterpret_cast<float*>(memory + plan.input.chunks * plan.input.pixels * kChunkBytes);
+  for (int64_t i = task.first_strip; i < task.last_strip; ++i) {
+    const int64_t image = i / plan.row_strips * plan.images, row = i % plan.row_strips * plan.rows;
+    const Strip strip{image, least(plan.images, p.n - image), row,
+                      least(plan.rows, p.out_height - row)};
+    gather_input<T>(x, plan, strip, memory);
+    gather_gradient<T>(p, task, strip, gradient);
+    const Gathered from{memory, gradient, strip.images * strip.rows * p.out_width};
+    multiply_strip(plan, task, tiles, strip, p.out_width, from, out, i == task.first_strip);
+  }
+}
+
+template <class T>
+void run_weight_grad(const ConvWeightGradParams& p, int threads) {
+  auto* out = static_cast<float*>(p.out);
+  auto* partials = static_cast<float*>(p.partials);
+  const int64_t size = p.c_out * p.kernel * p.kernel * p.c_in;
+  if (p.n * p.out_height * p.out_width == 0) return zero(out, size);
+  const auto plan = conv::divide_pixels(
+      {p.out_height, p.out_width, p.c_in, p.c_out, p.kernel, p.stride}, p.n);
+  const Tiles tiles(p.c_out);
+  const auto ranges = conv::divide_outputs(plan.input, tiles.count, ceil_div(threads, plan.parts));
+  const int64_t chunks = ceil_div(plan.input.chunks, ranges.chunks);
+  const int64_t channels = (ceil_div(tiles.count, ranges.tiles) + 1) * kMostRows;
+  const int64_t bytes = chunks * plan.input.pixels * kChunkBytes +
+                        channels * plan.images * plan.rows * p.out_width * 4;
+  bool failed = false;
+#pragma omp parallel num_threads(threads) reduction(|| : failed)
+  {
+    static thread_local conv::Workspace workspace;
+    char* memory = workspace.get(bytes);
+    failed = memory == nullptr;
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < plan.parts * ranges.chunks * ranges.tiles; ++i) {
+      if (failed) continue;
+      const int64_t part = i / ranges.chunks / ranges.tiles, range = i / ranges.tiles % ranges.chunks;
+      const int64_t tile = i % ranges.tiles;
+      const Task task{plan.strips * part / plan.parts,
+                      plan.strips * (part + 1) / plan.parts,
+                      plan.input.chunks * range / ranges.chunks,
+                      plan.input.chunks * (range + 1) / ranges.chunks,
+                      tiles.count * tile / ranges.tiles,
+                      tiles.count * (tile + 1) / ranges.tiles};
+      run_task<T>(p, plan, task, memory, plan.parts == 1 ? out : partials + part * size);
+    }
+  }
+  if (failed) throw std::bad_alloc();
+  if (plan.parts > 1) sum_packed_rows(partials, plan.parts, size, threads, out);
+}
+
+}  // namespace
+
+void conv_weight_grad(const ConvWeightGradParams& p, int threads) {
+  switch (p.dtype) {
+    case kFloat16:
+      return run_weight_grad<float16>(p, threads);
+    case kBFloat16:
+      return run_weight_grad<bfloat16>(p, threads);
+    case kFloat32:
+      return run_weight_grad<float>(p, threads);
+    default:
+      cpu::refuse_dtype(p.dtype);
+  }
+}
+
+}  // namespace VF_ISA
+}  // namespace vovnet_fast
+
+#endif
