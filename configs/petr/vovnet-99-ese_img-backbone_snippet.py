@@ -36,7 +36,8 @@ detr3d_img_backbone = dict(
 )
 
 # BEVFormer, which takes strides 8 to 32 and lets FPN add one more (num_outs=4):
-# in_channels=[512, 768, 1024], start_level=0.
+# in_channels=[512, 768, 1024], start_level=0. bevformer_small takes out_features=("stage5",)
+# alone, with in_channels=[1024]; those of its ResNet were [2048].
 bevformer_img_backbone = dict(img_backbone, out_features=("stage3", "stage4", "stage5"))
 
 # The weights. Either the file is loaded into the whole detector; its keys begin with

@@ -309,12 +309,12 @@ def test_a_resnets_own_arguments_are_told(published, channels):
     """Nothing is changed but the type."""
     backbone = dict(published["img_backbone"], type="VoVNetFast", spec_name="V-99-eSE")
     with pytest.raises(TypeError) as caught:
-        MODELS.build(backbone)
+        build(dict(published, img_backbone=backbone))
     said = str(caught.value)
     assert "takes no 'depth', 'num_stages', 'style', 'stage_with_dcn', 'dcn'" in said
     assert f"V-99-eSE gives {channels} channels: write these as the neck's in_channels" in said
     with pytest.raises(TypeError, match=r"takes no 'frozen_stage': a slip of the pen, or"):
-        MODELS.build(dict(type="VoVNetFast", spec_name=NAME, frozen_stage=1))
+        build(small(swapped(PETR, frozen_stage=1)))
 
 
 def test_a_resnets_channels_are_told(tmp_path):
