@@ -33,8 +33,9 @@ class Pair(NamedTuple):
 PAIRS = {
     "2.1": Pair("3.10", ("torch==2.1.2", "numpy<2")),
     "2.4": Pair("3.9", ("torch==2.4.1", "numpy<2.1")),
-    "2.6": Pair("3.11", ("torch==2.6.0",)),
-    "2.8": Pair("3.12", ("torch==2.8.0",)),
+    "2.6": Pair("3.11", ("torch==2.6.0", "numpy<2")),
+    # NumPy 2.5 makes no number of an array of one, as the interpreter of Triton before 3.6 asks.
+    "2.8": Pair("3.12", ("torch==2.8.0", "numpy<2.4")),
     "2.11": Pair("3.12", ("torch==2.11.0", "triton==3.6.0")),
     "2.13": Pair("3.13", ("torch==2.13.0", "triton==3.7.1")),
     "newest": Pair("3.13", ("torch",)),
