@@ -159,6 +159,39 @@ class Step(NamedTuple):
     ready: list[tuple[nn.Parameter, int]]
 
 
+def training_model(spec: str, **options: Any) -> Any:
+    """A network on the meta device, with parameters in fp32."""
+    with torch.device("meta"):
+        model = VoVNet(spec, **options)
+    return model.to(memory_format=torch.channels_last).train()
+
+
+def _images(shape: Shape) -> torch.Tensor:
+    images = torch.empty(shape[0], 3, *shape[1:], dtype=torch.bfloat16, device="meta")
+    return images.to(memory_format=torch.channels_last)
+
+
+def _backward(features: list[torch.Tensor]) -> None:
+    torch.autograd.backward(features, [torch.empty_like(f) for f in features])
+
+
+def step_launches(model: Any, shape: Shape, *, backward: bool = True) -> list[Launch]:
+    """Of a :func:`training_model`, of both passes or of the first.
+
+    Nothing else is recorded, and a model serves many shapes: they are gone through in half
+    of the time that :func:`training_step` takes.
+    """
+    from vovnet_fast.kernels._common import recording
+
+    model.zero_grad()
+    images = _images(shape)
+    with recording() as found, backends.shapes_only("triton"):
+        features = model._run_modules(images)
+        if backward:
+            _backward(features)
+    return found
+
+
 def training_step(spec: str, shape: Shape, **options: Any) -> Step:
     """Plan forward and backward pass on bf16 images, with parameters in fp32.
 
@@ -170,20 +203,16 @@ def training_step(spec: str, shape: Shape, **options: Any) -> Step:
     from vovnet_fast.kernels._common import recording
 
     ready: list[tuple[nn.Parameter, int]] = []
-    with torch.device("meta"):
-        model: Any = VoVNet(spec, **options)
-        model.to(memory_format=torch.channels_last).train()
-        images = torch.empty(shape[0], 3, *shape[1:], dtype=torch.bfloat16)
-        images = images.to(memory_format=torch.channels_last)
-        with recording() as found, AtenRecorder() as recorder, backends.shapes_only("triton"):
-            for parameter in model.parameters():
-                parameter.register_post_accumulate_grad_hook(
-                    lambda parameter: ready.append((parameter, len(found)))
-                )
-            # Not the model itself, which wants images in the weights' dtype.
-            features = model._run_modules(images)
-            forward = len(found)
-            torch.autograd.backward(features, [torch.empty_like(f) for f in features])
+    model, images = training_model(spec, **options), _images(shape)
+    with recording() as found, AtenRecorder() as recorder, backends.shapes_only("triton"):
+        for parameter in model.parameters():
+            parameter.register_post_accumulate_grad_hook(
+                lambda parameter: ready.append((parameter, len(found)))
+            )
+        # Not the model itself, which wants images in the weights' dtype.
+        features = model._run_modules(images)
+        forward = len(found)
+        _backward(features)
     works = [launch_work(launch) for launch in found]
     ready = [(parameter, count - forward) for parameter, count in ready]
     return Step(found, works[:forward], works[forward:], recorder.works, ready)
@@ -274,11 +303,11 @@ def compiled(found: Iterable[Launch]) -> set[str]:
 
 def needed() -> dict[str, Numbers]:
     """How many kernels Triton has to compile, at one size and over many of them."""
-    sizes = [compiled(training_step(COMPILED_FOR, (2, *size)).launches) for size in image_sizes()]
-    batches = []
-    for batch in BATCHES:
-        step = training_step(COMPILED_FOR, (batch, 320, 800))
-        batches.append(compiled(step.launches[: len(step.forward)]))
+    model = training_model(COMPILED_FOR)
+    sizes = [compiled(step_launches(model, (2, *size))) for size in image_sizes()]
+    batches = [
+        compiled(step_launches(model, (batch, 320, 800), backward=False)) for batch in BATCHES
+    ]
     return {
         f"inference, {title(COMPILED_FOR, CAMERAS)}": {
             "kernels, with all that tuning may try": len(compiled(launches(COMPILED_FOR, CAMERAS)))

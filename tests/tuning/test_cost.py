@@ -293,6 +293,20 @@ def test_never_below_the_floor(monkeypatch):
         assert seconds > 0
 
 
+@pytest.mark.parametrize("card", [H100, H200], ids=["H100", "H200"])
+def test_what_favourites_cost(card):
+    """By how much predicted time is longer where sizes share kernels, as docs/performance.md says.
+
+    How few kernels that makes of 24 sizes is in tests/benchmarks/test_guard.py.
+    """
+    longer = []
+    for layer in EVERY:
+        seconds = {config: one.seconds for config, one in predicted(layer, card).items()}
+        longer.append(seconds[best(layer, card)] / min(seconds.values()))
+    assert math.exp(math.fsum(map(math.log, longer)) / len(longer)) < 1.06
+    assert max(longer) < 1.67
+
+
 # --------------------------------------------------------------------------------------
 # Devices and resources
 # --------------------------------------------------------------------------------------
