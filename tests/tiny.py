@@ -26,3 +26,8 @@ TINY["depthwise"] = replace(
 )
 # What it alone has is a block that adds its input and has no gate; the rest is the others'.
 TINY["torchhub"] = replace(TINY["torchhub"], blocks_per_stage=(1, 2, 1, 1))
+
+FIRST = ("stage2", "stage3")
+"""Features of the stages that have all kinds of blocks, and a pool between them: the first of a
+stage, and one that adds its input. torch traces longer the more blocks there are; where a test's
+time is its tracing, the two stages after these would only be more of the same."""

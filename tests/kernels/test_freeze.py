@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import straight_line
-from tests.tiny import TINY
+from tests.tiny import FIRST, TINY
 from vovnet_fast import VoVNet, backends, load_frozen
 from vovnet_fast.compat import zip
 from vovnet_fast.deploy import frozen as module
@@ -384,7 +384,7 @@ def test_what_cannot_be_done_is_said():
 
 
 def test_compiles_without_a_graph_break(backend):
-    model, x = network("depthwise", torch.float32), image()
+    model, x = network("depthwise", torch.float32, out_features=FIRST), image()
     frozen = freeze(model, torch.float64)
     compiled = torch.compile(frozen, fullgraph=True, backend="aot_eager")
     assert_equal(compiled(x), eager(model.double(), x))

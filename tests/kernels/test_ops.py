@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests import straight_line
 from tests.extension_cases import require
-from tests.tiny import TINY
+from tests.tiny import FIRST, TINY
 from vovnet_fast import VoVNet, backends, ops, reference
 from vovnet_fast.compat import zip
 from vovnet_fast.network.blocks import OSABlock
@@ -190,10 +190,16 @@ def test_gradients_of_an_empty_batch(name):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("name", list(TINY))
+@pytest.mark.parametrize(
+    ("backend", "name"),
+    [*(("cpu", name) for name in TINY), ("triton", "depthwise")],
+    indirect=["backend"],
+)
 def test_compiles_without_a_graph_break(name):
+    """One op, whatever runs it. As plain modules: tests/network/test_modes.py."""
     torch._dynamo.reset()  # A process may compile so many variants of forward only.
-    model, x = network(TINY[name]), torch.randn(1, 3, 40, 40, dtype=torch.float64)
+    model = network(TINY[name], out_features=FIRST)
+    x = torch.randn(1, 3, 40, 40, dtype=torch.float64)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     for a, b in zip(compiled(x), eager(model, x), strict=True):
         assert_close(a, b)

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from tests.fused import asked_for, fused, needs_traces
-from tests.tiny import TINY
+from tests.tiny import FIRST, TINY
 from vovnet_fast import VoVNet, freeze, ops, use_backend
 from vovnet_fast.backends import BackendError
 from vovnet_fast.compat import zip
@@ -219,9 +219,9 @@ def fused_everywhere(monkeypatch):
     monkeypatch.setattr(decision, "_said", set())
 
 
-def changed(name, seed=0):
+def changed(name, seed=0, **options):
     torch.manual_seed(seed)
-    model = VoVNet(TINY["detectron2"]).double()
+    model = VoVNet(TINY["detectron2"], **options).double()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.uniform_(module.running_mean, -0.5, 0.5)
@@ -336,7 +336,8 @@ def test_a_fused_block_is_fused(fused_everywhere):
 @pytest.mark.parametrize("name", ["a forward of a convolution", "dilation"])
 def test_a_compiled_model_notices_as_well(name, monkeypatch):
     """But for hooks: torch.compile looks for those when it traces, of plain modules too."""
-    model, x = changed(None), torch.randn(1, 3, 40, 40, dtype=torch.float64)
+    model = changed(None, out_features=FIRST)
+    x = torch.randn(1, 3, 40, 40, dtype=torch.float64)
     compiled = torch.compile(model, backend="eager")
     ran = []
     run = ops.features

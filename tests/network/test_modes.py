@@ -10,7 +10,7 @@ from torch import nn
 from tests import straight_line
 from tests.features import needs_looks
 from tests.processes import run_two
-from tests.tiny import TINY
+from tests.tiny import FIRST, TINY
 from vovnet_fast import VoVNet, backends
 from vovnet_fast.compat import zip
 
@@ -217,9 +217,9 @@ def test_a_replaced_part_is_the_one_that_runs():
     ("name", "training"), [("detectron2", False), *((name, True) for name in TINY)]
 )
 def test_compiles_without_a_graph_break(name, training):
-    """Each dialect in evaluation mode, on each backend, is in tests/kernels/test_ops.py."""
+    """As plain modules. In evaluation mode, as ops: tests/kernels/test_ops.py."""
     torch._dynamo.reset()  # A process may compile so many variants of forward only.
-    model = random_model(TINY[name]).train(training)
+    model = random_model(TINY[name], out_features=FIRST).train(training)
     x = torch.randn(2, 3, 48, 56)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
     with contextlib.nullcontext() if training else torch.no_grad():
@@ -234,11 +234,19 @@ def test_compiles_without_a_graph_break(name, training):
             torch.testing.assert_close(b.grad, a.grad)
 
 
+every_dialect = pytest.mark.parametrize(
+    ("name", "out_features"),
+    [(name, (*FIRST, "stage4", "stage5") if name == "detectron2" else FIRST) for name in TINY],
+    ids=list(TINY),
+)
+"""With all stages of one of them."""
+
+
 @needs_looks
-@pytest.mark.parametrize("name", list(TINY))
-def test_export(name):
+@every_dialect
+def test_export(name, out_features):
     """torch.export with a free batch and image size."""
-    model = random_model(TINY[name]).eval()
+    model = random_model(TINY[name], out_features=out_features).eval()
     batch, height, width = (torch.export.Dim(d) for d in ("batch", "height", "width"))
     program = torch.export.export(
         model,
@@ -252,13 +260,13 @@ def test_export(name):
 
 
 @needs_looks
-@pytest.mark.parametrize("name", list(TINY))
-def test_onnx(name, tmp_path):
+@every_dialect
+def test_onnx(name, out_features, tmp_path):
     """The exported file, run by onnxruntime, gives the features."""
     onnxruntime = pytest.importorskip("onnxruntime", exc_type=Exception)
     for package in ("onnx", "onnxscript"):
         pytest.importorskip(package, reason=f"the export takes {package}")
-    model = random_model(TINY[name]).eval()
+    model = random_model(TINY[name], out_features=out_features).eval()
     path = tmp_path / "vovnet.onnx"
     torch.onnx.export(
         model,

@@ -15,7 +15,7 @@ from tests import straight_line
 from tests.features import HALF
 from tests.fused import fused, needs_traces
 from tests.processes import run_two
-from tests.tiny import TINY
+from tests.tiny import FIRST, TINY
 from vovnet_fast import VoVNet, backends, compat, ops
 from vovnet_fast.compat import zip
 from vovnet_fast.network.blocks import OSABlock
@@ -397,7 +397,7 @@ def test_deterministic_algorithms(monkeypatch):
 def test_compiles_without_a_graph_break(name, mode):
     """Forward and backward."""
     torch._dynamo.reset()  # A process may compile so many variants of forward only.
-    eager = network(name, **MODES[mode])
+    eager = network(name, out_features=FIRST, **MODES[mode])
     ours = copy.deepcopy(eager)
     x = images(2, 3, 40, 40)
     step(eager, x, through_ops=False)

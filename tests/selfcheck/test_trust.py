@@ -14,7 +14,7 @@ import torch
 from tests.features import needs_looks
 from tests.fused import needs_traces
 from tests.stand_in import forget, stand_in
-from tests.tiny import TINY
+from tests.tiny import FIRST, TINY
 from vovnet_fast import VoVNet, backends, selfcheck, tuning
 from vovnet_fast.backends import _extension, reference
 from vovnet_fast.compat import zip
@@ -337,7 +337,8 @@ def test_the_decision_is_made_before_a_graph_is_traced(fake, checks, right, capl
 
 @needs_traces
 def test_a_network_compiles_without_a_graph_break(fake, checks):
-    model, x = VoVNet(TINY["detectron2"]).eval(), torch.randn(1, 3, 40, 40)
+    model = VoVNet(TINY["detectron2"], out_features=FIRST).eval()
+    x = torch.randn(1, 3, 40, 40)
     with torch.no_grad():
         with backends.use_backend("reference"):
             expected = model(x)
@@ -359,7 +360,8 @@ def test_a_training_step_compiles_without_a_graph_break(fake, checks):
 @needs_looks
 @torch.no_grad()
 def test_exported_graphs_are_those_of_plain_modules(fake, checks):
-    model, x = VoVNet(TINY["detectron2"]).eval(), torch.randn(1, 3, 64, 64)
+    model = VoVNet(TINY["detectron2"], out_features=FIRST).eval()
+    x = torch.randn(1, 3, 64, 64)
     for strict in (False, True):
         program = torch.export.export(model, (x,), strict=strict)
         assert "vovnet_fast." not in str(program.graph)
