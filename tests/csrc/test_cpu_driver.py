@@ -58,7 +58,7 @@ def compiled(found):
 
 def linked(program, folder, objects, *options):
     """The driver, with these objects."""
-    words = [program, "-std=c++17", "-fopenmp", "-Wall", "-Wextra", "-Werror", *options]
+    words = [program, "-O1", "-std=c++17", "-fopenmp", "-Wall", "-Wextra", "-Werror", *options]
     target = folder / "cpu_driver"
     run(*words, *DRIVER, *objects, "-o", target)
     return target
@@ -71,8 +71,12 @@ def installed():
     for folder in sorted(ROOT.glob("build/temp.*/csrc/cpu")):
         objects = sorted(folder.glob("*.o"))
         names = {path.name.split(".")[0] for path in objects}
-        complete = names >= {path.stem for path in (ROOT / "csrc/cpu").glob("*.cpp")}
-        if complete and min(path.stat().st_mtime for path in objects) > newest:
+        needed = {path.stem for path in (ROOT / "csrc/cpu").glob("*.cpp")}
+        # Not every compiler knows AMX.
+        if (
+            names >= needed - {"conv_amx_kernels"}
+            and min(path.stat().st_mtime for path in objects) > newest
+        ):
             return objects
     return []
 
@@ -101,7 +105,9 @@ def aarch64(monkeypatch):
 
 def verdict(*words):
     """The exit status, all that was printed, and how much was compared, and was wrong."""
-    done = subprocess.run([str(word) for word in words], capture_output=True, text=True)
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}  # Other tests run beside it.
+    words = [str(word) for word in words]
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
     counts = re.search(r"^compared (\d+), wrong (\d+)$", done.stdout, re.MULTILINE)
     assert counts, done.stdout[-2000:] + done.stderr[-2000:]
     return done.returncode, done.stdout, int(counts[1]), int(counts[2])
@@ -137,7 +143,7 @@ def test_every_op_is_right_on_aarch64(aarch64, tmp_path):
     emulator = tool("qemu-aarch64")
     objects = compiled(steps(tmp_path))
     # Statically: the emulated program then finds no library missing.
-    driver = linked(tool(f"{CROSS}g++"), tmp_path, objects, "-O1", "-static", "-Wl,--no-warnings")
+    driver = linked(tool(f"{CROSS}g++"), tmp_path, objects, "-static", "-Wl,--no-warnings")
     status, said, compared, wrong = verdict(emulator, driver)
     assert (status, wrong) == (0, 0), said[-3000:]
     assert compared > 4000  # With the convolutions.
