@@ -32,6 +32,10 @@ def interpreted() -> bool:
     return bool(_knobs.runtime.interpret)
 
 
+if interpreted() and VERSION < (3, 6):
+    TensorDescriptor = None  # The interpreter takes the strides of a descriptor for bytes.
+
+
 def packed(
     kernel: Any, backend: Any, binder: Any, arguments: dict[str, Any], options: dict[str, int]
 ) -> tuple[dict[str, str], dict[Any, Any], Any]:

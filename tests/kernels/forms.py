@@ -11,7 +11,7 @@ def why_not(config, device):
     if config.form == "pointer":
         return None
     if TensorDescriptor is None:
-        return "this Triton has no bulk copies that a launch describes"
+        return "this Triton, or its interpreter, has no bulk copies that a launch describes"
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (9, 0):
         return "bulk copies need sm_90"
     return None
