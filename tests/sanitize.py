@@ -60,7 +60,8 @@ def _library(name):
 def run(*words, folder=FOLDER):
     """Run tests with it; the exit status of pytest."""
     command = [sys.executable, "-m", "pytest", "-c", ROOT / "pyproject.toml", "--rootdir", folder]
-    command += ["-q", "-p", "no:cacheprovider", *words, "tests/backends/test_cpu_backend.py"]
+    files = [f"tests/backends/test_cpu_{name}.py" for name in ("backend", "fingerprint")]
+    command += ["-q", "-p", "no:cacheprovider", *words, *files]
     return subprocess.run(command, cwd=folder, env=environment(folder)).returncode
 
 

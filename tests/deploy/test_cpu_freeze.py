@@ -124,6 +124,14 @@ def test_what_is_not_finite_stays_so():
         assert found[1].isfinite().all()
 
 
+def test_images_that_stand_for_their_negative():
+    frozen = freeze(network("depthwise"))
+    x = torch.randn(1, 3, 40, 40).contiguous(memory_format=torch.channels_last)
+    expected = run(frozen, x)
+    for _ in range(4):
+        assert all(map(torch.equal, run(frozen, torch._neg_view(-x)), expected))
+
+
 @pytest.mark.versions
 @needs_traces
 def test_compiles_without_a_graph_break():

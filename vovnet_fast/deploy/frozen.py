@@ -303,7 +303,7 @@ class FrozenVoVNet(AllOrNothing):
 
     def _image(self, x: Tensor, memory: Memory) -> Tensor:
         """``x`` as a backend takes it: converted, where it has another dtype or layout."""
-        view = x.permute(0, 2, 3, 1)
+        view = x.resolve_neg().permute(0, 2, 3, 1)
         if x.dtype == self.dtype and (x.shape[1] == 1 or view.stride(3) == 1):
             return view
         return memory.scratch("image", self.weight_0, *view.shape).copy_(view)

@@ -73,6 +73,7 @@ class Form(NamedTuple):
             x: ``[N, C, H, W]``, with elements.
             again: the shape has come before, and is worth an arena.
         """
+        x = x.resolve_neg()
         if not again:
             found = run(cpu, _checks.nhwc(x.to(self.dtype)), self.params, self.out_features)
             return [_checks.nchw(feature) for feature in found]
