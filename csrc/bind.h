@@ -206,17 +206,16 @@ inline void bind_cpu_conv(py::module_ m) {
 // `conv_weight_grad(threads, **fields)`, where there is one.
 inline void bind_cpu_conv_weight_grad(py::module_ m) {
   m.def("has_conv_weight_grad", &cpu::has_conv_weight_grad);
-  m.def("conv_weight_grad_parts",
-        [](int64_t n, int64_t out_height, int64_t out_width, int64_t c_in, int64_t c_out,
-           int64_t kernel, int64_t stride) {
-          checks::extent("n", n);
-          checks::extent("out_height", out_height);
-          checks::extent("out_width", out_width);
-          checks::filter_extents(c_out, kernel, c_in);
-          checks::choice("stride", stride, {1, 2});
-          checks::count("x", {n, out_height, out_width, c_in});
-          return cpu::conv_weight_grad_parts(n, out_height, out_width, c_in, c_out, kernel, stride);
-        });
+  m.def("conv_weight_grad_parts", [](int64_t n, int64_t out_height, int64_t out_width, int64_t c_in,
+                                     int64_t c_out, int64_t kernel, int64_t stride) {
+    checks::extent("n", n);
+    checks::extent("out_height", out_height);
+    checks::extent("out_width", out_width);
+    checks::filter_extents(c_out, kernel, c_in);
+    checks::choice("stride", stride, {1, 2});
+    checks::count("x", {n, out_height, out_width, c_in});
+    return cpu::conv_weight_grad_parts(n, out_height, out_width, c_in, c_out, kernel, stride);
+  });
   m.def("conv_weight_grad", [](int threads, const py::kwargs& fields) {
     run<ConvWeightGradParams>("conv_weight_grad", fields, threads, &cpu::conv_weight_grad);
   });

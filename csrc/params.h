@@ -81,7 +81,7 @@ struct ConvWeightGradParams {
   void* partials;  // [parts, C_out, K, K, C_in] fp32, scratch; not used where parts is 1
   void* out;       // [C_out, K, K, C_in] packed, fp32
   int64_t n, height, width, out_height, out_width, c_in, c_out;
-  int64_t parts;  // of all pixels, from conv_weight_grad_parts
+  int64_t parts;                  // of all pixels, from conv_weight_grad_parts
   int32_t kernel, stride, dtype;  // kernel: 1 or 3, stride: 1 or 2
 };
 

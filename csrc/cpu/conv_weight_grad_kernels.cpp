@@ -55,8 +55,8 @@ void multiply_block(const Block& block) {
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
           const char* chunk = x + v / kPerChunk * block.chunk_step;
-          pixel[v] = load(
-              reinterpret_cast<const float*>(chunk) + v % kPerChunk * kLanes<float>, Full{});
+          pixel[v] =
+              load(reinterpret_cast<const float*>(chunk) + v % kPerChunk * kLanes<float>, Full{});
         }
 #pragma GCC unroll 16
         for (int i = 0; i < kRows; ++i) {
@@ -69,9 +69,8 @@ void multiply_block(const Block& block) {
       }
     }
   }
-  const auto put = [&](float* to, Vector<float> y, auto span) VF_LAMBDA {
-    store(to, block.add ? y + load(to, span) : y, span);
-  };
+  const auto put = [&](float* to, Vector<float> y, auto span)
+                       VF_LAMBDA { store(to, block.add ? y + load(to, span) : y, span); };
   const bool full = block.channels >= kChunks * 16;
 #pragma GCC unroll 16
   for (int i = 0; i < kRows; ++i) {
@@ -134,6 +133,12 @@ struct Task {
   int64_t first_strip, last_strip, first_chunk, last_chunk, first_tile, last_tile;
 };
 
+// Chunks that are gathered before they are multiplied: they stay in an L2 cache, beside g.
+VF_HD int64_t chunks_at_once(const conv::Plan& plan) {
+  constexpr int64_t kAtOnce = 8;
+  return plan.unfolded ? plan.chunks : least(plan.chunks, kAtOnce);
+}
+
 // Images, and output rows of each.
 struct Strip {
   int64_t image, images, row, rows;
@@ -153,7 +158,8 @@ void gather_gradient(const ConvWeightGradParams& p, const Task& task, const Stri
                      float* to) {
   constexpr int64_t kGroup = 8;  // So many streams to read.
   const Tiles tiles(p.c_out);
-  const int64_t pixels = strip.images * strip.rows * p.out_width, from = tiles.first(task.first_tile);
+  const int64_t pixels = strip.images * strip.rows * p.out_width;
+  const int64_t from = tiles.first(task.first_tile);
   for (int64_t row = 0; row < strip.images * strip.rows; ++row) {
     const Pixel first{strip.row + row % strip.rows, 0};
     const T* g = at<const T>(p.g, strip.image + row / strip.rows, first);
@@ -228,32 +234,42 @@ void multiply_strip(const conv::PixelPlan& plan, const Task& task, const Tiles& 
   }
 }
 
+// x as the input of a convolution, some of its chunks alone. Unfolded, they are all of its taps.
+template <class T>
+ConvParams input_of(const ConvWeightGradParams& p, const conv::Plan& plan, int64_t first_chunk) {
+  ConvParams input{};
+  const int64_t channel = first_chunk * 16;
+  input.x = p.x;
+  input.x.data = static_cast<T*>(p.x.data) + channel;
+  input.height = p.height;
+  input.width = p.width;
+  input.c_in = plan.unfolded ? p.c_in : least(plan.chunks * 16, p.c_in - channel);
+  input.kernel = p.kernel;
+  input.stride = p.stride;
+  return input;
+}
+
 template <class T>
 void run_task(const ConvWeightGradParams& p, const conv::PixelPlan& whole, const Task& task,
               char* memory, float* out) {
   const Tiles tiles(p.c_out);
-  conv::PixelPlan plan = whole;
-  plan.input.chunks = task.last_chunk - task.first_chunk;
-  // x as the input of a convolution, from the task's first channel on.
-  ConvParams x{};
-  const int64_t channel = task.first_chunk * 16;
-  x.x = p.x;
-  x.x.data = static_cast<T*>(p.x.data) + channel;
-  x.height = p.height;
-  x.width = p.width;
-  x.c_in = plan.input.unfolded ? p.c_in : least(task.last_chunk * 16, p.c_in) - channel;
-  x.kernel = p.kernel;
-  x.stride = p.stride;
-  auto* gradient =
-      reinterpret_cast<float*>(memory + plan.input.chunks * plan.input.pixels * kChunkBytes);
+  const int64_t group = chunks_at_once(whole.input);
+  auto* gradient = reinterpret_cast<float*>(memory + group * whole.input.pixels * kChunkBytes);
   for (int64_t i = task.first_strip; i < task.last_strip; ++i) {
-    const int64_t image = i / plan.row_strips * plan.images, row = i % plan.row_strips * plan.rows;
-    const Strip strip{image, least(plan.images, p.n - image), row,
-                      least(plan.rows, p.out_height - row)};
-    gather_input<T>(x, plan, strip, memory);
+    const int64_t image = i / whole.row_strips * whole.images;
+    const int64_t row = i % whole.row_strips * whole.rows;
+    const Strip strip{image, least(whole.images, p.n - image), row,
+                      least(whole.rows, p.out_height - row)};
     gather_gradient<T>(p, task, strip, gradient);
     const Gathered from{memory, gradient, strip.images * strip.rows * p.out_width};
-    multiply_strip(plan, task, tiles, strip, p.out_width, from, out, i == task.first_strip);
+    Task some = task;
+    for (; some.first_chunk < task.last_chunk; some.first_chunk = some.last_chunk) {
+      some.last_chunk = least(some.first_chunk + group, task.last_chunk);
+      conv::PixelPlan plan = whole;
+      plan.input.chunks = some.last_chunk - some.first_chunk;
+      gather_input<T>(input_of<T>(p, plan.input, some.first_chunk), plan, strip, memory);
+      multiply_strip(plan, some, tiles, strip, p.out_width, from, out, i == task.first_strip);
+    }
   }
 }
 
@@ -263,13 +279,12 @@ void run_weight_grad(const ConvWeightGradParams& p, int threads) {
   auto* partials = static_cast<float*>(p.partials);
   const int64_t size = p.c_out * p.kernel * p.kernel * p.c_in;
   if (p.n * p.out_height * p.out_width == 0) return zero(out, size);
-  const auto plan = conv::divide_pixels(
-      {p.out_height, p.out_width, p.c_in, p.c_out, p.kernel, p.stride}, p.n);
+  const auto plan =
+      conv::divide_pixels({p.out_height, p.out_width, p.c_in, p.c_out, p.kernel, p.stride}, p.n);
   const Tiles tiles(p.c_out);
   const auto ranges = conv::divide_outputs(plan.input, tiles.count, ceil_div(threads, plan.parts));
-  const int64_t chunks = ceil_div(plan.input.chunks, ranges.chunks);
   const int64_t channels = (ceil_div(tiles.count, ranges.tiles) + 1) * kMostRows;
-  const int64_t bytes = chunks * plan.input.pixels * kChunkBytes +
+  const int64_t bytes = chunks_at_once(plan.input) * plan.input.pixels * kChunkBytes +
                         channels * plan.images * plan.rows * p.out_width * 4;
   bool failed = false;
 #pragma omp parallel num_threads(threads) reduction(|| : failed)
@@ -280,7 +295,8 @@ void run_weight_grad(const ConvWeightGradParams& p, int threads) {
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < plan.parts * ranges.chunks * ranges.tiles; ++i) {
       if (failed) continue;
-      const int64_t part = i / ranges.chunks / ranges.tiles, range = i / ranges.tiles % ranges.chunks;
+      const int64_t part = i / ranges.chunks / ranges.tiles,
+                    range = i / ranges.tiles % ranges.chunks;
       const int64_t tile = i % ranges.tiles;
       const Task task{plan.strips * part / plan.parts,
                       plan.strips * (part + 1) / plan.parts,

@@ -3,10 +3,10 @@
 // Both operands have their pixels side by side, and the gradient of a weight is the sum over pixels
 // of an outer product: of some output channels of g, and a chunk of 16 channels of x at one tap.
 // Pixels are divided into strips: a few rows, or a few small images. Of a strip x is gathered as
-// conv_plan.h says, with its padding, and g in tiles, [C_out / tile][pixel][tile]. A chunk of x
-// stays in the L1 cache while all tiles and taps are multiplied with it. The sums of a strip are
-// complete in registers before they are added to those of the strips before, which keeps them
-// exact.
+// conv_plan.h says, with its padding, a few chunks at a time, and g in tiles,
+// [C_out / tile][pixel][tile]. A chunk of x stays in the L1 cache while all tiles and taps are
+// multiplied with it. The sums of a strip are complete in registers before they are added to those
+// of the strips before, which keeps them exact.
 //
 // Threads take ranges of chunks and tiles, each with the sums of all strips in their order. Where
 // there are few of them, and where pixels are unfolded, which takes a while, strips are divided

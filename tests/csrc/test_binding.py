@@ -18,7 +18,7 @@ import torch
 from tests.extension_cases import CASES, Tensors, require
 from vovnet_fast.backends import _extension
 from vovnet_fast.backends._extension import halves
-from vovnet_fast.backends.cpu import convolution
+from vovnet_fast.backends.cpu import convolution, weight_grad
 
 CPU = torch.device("cpu")
 REFUSALS = (TypeError, ValueError, OverflowError)
@@ -35,6 +35,10 @@ CODES = {"dtype", "kind", "relu", "stride", "pad"}
 SIZES = {"n", "c", "c_in", "c_out", "add_c", "mask_c", "kernel", "tiles", "num_pixels"}
 SIZES |= {"height", "width", "out_height", "out_width", "parts", "groups"}
 SIZES |= {"stride_o", "stride_h", "stride_w", "stride_i"}
+
+OF_SIZES = {"conv_parts", "conv_pack_bytes", "conv_weight_grad_parts"}
+OF_SIZES |= {"reduction_parts", "merge_groups"}
+"""Functions of sizes alone."""
 
 
 # --------------------------------------------------------------------------------------
@@ -87,9 +91,9 @@ class Spoiling:
 
     def __getattr__(self, name):
         found = getattr(self._half, name)
-        if name in ("conv_parts", "conv_pack_bytes", "reduction_parts", "merge_groups"):
+        if name in OF_SIZES:
             return lambda *given: self._sizes(name, found, given)
-        if name == "conv_engines":
+        if name in ("conv_engines", "has_conv_weight_grad"):
             return found
         return lambda *given, **fields: self._fields(name, found, given, fields)
 
@@ -175,6 +179,12 @@ def fuzz(seed, path):
                 for _ in range(8):
                     convolution.run_engine(engine, x, weight, scale, scale, out, **options)
                     convolution.forget([weight])
+    if spoiling.has_conv_weight_grad():
+        for kernel in (1, 3):
+            for dtype in (torch.float32, torch.bfloat16):
+                for c_in in (3, 40):  # In parts, and not.
+                    x, g = (torch.rand(1, 20, 25, c, dtype=dtype) for c in (c_in, 112))
+                    weight_grad.sums(x, g, kernel)
     bound = {name for name in dir(half) if not name.startswith("_") and name not in OTHERS}
     if not spoiling.conv_engines():
         bound = {name for name in bound if not name.startswith("conv")}
@@ -183,7 +193,15 @@ def fuzz(seed, path):
     assert all(spoiling.refused[name] > 20 for name in bound), spoiling.refused
 
 
-OTHERS = {"Recording", "fingerprint", "isa", "isas", "use_isa", "conv_engines"}
+OTHERS = {
+    "Recording",
+    "conv_engines",
+    "fingerprint",
+    "has_conv_weight_grad",
+    "isa",
+    "isas",
+    "use_isa",
+}
 """Bound too: what has no arguments that matter, and what has its own tests."""
 
 

@@ -17,8 +17,9 @@ from .._extension.fields import DTYPES, pointer, view
 def preferred(dtype: torch.dtype, kernel: int, c_in: int) -> bool:
     """Whether the extension's own is taken for a layer, where it has one.
 
-    It was faster than oneDNN's at every layer of V-39 that was measured, in each dtype that it
-    takes.
+    On a processor with AVX2, at all layers of V-39 with two images of 256x256, ATen's took 1.5 to
+    5 times as long for 3x3 in fp32, 0.94 to 1.2 times as long for 1x1, 2.5 to 5 times in bf16, and
+    14 to 17 in fp16.
     """
     return dtype != torch.float64
 

@@ -1,0 +1,207 @@
+"""The extension's own weight gradients of convolutions on a CPU, and their choice."""
+
+import pytest
+import torch
+
+from tests import extension_cases
+from tests.backends.test_cpu_backend import threads
+from tests.extension_cases import Tensors, require
+from vovnet_fast.backends import _aten, _extension, cpu, reference
+from vovnet_fast.backends.cpu import weight_grad
+from vovnet_fast.selfcheck import calls, cases
+
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+LAYERS = [
+    calls.Layer(1, 1, 1, (1, 1, 1)),
+    calls.Layer(1, 33, 24, (2, 17, 31)),
+    calls.Layer(1, 150, 70, (2, 20, 13)),  # Several groups of chunks, the last one smaller.
+    calls.Layer(1, 16, 7, (5, 4, 4), 2),
+    calls.Layer(3, 3, 5, (1, 1, 1)),
+    calls.Layer(3, 3, 64, (1, 41, 47), 2),  # Unfolded, in parts.
+    calls.Layer(3, 5, 17, (2, 1, 9)),
+    calls.Layer(3, 4, 16, (2, 9, 1), 2),
+    calls.Layer(3, 40, 80, (2, 13, 11), 2),
+    calls.Layer(3, 33, 50, (1, 1, 64), 2),
+    calls.Layer(3, 70, 112, (1, 23, 37)),
+    calls.Layer(3, 48, 56, (7, 8, 8)),  # Several images in a strip, the last strip with fewer.
+    calls.Layer(3, 20, 6, (1, 3, 600)),  # Rows wider than a strip.
+    calls.Layer(3, 20, 13, (1, 4, 601), 2),
+]
+
+
+def _isas():
+    if _extension.why_not("cpu") is not None:
+        return ["baseline"]  # Which _built skips.
+    extension = _extension.load("cpu")
+    best, found = extension.isa(), []
+    for isa in extension.isas():
+        extension.use_isa(isa)
+        found += [isa] if extension.has_conv_weight_grad() else []
+    extension.use_isa(best)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _built():
+    require("cpu")
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=_isas())
+def isa(request):
+    """One of the instruction sets that have it, in use."""
+    extension = _extension.load("cpu")
+    best = extension.isa()
+    extension.use_isa(request.param)
+    yield request.param
+    extension.use_isa(best)
+
+
+@pytest.fixture
+def baseline():
+    """The instruction set that has none."""
+    extension = _extension.load("cpu")
+    best = extension.isa()
+    extension.use_isa("baseline")
+    yield
+    extension.use_isa(best)
+
+
+@pytest.fixture
+def aten(monkeypatch):
+    """Shapes of the weights whose gradients ATen is asked for."""
+    found, run = [], _aten.weight_grad
+
+    def note(x, g, weight, *, stride):
+        found.append(tuple(weight.shape))
+        return run(x, g, weight, stride=stride)
+
+    monkeypatch.setattr(_aten, "weight_grad", note)
+    return found
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@torch.no_grad()
+def test_against_fp64(isa, aten, dtype):
+    """From slots surrounded by NaN, crops, and odd offsets and strides."""
+    for scaled in (False, True):
+        for case in cases.of_layers(calls.conv_weight_grad, *LAYERS, scaled=scaled):
+            for layout in Tensors.LAYOUTS:
+                wrong = extension_cases.check(case, cpu, dtype, CPU, layout)
+                assert wrong is None, f"{case.words}, {layout}: {wrong}"
+    assert not aten
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_sums_of_half_precision_are_not_rounded(isa, kernel):
+    """A thousand times closer than the dtype's own rounding, over several strips."""
+    for dtype in (torch.float16, torch.bfloat16):
+        x, g = (torch.randn(2, 30, 40, c).to(dtype) for c in (20, 24))
+        found = weight_grad.sums(x, g, kernel)
+        weight = torch.empty(24, kernel, kernel, 20, dtype=torch.float64)
+        exact, _, _ = reference.conv_weight_grad(x.double(), g.double(), weight, None)
+        assert found.dtype == torch.float32
+        assert (found - exact).abs().max() < torch.finfo(dtype).eps / 1000 * exact.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("kernel", "c_in", "c_out", "size", "stride"),
+    [
+        (3, 3, 64, (2, 64, 64), 2),
+        (3, 8, 8, (2, 40, 40), 1),
+        (3, 64, 96, (2, 24, 24), 1),
+        (1, 320, 112, (2, 20, 20), 1),
+    ],
+)
+def test_the_number_of_threads_does_not_change_a_bit(isa, kernel, c_in, c_out, size, stride):
+    n, h, w = size
+    x, g = torch.randn(n, h, w, c_in), torch.randn(n, h // stride, w // stride, c_out)
+    with threads(1):
+        alone = weight_grad.sums(x, g, kernel, stride=stride)
+    for number in (2, 3, 4, 7):
+        with threads(number):
+            assert torch.equal(weight_grad.sums(x, g, kernel, stride=stride), alone)
+
+
+def test_partials_take_bounded_memory():
+    """However large the images are, and none where there are enough channels to share."""
+    extension = _extension.load("cpu")
+    for n, height, width in ((1, 1, 1), (2, 128, 128), (64, 800, 1344)):
+        for c_in, c_out, kernel in ((3, 64, 3), (16, 16, 3), (64, 48, 1), (128, 128, 3)):
+            parts = extension.conv_weight_grad_parts(n, height, width, c_in, c_out, kernel, 1)
+            assert 1 <= parts <= 16
+            assert parts == 1 or parts * c_out * kernel * kernel * c_in * 4 < 4 << 20
+    assert extension.conv_weight_grad_parts(64, 800, 1344, 128, 128, 3, 1) == 1
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_reaches_what_it_should(isa, value):
+    """The taps of one pixel; those that only the padding meets stay finite."""
+    for kernel in (1, 3):
+        for where in ("x", "g"):
+            x, g = torch.randn(1, 9, 20, 35), torch.randn(1, 9, 20, 17)
+            (x if where == "x" else g)[0, 0, 19, 3] = value
+            found = weight_grad.sums(x, g, kernel)
+            weight = torch.empty(17, kernel, kernel, 35)
+            expected, _, _ = reference.conv_weight_grad(x, g, weight, None)
+            assert torch.equal(found.isfinite(), expected.isfinite())
+            assert not found.isfinite().all()
+
+
+def test_expanded_gradients(isa):
+    """That of a sum has stride 0 everywhere but along the channels."""
+    for kernel in (1, 3):
+        x = torch.randn(2, 6, 8, 12)
+        g = torch.randn(1, 1, 1, 9).expand(2, 6, 8, 9)
+        packed = weight_grad.sums(x, g.contiguous(), kernel)
+        assert torch.equal(weight_grad.sums(x, g, kernel), packed)
+
+
+def test_empty(isa):
+    for dtype in DTYPES:
+        for shape in ((0, 5, 7), (2, 0, 7)):
+            x, g = (torch.empty(*shape, c, dtype=dtype) for c in (16, 8))
+            weight, scale = torch.ones(8, 3, 3, 16, dtype=dtype), torch.ones(8)
+            for grad in cpu.conv_weight_grad(x, g, weight, scale):
+                assert not grad.any()
+            found = weight_grad.sums(x, g, 3)
+            assert found.shape == (8, 3, 3, 16)
+            assert not found.any()
+
+
+def test_fp64_is_left_to_aten(isa, aten):
+    x, g = (torch.randn(1, 4, 5, c, dtype=torch.float64) for c in (3, 7))
+    dw, _, _ = cpu.conv_weight_grad(x, g, torch.empty(7, 3, 3, 3, dtype=torch.float64), None)
+    assert aten == [(7, 3, 3, 3)]
+    assert dw.dtype == torch.float64
+    with pytest.raises(ValueError, match="no kernel for the dtype with code 3"):
+        weight_grad.sums(x, g, 3)
+
+
+def test_without_vectors_it_is_left_to_aten(baseline, aten):
+    x, g = torch.randn(1, 4, 5, 3), torch.randn(1, 4, 5, 7)
+    cpu.conv_weight_grad(x, g, torch.empty(7, 3, 3, 3), None)
+    assert aten == [(7, 3, 3, 3)]
+    with pytest.raises(ValueError, match=r"weight gradients .* run on instruction set baseline"):
+        weight_grad.sums(x, g, 3)
+
+
+def test_what_is_not_preferred_is_left_to_aten(isa, aten, monkeypatch):
+    monkeypatch.setattr(weight_grad, "preferred", lambda *_: False)
+    x, g = torch.randn(1, 4, 5, 3), torch.randn(1, 4, 5, 7)
+    cpu.conv_weight_grad(x, g, torch.empty(7, 3, 3, 3), None)
+    assert aten == [(7, 3, 3, 3)]
+
+
+def test_what_does_not_fit_is_refused(isa):
+    x, g = torch.randn(1, 4, 5, 6), torch.randn(1, 4, 5, 7)
+    with pytest.raises(AssertionError, match=r"g must have shape \(1, 2, 3, 7\)"):
+        weight_grad.sums(x, g, 3, stride=2)
+    with pytest.raises(AssertionError, match=r"g must be torch.float32"):
+        weight_grad.sums(x, g.half(), 3)
+    with pytest.raises(AssertionError, match="x must have channel stride 1"):
+        weight_grad.sums(x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2), g, 3)
+    with pytest.raises(ValueError, match="kernel must be one of 1, 3, got 5"):
+        weight_grad.sums(x, g, 5)
