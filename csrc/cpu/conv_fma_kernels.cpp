@@ -4,6 +4,9 @@
 #include <utility>
 
 #include "conv_strips.h"
+#ifndef __aarch64__
+#include "fma.h"
+#endif
 
 namespace vovnet_fast {
 inline namespace VF_ISA {
@@ -60,23 +63,6 @@ VF_HD void multiply_chunk(const float* pixels, const char* weight, int64_t,
 }
 
 #else
-
-VF_HD Vector<float> same(float x) {
-#ifdef __AVX512F__
-  return _mm512_set1_ps(x);
-#else
-  return _mm256_set1_ps(x);
-#endif
-}
-
-// One instruction, whether or not the compiler may contract products and sums.
-VF_HD Vector<float> multiply_add(Vector<float> x, Vector<float> y, Vector<float> z) {
-#ifdef __AVX512F__
-  return _mm512_fmadd_ps(x, y, z);
-#else
-  return _mm256_fmadd_ps(x, y, z);
-#endif
-}
 
 // One chunk of a block, and the tiles of its weights.
 template <int kPixels, int kVectors>
