@@ -2,13 +2,15 @@
 
 Who takes part, with which settings, says :mod:`benchmarks.peers`. All are built first, and then
 run one after the other in every round, so that what slows the machine down meets all alike;
-what counts are the ratios to eager, of the times of one round. ``--out results`` writes
-``results.json``, with versions, processor and commit, and ``results.md``.
+what counts are the ratios to eager, of the times of one round. ``--not-frozen`` and ``--train``
+measure instead what users have who freeze nothing (:mod:`benchmarks.unfrozen`). ``--out results``
+writes ``results.json``, with versions, processor and commit, and ``results.md``.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +32,7 @@ from vovnet_fast.tools.bench.stopwatch import (
     spread,
 )
 
+from . import unfrozen
 from .peers import EAGER, PEERS, Case, Missing, Peer
 
 CPU = torch.device("cpu")
@@ -41,27 +44,78 @@ Row = dict[str, Any]
 def main() -> None:
     options = _parser().parse_args()
     torch.set_num_threads(options.threads)
-    rows: list[Row] = []
-    with torch.inference_mode(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Exporters and compilers have much to say.
-        for dtype in options.dtypes:
-            size = (1, options.size, options.size)
-            case = Case(options.spec, size, DTYPES[dtype], CPU)
-            rows += _measure(case, options.peers, options.rounds)
+    sizes = options.sizes or ([64, 224] if options.not_frozen or options.train else [320])
+    if options.not_frozen or options.train:
+        rows = _not_frozen(options, sizes)
+        text = "\n".join(unfrozen.table(rows))
+    else:
+        rows, texts = [], []
+        for spec, size in itertools.product(options.spec, sizes):
+            found = _frozen(options, spec, size)
+            rows += found
+            texts += _table(spec, size, found)
+        text = "\n".join(texts)
     about = {**provenance.collect(CPU), "threads": options.threads, "rounds": options.rounds}
-    text = "\n".join(_table(options.spec, options.size, rows, about))
+    text = "\n".join([text, "", *_about_run(about)])
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         content = json.dumps({"provenance": about, "rows": rows}, indent=1)
-        options.out.with_suffix(".json").write_text(content + "\n")
-        options.out.with_suffix(".md").write_text(text + "\n")
+        options.out.with_suffix(".json").write_text(content + "\n", encoding="utf-8")
+        options.out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
+
+
+def _frozen(options: argparse.Namespace, spec: str, size: int) -> list[Row]:
+    """Rows of one architecture by every peer."""
+    rows: list[Row] = []
+    with torch.inference_mode(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Exporters and compilers have much to say.
+        for dtype in options.dtypes:
+            case = Case(spec, (1, size, size), DTYPES[dtype], CPU)
+            rows += [
+                {**row, "spec": spec, "size": size}
+                for row in _measure(case, options.peers, options.rounds)
+            ]
+    return rows
+
+
+def _not_frozen(options: argparse.Namespace, sizes: Sequence[int]) -> list[Row]:
+    """Rows of networks that are not frozen."""
+    dtypes = [DTYPES[name] for name in options.dtypes]
+    modes = [train for train in (False, True) if (options.train if train else options.not_frozen)]
+    found = [
+        kind for train in modes for kind in unfrozen.kinds(options.spec, sizes, dtypes, train=train)
+    ]
+    rows: list[Row] = []
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("", total=len(found))
+        for kind in found:
+            bar.update(task, description=str(kind))
+            rows += unfrozen.measure(kind, options.rounds, options.seconds, lambda _: None)
+            bar.advance(task)
+    return rows
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--spec", default="V-39-eSE", help="architecture (%(default)s)")
-    parser.add_argument("--size", type=int, default=320, help="of the square image (%(default)s)")
+    parser.add_argument(
+        "--spec", nargs="+", default=["V-39-eSE"], help="architectures (%(default)s)"
+    )
+    parser.add_argument(
+        "--sizes", "--size", nargs="+", type=int, metavar="SIZE",
+        help="of the square images (320; 64 and 224 of what is not frozen)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--not-frozen", action="store_true",
+        help="inference of networks that are not frozen, against plain PyTorch in both layouts",
+    )  # fmt: skip
+    parser.add_argument(
+        "--train", action="store_true", help="training steps of two images, likewise"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=60.0,
+        help="for each of these, after which no further round begins (%(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="(%(default)s)"
     )
@@ -133,7 +187,7 @@ def _about(name: str, peer: Peer, case: Case) -> Row:
     return {"peer": name, "settings": peer.settings, "dtype": dtype}
 
 
-def _table(spec: str, size: int, rows: Sequence[Row], about: dict[str, Any]) -> Iterator[str]:
+def _table(spec: str, size: int, rows: Sequence[Row]) -> Iterator[str]:
     yield f"# {spec} on one {size}x{size} image"
     yield ""
     yield "Ratios are eager's time over that of the row, medians of rounds run in turn, with"
@@ -152,7 +206,10 @@ def _table(spec: str, size: int, rows: Sequence[Row], about: dict[str, Any]) -> 
                 f"| {row['peer']} | {row['settings']} | {Interval.of(row).text()} | "
                 f"{row['ms']:.1f} | {row['ms_min']:.1f} | {distance} |"
             )
-    yield "\n## Where and with what\n"
+
+
+def _about_run(about: dict[str, Any]) -> Iterator[str]:
+    yield "## Where and with what\n"
     for name, value in about.items():
         yield f"* {name}: {value if not isinstance(value, list) else ' '.join(map(str, value))}"
 

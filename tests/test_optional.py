@@ -94,7 +94,7 @@ def test_a_table_has_the_reason(package):
     rows = cpu._measure(CASE, ["timm"], 6)
     assert [row["peer"] for row in rows] == ["eager", "timm"]
     assert "timm cannot be imported: RuntimeError" in "\n".join(
-        cpu._table(CASE.spec, 64, [{**row, "dtype": "fp32"} for row in rows], {})
+        cpu._table(CASE.spec, 64, [{**row, "dtype": "fp32"} for row in rows])
     )
 
 

@@ -199,6 +199,18 @@ def test_under_autocast(steps):
     assert {feature.dtype for feature in features} == {torch.bfloat16}
 
 
+def test_a_network_that_cannot_be_copied_trains(caplog):
+    """As where a sharding has put views in the place of parameters."""
+    model = vovnet_fast.VoVNet(SPEC).train()
+    conv = model.stage3.OSA3_1.layers[0]._modules["OSA3_1_0/pw_conv1x1"]
+    weight = torch.nn.Parameter(conv.weight.detach())
+    del conv.weight
+    conv.weight = weight * 1.0  # Deep copies are refused: it is no leaf.
+    train(model, images())
+    assert weight.grad is not None
+    assert "not measured, and ops on large maps is taken" in caplog.text
+
+
 def test_a_candidate_that_fails_is_left_out(monkeypatch, caplog):
     def refuse(*args, **kwargs):
         raise RuntimeError("not today")

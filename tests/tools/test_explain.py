@@ -55,6 +55,16 @@ def test_why_not():
     assert why == "there are no kernels for devices of type meta"
 
 
+@pytest.mark.parametrize("options", [[], ["--train"]], ids=" ".join)
+def test_it_tells_of_other_ways_to_train(capsys, options):
+    require("cpu")
+    assert cli.main(["explain", SPEC, "1x64x64", "--device", "cpu", *options]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert (
+        "measured in three ways: ops, ops on large maps, which this is, and modules" in said
+    ) == (options == ["--train"])
+
+
 def test_the_command(capsys):
     require("cpu")
     assert cli.main(["explain", SPEC, "2x256x320", "--train", "--json"]) == 0

@@ -15,7 +15,7 @@ from rich.table import Table
 from torch import Tensor
 
 from .. import backends, specs, tuning
-from ..network import decision
+from ..network import decision, ways
 from ..network.decision import NO_BACKEND, Decision
 from ..network.model import STAGE_NAMES, VoVNet
 from ..ops.features import check_size, sizes
@@ -185,6 +185,13 @@ def run(args: argparse.Namespace) -> None:
     others = {n: r for n, r in backends.available_backends().items() if r is not None}
     for other, reason in others.items():
         console.print(f"{other} cannot run here: {reason}", markup=False)
+    if args.train and device.type == "cpu" and backends.chosen() == "auto":
+        console.print(
+            f"A training step of a kind that is new here is measured in three ways: {ways.OPS}, "
+            f"{ways.MIXED}, which this is, and {ways.MODULES}. The fastest runs from then on; "
+            f"{tuning.ENVIRONMENT}=0 measures nothing, and runs this one.",
+            markup=False,
+        )
     known = tuning.table().choices().get(tuning.machine(device), {})
     console.print(f"{len(known)} choices of engines are known for this machine")
 

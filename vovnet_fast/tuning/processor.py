@@ -48,7 +48,12 @@ def choose(
     if not tuning.enabled():
         return static
     _announce()
-    times = _measure(candidates, prepare())
+    try:
+        run = prepare()
+    except Exception as error:  # What cannot be tried can still be run.
+        _log.warning("not measured, and %s is taken: %s (%s)", static, error, problem)
+        return static
+    times = _measure(candidates, run)
     if not times:
         return static
     best = min(times, key=lambda name: times[name])

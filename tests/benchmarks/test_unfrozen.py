@@ -1,0 +1,56 @@
+"""Networks that are not frozen against plain PyTorch, by ``python -m benchmarks.cpu``."""
+
+import json
+import sys
+
+import pytest
+import torch
+
+from benchmarks import cpu, unfrozen
+from tests.extension_cases import require
+
+SPEC = "V-19-slim-dw-eSE"
+
+
+@pytest.fixture(autouse=True)
+def _built():
+    require("cpu")
+
+
+def test_the_command(monkeypatch, tmp_path, capsys):
+    out = tmp_path / "results"
+    arguments = f"--not-frozen --train --spec {SPEC} --sizes 32 --dtypes fp32 --rounds 5"
+    monkeypatch.setattr(
+        sys, "argv", ["cpu", *arguments.split(), "--threads", "1", "--out", str(out)]
+    )
+    cpu.main()
+    rows = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))["rows"]
+    plain_and_auto = {
+        f"{who}, {layout}" for who in ("plain", "auto") for layout in unfrozen.LAYOUTS
+    }
+    whats = list(dict.fromkeys(row["what"] for row in rows))
+    assert whats == [f"{SPEC}, 1x32x32, inference, float32", f"{SPEC}, 2x32x32, training, float32"]
+    for what, more in zip(whats, (set(), {"cpu, channels_last"})):
+        assert {row["who"] for row in rows if row["what"] == what} == plain_and_auto | more
+    for row in rows:  # The better plain one is compared with itself.
+        assert row["better"] in unfrozen.PLAIN
+        if row["who"] == row["better"]:
+            assert row["ratio_to_eager"] == 1
+    text = out.with_suffix(".md").read_text(encoding="utf-8")
+    worst = min(row["ratio_to_eager"] for row in rows if row["who"].startswith("auto"))
+    assert f"Least ratio over all rows of auto: {worst:.2f}" in text
+    assert text in capsys.readouterr().out + "\n"
+
+
+def test_what_is_better_is_found_by_the_median():
+    kind = unfrozen.Kind(SPEC, (1, 32, 32), torch.float32, False)
+    times = {"plain, NCHW": [1, 9, 3], "plain, channels_last": [2, 2, 9], "auto, NCHW": [4, 4, 4]}
+    row = unfrozen._row(kind, "auto, NCHW", times)
+    assert row["better"] == "plain, channels_last"
+    assert row["ratio_to_eager"] == 0.5
+    behind = {**row, "ratio_to_eager": 0.4}
+    assert (
+        unfrozen.least([row, behind, {**row, "who": "plain, NCHW", "ratio_to_eager": 0.1}])
+        is behind
+    )
+    assert unfrozen.least([]) is None
