@@ -69,7 +69,7 @@ def take(
         if key.startswith(prefix) and module in rename:
             reason = why_not_plain(value)
             if isinstance(value, Inert):
-                reason = f"is {value}: save a plain tensor, on the CPU"
+                reason = value.why_no_weight()
             if reason is not None:
                 raise CheckpointError(f"{key!r} {reason}")
             taken[f"{rename[module]}.{leaf}"] = value

@@ -46,6 +46,20 @@ class Inert:
     def __repr__(self) -> str:
         return f"<{self.name}, which was not made>"
 
+    def why_no_weight(self) -> str:
+        """What it is in the place of a weight, and what to do."""
+        for part, what, remedy in _NO_WEIGHTS:
+            if part in self.name:
+                return f"is {what}, expected a plain tensor: {remedy} it, and save it again"
+        return f"is {self}: save a plain tensor, on the CPU"
+
+
+_NO_WEIGHTS = (
+    ("rebuild_sparse", "a sparse tensor", "to_dense()"),
+    ("rebuild_qtensor", "a quantised tensor", "dequantize()"),
+)
+"""What a function of torch's makes, by a part of its name, and what makes a plain tensor of it."""
+
 
 class Storage(NamedTuple):
     """Memory in which tensors lie."""
