@@ -122,7 +122,7 @@ def fc_weight_grad_kernel(
         dbias += d
     mask = (oc < channels)[:, None] & (c < channels)[None, :]
     tl.store(dweight_ptr + oc[:, None] * channels + c[None, :], dweight, mask=mask)
-    tl.store(dbias_ptr + oc, dbias, mask=(oc < channels) & (tl.program_id(1) == 0))
+    tl.store(dbias_ptr + oc, dbias, mask=oc < tl.where(tl.program_id(1) == 0, channels, 0))
 
 
 @launched
