@@ -84,8 +84,10 @@ void check_gradient(Report& report, const std::string& engine, const ConvCase& t
       const int64_t out_w = w - tap % t.kernel + t.kernel / 2;
       if (out_h < 0 || out_h >= t.x.h || out_w < 0 || out_w >= t.x.w) continue;
       for (int64_t o = 0; o < t.c_out; ++o) {
-        const double y = rounded(dtype, weight.get((o * taps + tap) * t.x.c + c) * scale.get(o));
-        sum += g.at(n, out_h, out_w, o) * y;
+        // The product in fp32, as the weight is packed: in fp64 it might round the other way.
+        const float y = static_cast<float>(weight.get((o * taps + tap) * t.x.c + c)) *
+                        static_cast<float>(scale.get(o));
+        sum += g.at(n, out_h, out_w, o) * rounded(dtype, y);
       }
     }
     expected.push_back(masked >= 0 && mask.at(n, h, w, masked) <= 0 ? 0 : sum);
