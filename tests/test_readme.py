@@ -62,6 +62,22 @@ def test_ratios_on_a_cpu():
         assert f"| {' | '.join(cells)} |" in README
 
 
+def test_ratios_of_what_is_not_frozen():
+    """Every cell of the table has both layouts as they were measured; what is behind is in bold."""
+    found = newest("not-frozen.json")
+    assert found["provenance"]["dirty"] is False
+    assert f"at commit {found['provenance']['commit'][:8]}" in README
+    rows = {(row["what"], row["who"]): row["ratio_to_eager"] for row in found["rows"]}
+    for spec in ("V-39-eSE", "V-19-slim-eSE"):
+        cells = []
+        for what in ("1x{0}x{0}, inference", "2x{0}x{0}, training"):
+            for size in (64, 224):
+                kind = f"{spec}, {what.format(size)}, float32"
+                ratios = [rows[kind, f"auto, {layout}"] for layout in ("NCHW", "channels_last")]
+                cells.append(", ".join(f"{r:.2f}" if r > 0.97 else f"**{r:.2f}**" for r in ratios))
+        assert f"| {spec} | {' | '.join(cells)} |" in README
+
+
 def test_what_is_linked_is_there():
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), target
