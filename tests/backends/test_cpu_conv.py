@@ -128,7 +128,7 @@ GRADIENTS = [
 def test_gradients_of_inputs(chosen, options):
     """Added to what is in the slot, in place, and masked; of scaled, and of fp32 weights."""
     for case in cases.of_layers(calls.conv_input_grad, *FEW, **options):
-        for dtype in DTYPES[chosen]:
+        for dtype in compared(DTYPES[chosen]):
             wrong = extension_cases.check(case, cpu, dtype, CPU)
             assert wrong is None, f"{case.words}, {dtype}: {wrong}"
 
@@ -142,7 +142,7 @@ def test_gradients_of_the_concat(chosen, channels):
         for masked in {1, 7, channels, 48}:
             options = dict(added=added, masked=masked)
             for case in cases.of_layers(calls.concat_input_grad, layer, **options):
-                for dtype in DTYPES[chosen]:
+                for dtype in compared(DTYPES[chosen]):
                     for layout in Tensors.LAYOUTS:
                         wrong = extension_cases.check(case, cpu, dtype, CPU, layout)
                         assert wrong is None, f"{case.words}, {dtype}, {layout}: {wrong}"
@@ -152,7 +152,7 @@ def test_gradients_of_the_concat(chosen, channels):
 def test_outputs_with_statistics(chosen):
     strided = calls.Layer(3, 40, 80, (2, 13, 11), 2)
     for case in cases.of_layers(calls.conv_statistics, strided, *FEW):
-        for dtype in DTYPES[chosen]:
+        for dtype in compared(DTYPES[chosen]):
             wrong = extension_cases.check(case, cpu, dtype, CPU)
             assert wrong is None, f"{case.words}, {dtype}: {wrong}"
 

@@ -6,6 +6,7 @@ import torch
 from tests import extension_cases
 from tests.backends.test_cpu_backend import threads
 from tests.extension_cases import Tensors, require
+from tests.features import require_half
 from vovnet_fast.backends import _aten, _extension, cpu, reference
 from vovnet_fast.backends.cpu import weight_grad
 from vovnet_fast.selfcheck import calls, cases
@@ -86,6 +87,7 @@ def aten(monkeypatch):
 @torch.no_grad()
 def test_against_fp64(isa, aten, dtype):
     """From slots surrounded by NaN, crops, and odd offsets and strides."""
+    require_half(dtype, CPU)
     for scaled in (False, True):
         for case in cases.of_layers(calls.conv_weight_grad, *LAYERS, scaled=scaled):
             for layout in Tensors.LAYOUTS:

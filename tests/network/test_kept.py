@@ -427,7 +427,7 @@ def test_two_that_take_turns_by_data_are_followed():
 def test_other_forms_of_it_are_right(convert):
     model, x = network(), image()
     expected = settle(model, x)
-    other = convert(model)
+    other = convert(model).eval()  # torch 2.1 makes norms in training mode.
     conv_of(other).weight.data.mul_(2)
     for _ in range(TIMES):
         assert same(run(other, x), at_once(other, x))
