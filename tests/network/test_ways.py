@@ -175,6 +175,11 @@ def test_nothing_is_measured_where_it_is_not_wanted(monkeypatch, steps):
     train(hooked, x)
     assert len(called) == 1
     train(torch.nn.SyncBatchNorm.convert_sync_batchnorm(vovnet_fast.VoVNet(SPEC)).eval(), x)
+    torch.use_deterministic_algorithms(True)
+    try:
+        train(model, x)
+    finally:
+        torch.use_deterministic_algorithms(False)
     monkeypatch.setenv("VOVNET_FAST_TUNE", "0")
     train(model, x)
     assert not steps

@@ -61,6 +61,7 @@ def _chosen_by_time(network: VoVNet, x: Tensor) -> bool:
         and not compat.is_compiling()
         and backends.chosen() == "auto"
         and x.numel() > 0
+        and not torch.are_deterministic_algorithms_enabled()  # Ways differ in the last bits.
         and decision.needs_gradient(network, x)
         and watching(x) is None
         and backends.select(x.device, decision.compute_dtype(x), ()) == "cpu"
