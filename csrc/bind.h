@@ -16,7 +16,6 @@
 
 #include "conditions.h"
 #include "cpu/conv_engines.h"
-#include "cpu/conv_weight_grad.h"
 #include "cpu/fingerprint.h"
 #include "cpu/recording.h"
 #include "cuda/conv_sm90/launch.h"
@@ -203,9 +202,9 @@ inline void bind_cpu_conv(py::module_ m) {
   });
 }
 
-// `conv_weight_grad(threads, **fields)`, where there is one.
+// `conv_weight_grad(threads, engine, **fields)`.
 inline void bind_cpu_conv_weight_grad(py::module_ m) {
-  m.def("has_conv_weight_grad", &cpu::has_conv_weight_grad);
+  m.def("conv_weight_grad_engines", &cpu::conv_weight_grad_engines);
   m.def("conv_weight_grad_parts", [](int64_t n, int64_t out_height, int64_t out_width, int64_t c_in,
                                      int64_t c_out, int64_t kernel, int64_t stride) {
     checks::extent("n", n);
@@ -216,8 +215,11 @@ inline void bind_cpu_conv_weight_grad(py::module_ m) {
     checks::count("x", {n, out_height, out_width, c_in});
     return cpu::conv_weight_grad_parts(n, out_height, out_width, c_in, c_out, kernel, stride);
   });
-  m.def("conv_weight_grad", [](int threads, const py::kwargs& fields) {
-    run<ConvWeightGradParams>("conv_weight_grad", fields, threads, &cpu::conv_weight_grad);
+  m.def("conv_weight_grad", [](int threads, const std::string& engine, const py::kwargs& fields) {
+    run<ConvWeightGradParams>("conv_weight_grad", fields, threads,
+                              [engine](const ConvWeightGradParams& params, int count) {
+                                cpu::conv_weight_grad(params, engine, count);
+                              });
   });
 }
 

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "checks.h"
-#include "cpu/conv_weight_grad.h"
+#include "cpu/conv_engines.h"
 
 namespace vovnet_fast {
 namespace checks {

@@ -23,12 +23,16 @@ ISAS = "VOVNET_FAST_BUILD_ISAS"
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
-_AMX = (*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16")
-_INSTRUCTION_SETS = {"avx2": _AVX2, "avx512": _AVX512, "amx": _AMX}
+_AVX512BF16 = (*_AVX512, "-mavx512bf16")
+_AMX = (*_AVX512BF16, "-mamx-tile", "-mamx-bf16")
+_INSTRUCTION_SETS = {"avx2": _AVX2, "avx512": _AVX512, "avx512bf16": _AVX512BF16, "amx": _AMX}
 """Beyond what every processor has; on x86-64."""
 
-_KERNELS, _AMX_KERNELS = "_kernels.cpp", "_amx_kernels.cpp"
-"""Endings of the files that are compiled for every instruction set but amx, and for amx alone."""
+_KERNELS = "_kernels.cpp"
+"""The ending of the files that are compiled for every instruction set but those of `_ALONE`."""
+
+_ALONE = {"_dpbf16_kernels.cpp": "avx512bf16", "_amx_kernels.cpp": "amx"}
+"""Instruction sets that a few files are compiled for, by their endings."""
 
 _HOPPER = "conv_sm90"
 """The folder of the files that nothing but sm_90a can run."""
@@ -79,8 +83,7 @@ class Plan:
         found: dict[str, tuple[str, ...]] = {"baseline": ()}
         for name in _wanted_instruction_sets():
             flags = _INSTRUCTION_SETS[name]
-            used = name != "amx" or _files(f"cpu/*{_AMX_KERNELS}")
-            if used and toolchain.accepts(self.compiler, flags):
+            if toolchain.accepts(self.compiler, flags):
                 found[name] = flags
         return found
 
@@ -96,10 +99,11 @@ class Plan:
         words = [*self.compiler.command, *self._flags()]
         words += [f"-DVF_WITH_{name.upper()}=1" for name in sets if name != "baseline"]
         for source in _files("cpu/*.cpp"):
-            if source.name.endswith(_AMX_KERNELS):
-                chosen = [name for name in sets if name == "amx"]
+            alone = [name for ending, name in _ALONE.items() if source.name.endswith(ending)]
+            if alone:
+                chosen = [name for name in alone if name in sets]
             elif source.name.endswith(_KERNELS):
-                chosen = [name for name in sets if name != "amx"]
+                chosen = [name for name in sets if name not in _ALONE.values()]
             else:
                 yield _compile(folder, source, words)
                 continue

@@ -30,7 +30,7 @@ def _one_of(*values: str) -> Variable:
 
 VARIABLES = {
     "BACKEND": _one_of("auto", "reference", "cpu", "triton", "cuda"),
-    "CPU_ISA": _one_of("baseline", "avx2", "avx512", "amx", "neon"),
+    "CPU_ISA": _one_of("baseline", "avx2", "avx512", "neon"),
     "CHECK": _one_of("0", "1"),
     "KEEP_WEIGHTS": _one_of("0", "1"),
     "CONV_SM90": _one_of("0", "1"),

@@ -2,22 +2,25 @@
 #include <stdexcept>
 
 #include "conv_engines.h"
-#include "conv_plan.h"
+#include "conv_weight_grad_plan.h"
 #include "dispatch.h"
 #include "loops.h"
 
-#if defined(__linux__) && defined(__x86_64__)
+#ifdef __x86_64__
 #include <cpuid.h>
+#endif
+#ifdef VF_WITH_AMX
 #include <sys/syscall.h>
 #include <unistd.h>
 #endif
 
 namespace vovnet_fast {
 
-#define VF_DECLARE(isa, name)                                       \
-  namespace isa {                                                   \
-  void conv_##name(const ConvParams& params, int threads);          \
-  void conv_pack_##name(const ConvPackParams& params, int threads); \
+#define VF_DECLARE(isa, name)                                                    \
+  namespace isa {                                                                \
+  void conv_##name(const ConvParams& params, int threads);                       \
+  void conv_pack_##name(const ConvPackParams& params, int threads);              \
+  void conv_weight_grad_##name(const ConvWeightGradParams& params, int threads); \
   }
 #ifdef __aarch64__
 VF_DECLARE(baseline, fma)
@@ -27,6 +30,9 @@ VF_DECLARE(avx2, fma)
 #endif
 #ifdef VF_WITH_AVX512
 VF_DECLARE(avx512, fma)
+#endif
+#ifdef VF_WITH_AVX512BF16
+VF_DECLARE(avx512bf16, dpbf16)
 #endif
 #ifdef VF_WITH_AMX
 VF_DECLARE(amx, amx)
@@ -43,6 +49,7 @@ struct Engine {
   bool (*supported)();
   void (*run)(const ConvParams& params, int threads);
   void (*pack)(const ConvPackParams& params, int threads);
+  void (*weight_grad)(const ConvWeightGradParams& params, int threads);  // or null
   int64_t chunk;  // channels that make 64 bytes
   bool (*takes)(int32_t dtype);
 };
@@ -50,20 +57,26 @@ struct Engine {
 [[maybe_unused]] bool always() { return true; }
 [[maybe_unused]] bool up_to_fp32(int32_t dtype) { return dtype != kFloat64; }
 
+[[maybe_unused]] bool only_bf16(int32_t dtype) { return dtype == kBFloat16; }
+
+#if defined(VF_WITH_AVX512BF16) || defined(VF_WITH_AMX)
+bool has_avx512bf16() {
+  unsigned a, b, c, d;
+  constexpr unsigned kAvx512BFloat16Bit = 1u << 5;  // EAX of the first sub-leaf of leaf 7
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvx512BFloat16Bit) != 0;
+}
+#endif
+
 #ifdef VF_WITH_AMX
 // Whether the processor has it, and Linux lets this process have its large registers.
 bool find_amx() {
   unsigned a, b, c, d;
   constexpr unsigned kBFloat16Bit = 1u << 22, kTileBit = 1u << 24;  // EDX of leaf 7
-  constexpr unsigned kAvx512BFloat16Bit = 1u << 5;                  // EAX of its first sub-leaf
   if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  if ((d & kBFloat16Bit) == 0 || (d & kTileBit) == 0) return false;
-  if (!__get_cpuid_count(7, 1, &a, &b, &c, &d) || (a & kAvx512BFloat16Bit) == 0) return false;
+  if ((d & kBFloat16Bit) == 0 || (d & kTileBit) == 0 || !has_avx512bf16()) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
 }
-
-bool only_bf16(int32_t dtype) { return dtype == kBFloat16; }
 
 bool has_amx() {
   static const bool found = find_amx();
@@ -71,21 +84,29 @@ bool has_amx() {
 }
 #endif
 
+// An engine's functions, by the instruction set that they are compiled for.
+#define VF_FUNCTIONS(isa, name) \
+  isa::conv_##name, isa::conv_pack_##name, isa::conv_weight_grad_##name
+
 constexpr Engine kEngines[] = {
 #ifdef __aarch64__
-    {"fma", "neon", always, baseline::conv_fma, baseline::conv_pack_fma, 16, up_to_fp32},
+    {"fma", "neon", always, baseline::conv_fma, baseline::conv_pack_fma, nullptr, 16, up_to_fp32},
 #endif
 #ifdef VF_WITH_AVX2
-    {"fma", "avx2", always, avx2::conv_fma, avx2::conv_pack_fma, 16, up_to_fp32},
+    {"fma", "avx2", always, VF_FUNCTIONS(avx2, fma), 16, up_to_fp32},
 #endif
 #ifdef VF_WITH_AVX512
-    {"fma", "avx512", always, avx512::conv_fma, avx512::conv_pack_fma, 16, up_to_fp32},
+    {"fma", "avx512", always, VF_FUNCTIONS(avx512, fma), 16, up_to_fp32},
+#endif
+#ifdef VF_WITH_AVX512BF16
+    {"dpbf16", "avx512", has_avx512bf16, VF_FUNCTIONS(avx512bf16, dpbf16), 32, only_bf16},
 #endif
 #ifdef VF_WITH_AMX
-    {"amx", "avx512", has_amx, amx::conv_amx, amx::conv_pack_amx, 32, only_bf16},
+    {"amx", "avx512", has_amx, VF_FUNCTIONS(amx, amx), 32, only_bf16},
 #endif
-    {"", "", nullptr, nullptr, nullptr, 0, nullptr},  // No array is empty.
+    {"", "", nullptr, nullptr, nullptr, nullptr, 0, nullptr},  // No array is empty.
 };
+#undef VF_FUNCTIONS
 
 bool runs(const Engine& engine) { return engine.isa == isa() && engine.supported(); }
 
@@ -103,15 +124,20 @@ const Engine& find(const std::string& name, int32_t dtype) {
   return engine;
 }
 
-}  // namespace
-
-std::vector<std::string> conv_engines() {
+template <class Function>
+std::vector<std::string> names_of(Function Engine::* function) {
   std::vector<std::string> names;
   for (const Engine& engine : kEngines) {
-    if (runs(engine)) names.emplace_back(engine.name);
+    if (runs(engine) && engine.*function != nullptr) names.emplace_back(engine.name);
   }
   return names;
 }
+
+}  // namespace
+
+std::vector<std::string> conv_engines() { return names_of(&Engine::run); }
+
+std::vector<std::string> conv_weight_grad_engines() { return names_of(&Engine::weight_grad); }
 
 void conv(const ConvParams& params, const std::string& engine, int threads) {
   const Engine& found = find(engine, params.dtype);
@@ -133,6 +159,26 @@ int64_t conv_parts(const std::string& engine, int64_t out_height, int64_t out_wi
   const int64_t chunk = find(engine).chunk;
   if (out_height == 0) return 0;
   return conv::divide({out_height, out_width, c_in, c_out, kernel, stride}, chunk).strips;
+}
+
+void conv_weight_grad(const ConvWeightGradParams& params, const std::string& engine, int threads) {
+  const Engine& found = find(engine, params.dtype);
+  if (found.weight_grad == nullptr) {
+    throw std::invalid_argument("convolution engine \"" + engine +
+                                "\" has no weight gradients on instruction set " + isa());
+  }
+  if (params.c_out == 0 || params.c_in == 0) return;
+  if (params.n * params.out_height * params.out_width == 0) {
+    const int64_t weights = params.c_out * params.kernel * params.kernel * params.c_in;
+    return zero(static_cast<float*>(params.out), weights);
+  }
+  found.weight_grad(params, threads);
+}
+
+int64_t conv_weight_grad_parts(int64_t n, int64_t out_height, int64_t out_width, int64_t c_in,
+                               int64_t c_out, int64_t kernel, int64_t stride) {
+  if (n == 0 || out_height == 0 || out_width == 0 || c_in == 0 || c_out == 0) return 1;
+  return conv::divide_parts({out_height, out_width, c_in, c_out, kernel, stride}, n);
 }
 
 }  // namespace cpu

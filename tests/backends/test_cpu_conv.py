@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests import extension_cases
+from tests.backends.cpu_engines import DTYPES, engine_combinations, instruction_set
 from tests.backends.test_cpu_backend import threads
 from tests.extension_cases import Tensors, require
 from tests.features import compared
@@ -16,9 +17,6 @@ from vovnet_fast.backends.cpu import convolution
 from vovnet_fast.selfcheck import calls, cases
 
 CPU = torch.device("cpu")
-DTYPES = {"fma": (torch.float32, torch.float16, torch.bfloat16), "amx": (torch.bfloat16,)}
-
-
 LAYERS = [
     calls.Layer(3, 3, 5, (1, 1, 1)),
     calls.Layer(3, 5, 17, (2, 1, 9)),
@@ -39,33 +37,18 @@ LAYERS = [
 ]
 
 
-def _combinations():
-    if _extension.why_not("cpu") is not None:
-        return [("fma", "baseline")]  # Which _built skips.
-    extension = _extension.load("cpu")
-    best, found = extension.isa(), []
-    for isa in extension.isas():
-        extension.use_isa(isa)
-        found += [(engine, isa) for engine in extension.conv_engines()]
-    extension.use_isa(best)
-    return found
-
-
 @pytest.fixture(autouse=True)
 def _built():
     require("cpu")
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=_combinations(), ids="-".join)
+@pytest.fixture(params=engine_combinations("conv_engines"), ids="-".join)
 def engine(request):
     """An engine by name, on one of the instruction sets that it runs on."""
     name, isa = request.param
-    extension = _extension.load("cpu")
-    best = extension.isa()
-    extension.use_isa(isa)
-    yield name
-    extension.use_isa(best)
+    with instruction_set(isa):
+        yield name
 
 
 def backend_of(engine):

@@ -4,15 +4,16 @@ import pytest
 import torch
 
 from tests import extension_cases
+from tests.backends.cpu_engines import DTYPES, engine_combinations, instruction_set
 from tests.backends.test_cpu_backend import threads
 from tests.extension_cases import Tensors, require
-from tests.features import require_half
+from tests.features import compared
 from vovnet_fast.backends import _aten, _extension, cpu, reference
-from vovnet_fast.backends.cpu import weight_grad
+from vovnet_fast.backends.cpu import convolution, weight_grad
 from vovnet_fast.selfcheck import calls, cases
 
 CPU = torch.device("cpu")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 
 LAYERS = [
     calls.Layer(1, 1, 1, (1, 1, 1)),
@@ -21,6 +22,7 @@ LAYERS = [
     calls.Layer(1, 16, 7, (5, 4, 4), 2),
     calls.Layer(3, 3, 5, (1, 1, 1)),
     calls.Layer(3, 3, 64, (1, 41, 47), 2),  # Unfolded, in parts.
+    calls.Layer(3, 6, 9, (3, 11, 30), 2),  # Unfolded into two chunks of pairs.
     calls.Layer(3, 5, 17, (2, 1, 9)),
     calls.Layer(3, 4, 16, (2, 9, 1), 2),
     calls.Layer(3, 40, 80, (2, 13, 11), 2),
@@ -32,42 +34,26 @@ LAYERS = [
 ]
 
 
-def _isas():
-    if _extension.why_not("cpu") is not None:
-        return ["baseline"]  # Which _built skips.
-    extension = _extension.load("cpu")
-    best, found = extension.isa(), []
-    for isa in extension.isas():
-        extension.use_isa(isa)
-        found += [isa] if extension.has_conv_weight_grad() else []
-    extension.use_isa(best)
-    return found
-
-
 @pytest.fixture(autouse=True)
 def _built():
     require("cpu")
     torch.manual_seed(0)
 
 
-@pytest.fixture(params=_isas())
-def isa(request):
-    """One of the instruction sets that have it, in use."""
-    extension = _extension.load("cpu")
-    best = extension.isa()
-    extension.use_isa(request.param)
-    yield request.param
-    extension.use_isa(best)
+@pytest.fixture(params=engine_combinations("conv_weight_grad_engines"), ids="-".join)
+def engine(request, monkeypatch):
+    """An engine by name, on one of the instruction sets that it runs on, which is chosen."""
+    name, isa = request.param
+    monkeypatch.setattr(weight_grad, "choose_engine", lambda dtype: name)
+    with instruction_set(isa):
+        yield name
 
 
 @pytest.fixture
 def baseline():
     """The instruction set that has none."""
-    extension = _extension.load("cpu")
-    best = extension.isa()
-    extension.use_isa("baseline")
-    yield
-    extension.use_isa(best)
+    with instruction_set("baseline"):
+        yield
 
 
 @pytest.fixture
@@ -83,25 +69,24 @@ def aten(monkeypatch):
     return found
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @torch.no_grad()
-def test_against_fp64(isa, aten, dtype):
+def test_against_fp64(engine, aten):
     """From slots surrounded by NaN, crops, and odd offsets and strides."""
-    require_half(dtype, CPU)
-    for scaled in (False, True):
-        for case in cases.of_layers(calls.conv_weight_grad, *LAYERS, scaled=scaled):
-            for layout in Tensors.LAYOUTS:
-                wrong = extension_cases.check(case, cpu, dtype, CPU, layout)
-                assert wrong is None, f"{case.words}, {layout}: {wrong}"
+    for dtype in compared(DTYPES[engine]):
+        for scaled in (False, True):
+            for case in cases.of_layers(calls.conv_weight_grad, *LAYERS, scaled=scaled):
+                for layout in Tensors.LAYOUTS:
+                    wrong = extension_cases.check(case, cpu, dtype, CPU, layout)
+                    assert wrong is None, f"{case.words}, {dtype}, {layout}: {wrong}"
     assert not aten
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
-def test_sums_of_half_precision_are_not_rounded(isa, kernel):
+def test_sums_of_half_precision_are_not_rounded(engine, kernel):
     """A thousand times closer than the dtype's own rounding, over several strips."""
-    for dtype in (torch.float16, torch.bfloat16):
+    for dtype in set(HALF) & set(DTYPES[engine]):
         x, g = (torch.randn(2, 30, 40, c).to(dtype) for c in (20, 24))
-        found = weight_grad.sums(x, g, kernel)
+        found = weight_grad.sums(engine, x, g, kernel)
         weight = torch.empty(24, kernel, kernel, 20, dtype=torch.float64)
         exact, _, _ = reference.conv_weight_grad(x.double(), g.double(), weight, None)
         assert found.dtype == torch.float32
@@ -117,14 +102,17 @@ def test_sums_of_half_precision_are_not_rounded(isa, kernel):
         (1, 320, 112, (2, 20, 20), 1),
     ],
 )
-def test_the_number_of_threads_does_not_change_a_bit(isa, kernel, c_in, c_out, size, stride):
+def test_the_number_of_threads_does_not_change_a_bit(engine, kernel, c_in, c_out, size, stride):
     n, h, w = size
-    x, g = torch.randn(n, h, w, c_in), torch.randn(n, h // stride, w // stride, c_out)
-    with threads(1):
-        alone = weight_grad.sums(x, g, kernel, stride=stride)
-    for number in (2, 3, 4, 7):
-        with threads(number):
-            assert torch.equal(weight_grad.sums(x, g, kernel, stride=stride), alone)
+    for dtype in DTYPES[engine]:
+        x = torch.randn(n, h, w, c_in).to(dtype)
+        g = torch.randn(n, h // stride, w // stride, c_out).to(dtype)
+        with threads(1):
+            alone = weight_grad.sums(engine, x, g, kernel, stride=stride)
+        for number in (2, 3, 4, 7):
+            with threads(number):
+                together = weight_grad.sums(engine, x, g, kernel, stride=stride)
+                assert torch.equal(together, alone)
 
 
 def test_partials_take_bounded_memory():
@@ -139,71 +127,98 @@ def test_partials_take_bounded_memory():
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_reaches_what_it_should(isa, value):
-    """The taps of one pixel; those that only the padding meets stay finite."""
-    for kernel in (1, 3):
-        for where in ("x", "g"):
-            x, g = torch.randn(1, 9, 20, 35), torch.randn(1, 9, 20, 17)
-            (x if where == "x" else g)[0, 0, 19, 3] = value
-            found = weight_grad.sums(x, g, kernel)
-            weight = torch.empty(17, kernel, kernel, 35)
-            expected, _, _ = reference.conv_weight_grad(x, g, weight, None)
-            assert torch.equal(found.isfinite(), expected.isfinite())
-            assert not found.isfinite().all()
+def test_what_is_not_finite_reaches_what_it_should(engine, value):
+    """The taps of one pixel, and no other channels. Products of pairs have the padding among them:
+    there it may reach other taps."""
+    for dtype in DTYPES[engine]:
+        for kernel in (1, 3):
+            for where in ("x", "g"):
+                x, g = torch.randn(1, 9, 20, 35).to(dtype), torch.randn(1, 9, 20, 17).to(dtype)
+                (x if where == "x" else g)[0, 0, 19, 3] = value
+                found = weight_grad.sums(engine, x, g, kernel)
+                weight = torch.empty(17, kernel, kernel, 35)
+                expected, _, _ = reference.conv_weight_grad(x.float(), g.float(), weight, None)
+                wrong, least = ~found.isfinite(), ~expected.isfinite()
+                most = least if engine == "fma" else least.any(2, True).any(1, True)
+                assert least.any()
+                assert (wrong >= least).all()
+                assert (wrong <= most).all()
 
 
-def test_expanded_gradients(isa):
+def test_what_was_there_before_is_not_read(engine):
+    """Of images with fewer rows or pixels than a strip has room for, after NaN has been there."""
+    for dtype in DTYPES[engine]:
+        for shape in ((1, 30, 20), (3, 5, 7), (1, 1, 3)):
+            for stride in (1, 2):
+                outputs = (shape[0], *((size - 1) // stride + 1 for size in shape[1:]))
+                x, g = torch.ones(*shape, 40).to(dtype), torch.ones(*outputs, 33).to(dtype)
+                alone = weight_grad.sums(engine, x, g, 3, stride=stride)
+                large = torch.full((2, 40, 40, 64), torch.nan, dtype=dtype)
+                weight_grad.sums(engine, large, large, 3)
+                again = weight_grad.sums(engine, x, g, 3, stride=stride)
+                assert again.isfinite().all()
+                assert torch.equal(again, alone)
+
+
+def test_expanded_gradients(engine):
     """That of a sum has stride 0 everywhere but along the channels."""
     for kernel in (1, 3):
-        x = torch.randn(2, 6, 8, 12)
-        g = torch.randn(1, 1, 1, 9).expand(2, 6, 8, 9)
-        packed = weight_grad.sums(x, g.contiguous(), kernel)
-        assert torch.equal(weight_grad.sums(x, g, kernel), packed)
+        x = torch.randn(2, 6, 8, 12).to(DTYPES[engine][0])
+        g = torch.randn(1, 1, 1, 9).to(x.dtype).expand(2, 6, 8, 9)
+        packed = weight_grad.sums(engine, x, g.contiguous(), kernel)
+        assert torch.equal(weight_grad.sums(engine, x, g, kernel), packed)
 
 
-def test_empty(isa):
-    for dtype in DTYPES:
+def test_empty(engine):
+    for dtype in DTYPES[engine]:
         for shape in ((0, 5, 7), (2, 0, 7)):
             x, g = (torch.empty(*shape, c, dtype=dtype) for c in (16, 8))
             weight, scale = torch.ones(8, 3, 3, 16, dtype=dtype), torch.ones(8)
             for grad in cpu.conv_weight_grad(x, g, weight, scale):
                 assert not grad.any()
-            found = weight_grad.sums(x, g, 3)
+            found = weight_grad.sums(engine, x, g, 3)
             assert found.shape == (8, 3, 3, 16)
             assert not found.any()
 
 
-def test_fp64_is_left_to_aten(isa, aten):
+def test_choice():
+    found = weight_grad.engines()
+    for dtype, names in weight_grad.PREFERRED.items():
+        expected = [name for name in names if name in found]
+        assert weight_grad.choose_engine(dtype) == [*expected, convolution.ATEN][0]
+
+
+def test_fp64_is_left_to_aten(aten):
     x, g = (torch.randn(1, 4, 5, c, dtype=torch.float64) for c in (3, 7))
     dw, _, _ = cpu.conv_weight_grad(x, g, torch.empty(7, 3, 3, 3, dtype=torch.float64), None)
     assert aten == [(7, 3, 3, 3)]
     assert dw.dtype == torch.float64
+
+
+def test_a_dtype_that_it_has_not_is_refused(engine):
+    x, g = (torch.randn(1, 4, 5, c, dtype=torch.float64) for c in (3, 7))
     with pytest.raises(ValueError, match="no kernel for the dtype with code 3"):
-        weight_grad.sums(x, g, 3)
+        weight_grad.sums(engine, x, g, 3)
 
 
 def test_without_vectors_it_is_left_to_aten(baseline, aten):
     x, g = torch.randn(1, 4, 5, 3), torch.randn(1, 4, 5, 7)
     cpu.conv_weight_grad(x, g, torch.empty(7, 3, 3, 3), None)
     assert aten == [(7, 3, 3, 3)]
-    with pytest.raises(ValueError, match=r"weight gradients .* run on instruction set baseline"):
-        weight_grad.sums(x, g, 3)
+    with pytest.raises(
+        ValueError, match=r'"fma" (runs|has no weight gradients) on instruction set'
+    ):
+        weight_grad.sums("fma", x, g, 3)
 
 
-def test_what_is_not_preferred_is_left_to_aten(isa, aten, monkeypatch):
-    monkeypatch.setattr(weight_grad, "preferred", lambda *_: False)
-    x, g = torch.randn(1, 4, 5, 3), torch.randn(1, 4, 5, 7)
-    cpu.conv_weight_grad(x, g, torch.empty(7, 3, 3, 3), None)
-    assert aten == [(7, 3, 3, 3)]
-
-
-def test_what_does_not_fit_is_refused(isa):
-    x, g = torch.randn(1, 4, 5, 6), torch.randn(1, 4, 5, 7)
+def test_what_does_not_fit_is_refused(engine):
+    dtype = DTYPES[engine][0]
+    x, g = torch.randn(1, 4, 5, 6).to(dtype), torch.randn(1, 4, 5, 7).to(dtype)
     with pytest.raises(AssertionError, match=r"g must have shape \(1, 2, 3, 7\)"):
-        weight_grad.sums(x, g, 3, stride=2)
-    with pytest.raises(AssertionError, match=r"g must be torch.float32"):
-        weight_grad.sums(x, g.half(), 3)
+        weight_grad.sums(engine, x, g, 3, stride=2)
+    with pytest.raises(AssertionError, match=rf"g must be {dtype}"):
+        weight_grad.sums(engine, x, g.double(), 3)
     with pytest.raises(AssertionError, match="x must have channel stride 1"):
-        weight_grad.sums(x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2), g, 3)
+        weight_grad.sums(engine, x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2), g, 3)
     with pytest.raises(ValueError, match="kernel must be one of 1, 3, got 5"):
-        weight_grad.sums(x, g, 5)
+        weight_grad.sums(engine, x, g, 5)

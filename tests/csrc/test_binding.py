@@ -93,7 +93,7 @@ class Spoiling:
         found = getattr(self._half, name)
         if name in OF_SIZES:
             return lambda *given: self._sizes(name, found, given)
-        if name in ("conv_engines", "has_conv_weight_grad"):
+        if name in ("conv_engines", "conv_weight_grad_engines"):
             return found
         return lambda *given, **fields: self._fields(name, found, given, fields)
 
@@ -179,12 +179,12 @@ def fuzz(seed, path):
                 for _ in range(8):
                     convolution.run_engine(engine, x, weight, scale, scale, out, **options)
                     convolution.forget([weight])
-    if spoiling.has_conv_weight_grad():
+    for engine in spoiling.conv_weight_grad_engines():
         for kernel in (1, 3):
-            for dtype in (torch.float32, torch.bfloat16):
+            for dtype in (torch.float32, torch.bfloat16) if engine == "fma" else (torch.bfloat16,):
                 for c_in in (3, 40):  # In parts, and not.
                     x, g = (torch.rand(1, 20, 25, c, dtype=dtype) for c in (c_in, 112))
-                    weight_grad.sums(x, g, kernel)
+                    weight_grad.sums(engine, x, g, kernel)
     bound = {name for name in dir(half) if not name.startswith("_") and name not in OTHERS}
     if not spoiling.conv_engines():
         bound = {name for name in bound if not name.startswith("conv")}
@@ -197,7 +197,7 @@ OTHERS = {
     "Recording",
     "conv_engines",
     "fingerprint",
-    "has_conv_weight_grad",
+    "conv_weight_grad_engines",
     "isa",
     "isas",
     "use_isa",

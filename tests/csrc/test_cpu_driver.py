@@ -69,12 +69,12 @@ def installed():
     sources = [path for path in (ROOT / "csrc").glob("**/*") if path.is_file()]
     newest = max(path.stat().st_mtime for path in sources)
     for folder in sorted(ROOT.glob("build/temp.*/csrc/cpu")):
-        objects = sorted(folder.glob("*.o"))
-        names = {path.name.split(".")[0] for path in objects}
         needed = {path.stem for path in (ROOT / "csrc/cpu").glob("*.cpp")}
-        # Not every compiler knows AMX.
+        found = {path: path.name.split(".")[0] for path in sorted(folder.glob("*.o"))}
+        objects = [path for path, name in found.items() if name in needed]  # Others are older.
+        # Not every compiler knows AVX512-BF16 and AMX.
         if (
-            names >= needed - {"conv_amx_kernels"}
+            {*found.values()} >= needed - {"conv_dpbf16_kernels", "conv_amx_kernels"}
             and min(path.stat().st_mtime for path in objects) > newest
         ):
             return objects

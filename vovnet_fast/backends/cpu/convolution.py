@@ -5,6 +5,7 @@ gradients of inputs, but for those of strided convolutions, which are oneDNN's:
 
 ==========  ==================  =================================================
 ``amx``     bf16                products by the matrix unit of Intel's processors
+``dpbf16``  bf16                products of pairs, by AVX512-BF16
 ``fma``     fp32 and fp16       AVX2, AVX-512 or NEON, products and sums in fp32
 ``aten``    any                 oneDNN through ATen, then one pass into the slot
 ==========  ==================  =================================================
@@ -31,7 +32,7 @@ from .._extension.fields import DTYPES, array, packed, pointer, view, weight_str
 ATEN = "aten"
 
 PREFERRED: dict[torch.dtype, tuple[str, ...]] = {
-    torch.bfloat16: ("amx", "fma"),
+    torch.bfloat16: ("amx", "dpbf16", "fma"),
     torch.float16: ("fma",),
     torch.float32: ("fma",),
 }

@@ -12,36 +12,42 @@ from torch import Tensor
 
 from .. import _extension
 from .._extension.fields import DTYPES, pointer, view
+from . import convolution
+
+PREFERRED = convolution.PREFERRED
+"""Engines by dtype, best first; where none of them runs, and for other dtypes, oneDNN's."""
 
 
-def preferred(dtype: torch.dtype) -> bool:
-    """Whether the extension's own is taken for a layer, where it has one.
+def engines() -> tuple[str, ...]:
+    """The engines of the extension that have weight gradients on this processor."""
+    return tuple(_extension.load("cpu").conv_weight_grad_engines())
 
-    With AVX2 it was 1.5 to 5 times as fast as oneDNN's on V-39's 3x3 layers in fp32, more in half
-    precision, and level with it (0.94 to 1.2) on 1x1 layers in fp32. It was timed on no other
-    instruction set.
-    """
-    return dtype != torch.float64
+
+def choose_engine(dtype: torch.dtype) -> str:
+    """The engine of activations of a dtype."""
+    found = engines()
+    return next((name for name in PREFERRED.get(dtype, ()) if name in found), convolution.ATEN)
 
 
 def conv_weight_grad(
     x: Tensor, g: Tensor, weight: Tensor, scale: Tensor | None, *, stride: int = 1
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """See :mod:`vovnet_fast.backends`."""
-    kernel = weight.shape[1]
-    ours = preferred(x.dtype) and _extension.load("cpu").has_conv_weight_grad()
-    if g.numel() == 0 or not ours:
+    kernel, engine = weight.shape[1], choose_engine(x.dtype)
+    if g.numel() == 0 or engine == convolution.ATEN:
         return _extension.CPU.conv_weight_grad(x, g, weight, scale, stride=stride)
-    products, shift = sums(x, g, kernel, stride=stride), _extension.CPU.channel_sums(g)
+    products = sums(engine, x, g, kernel, stride=stride)
+    shift = _extension.CPU.channel_sums(g)
     if scale is None:
         return products, None, shift
     return *_extension.CPU.pack_backward(products, weight, scale), shift
 
 
-def sums(x: Tensor, g: Tensor, kernel: int, *, stride: int = 1) -> Tensor:
+def sums(engine: str, x: Tensor, g: Tensor, kernel: int, *, stride: int = 1) -> Tensor:
     """Sums over all pixels of the products of a gradient and the inputs of its taps.
 
     Args:
+        engine: by name.
         x: ``[N, H, W, C_in]`` view, in fp16, bf16 or fp32.
         g: ``[N, H', W', C_out]`` view of that dtype, the gradient of a convolution's output.
         kernel: 1 or 3.
@@ -59,6 +65,7 @@ def sums(x: Tensor, g: Tensor, kernel: int, *, stride: int = 1) -> Tensor:
     partials = out.new_empty(parts, *out.shape) if parts > 1 else None  # Held here.
     cpu.conv_weight_grad(
         torch.get_num_threads(),
+        engine,
         x=view("x", x, x, n, height, width, c_in),
         g=view("g", g, x, n, out_height, out_width, c_out),
         partials=None if partials is None else pointer("partials", partials),

@@ -3,8 +3,7 @@
 
 #include <utility>
 
-#include "conv_strips.h"
-#include "conv_weight_grad_plan.h"
+#include "conv_weight_grad_run.h"
 #include "fma.h"
 
 namespace vovnet_fast {
@@ -12,7 +11,9 @@ inline namespace VF_ISA {
 
 namespace {
 
+using conv::GradTask;
 using conv::kChunkBytes;
+using conv::Strip;
 
 // The largest outer product whose sums fit into the registers, beside a pixel's channels.
 #ifdef __AVX512F__
@@ -128,21 +129,11 @@ struct Tiles {
   VF_HD int64_t size(int64_t tile) const { return first(tile + 1) - first(tile); }
 };
 
-// What one thread computes: sums over the strips of a part, of some chunks and tiles.
-struct Task {
-  int64_t first_strip, last_strip, first_chunk, last_chunk, first_tile, last_tile;
-};
-
 // Chunks that are gathered before they are multiplied: they stay in an L2 cache, beside g.
 VF_HD int64_t chunks_at_once(const conv::Plan& plan) {
   constexpr int64_t kAtOnce = 8;
   return plan.unfolded ? plan.chunks : least(plan.chunks, kAtOnce);
 }
-
-// Images, and output rows of each.
-struct Strip {
-  int64_t image, images, row, rows;
-};
 
 template <class T>
 void gather_input(const ConvParams& input, const conv::PixelPlan& plan, const Strip& strip,
@@ -154,7 +145,7 @@ void gather_input(const ConvParams& input, const conv::PixelPlan& plan, const St
 }
 
 template <class T>
-void gather_gradient(const ConvWeightGradParams& p, const Task& task, const Strip& strip,
+void gather_gradient(const ConvWeightGradParams& p, const GradTask& task, const Strip& strip,
                      float* to) {
   constexpr int64_t kGroup = 8;  // So many streams to read.
   const Tiles tiles(p.c_out);
@@ -182,8 +173,8 @@ struct Gathered {
 };
 
 // The tiles of a task with a chunk of some columns, at the taps that lie in one plane.
-void multiply_plane(const conv::Plan& input, const Task& task, int64_t plane, const Tiles& tiles,
-                    const Gathered& from, int64_t column, Block block) {
+void multiply_plane(const conv::Plan& input, const GradTask& task, int64_t plane,
+                    const Tiles& tiles, const Gathered& from, int64_t column, Block block) {
   const int64_t first_row = plane / input.planes, first_column = plane % input.planes;
   const char* x = block.x + (plane * input.plane_pixels + column) * kChunkBytes;
   float* out = block.out;
@@ -205,7 +196,7 @@ void multiply_plane(const conv::Plan& input, const Task& task, int64_t plane, co
 }
 
 // All that a task has of a strip; `first`: there is nothing to add to.
-void multiply_strip(const conv::PixelPlan& plan, const Task& task, const Tiles& tiles,
+void multiply_strip(const conv::PixelPlan& plan, const GradTask& task, const Tiles& tiles,
                     const Strip& strip, int64_t width, const Gathered& from, float* out,
                     bool first) {
   const conv::Plan& input = plan.input;
@@ -234,40 +225,23 @@ void multiply_strip(const conv::PixelPlan& plan, const Task& task, const Tiles& 
   }
 }
 
-// x as the input of a convolution, some of its chunks alone. Unfolded, they are all of its taps.
 template <class T>
-ConvParams input_of(const ConvWeightGradParams& p, const conv::Plan& plan, int64_t first_chunk) {
-  ConvParams input{};
-  const int64_t channel = first_chunk * 16;
-  input.x = p.x;
-  input.x.data = static_cast<T*>(p.x.data) + channel;
-  input.height = p.height;
-  input.width = p.width;
-  input.c_in = plan.unfolded ? p.c_in : least(plan.chunks * 16, p.c_in - channel);
-  input.kernel = p.kernel;
-  input.stride = p.stride;
-  return input;
-}
-
-template <class T>
-void run_task(const ConvWeightGradParams& p, const conv::PixelPlan& whole, const Task& task,
+void run_task(const ConvWeightGradParams& p, const conv::PixelPlan& whole, const GradTask& task,
               char* memory, float* out) {
   const Tiles tiles(p.c_out);
   const int64_t group = chunks_at_once(whole.input);
   auto* gradient = reinterpret_cast<float*>(memory + group * whole.input.pixels * kChunkBytes);
   for (int64_t i = task.first_strip; i < task.last_strip; ++i) {
-    const int64_t image = i / whole.row_strips * whole.images;
-    const int64_t row = i % whole.row_strips * whole.rows;
-    const Strip strip{image, least(whole.images, p.n - image), row,
-                      least(whole.rows, p.out_height - row)};
+    const Strip strip = conv::strip_of(p, whole, i);
     gather_gradient<T>(p, task, strip, gradient);
     const Gathered from{memory, gradient, strip.images * strip.rows * p.out_width};
-    Task some = task;
+    GradTask some = task;
     for (; some.first_chunk < task.last_chunk; some.first_chunk = some.last_chunk) {
       some.last_chunk = least(some.first_chunk + group, task.last_chunk);
       conv::PixelPlan plan = whole;
       plan.input.chunks = some.last_chunk - some.first_chunk;
-      gather_input<T>(input_of<T>(p, plan.input, some.first_chunk), plan, strip, memory);
+      const auto input = conv::input_of<T>(p, plan.input, 16, some.first_chunk, plan.input.chunks);
+      gather_input<T>(input, plan, strip, memory);
       multiply_strip(plan, some, tiles, strip, p.out_width, from, out, i == task.first_strip);
     }
   }
@@ -275,45 +249,25 @@ void run_task(const ConvWeightGradParams& p, const conv::PixelPlan& whole, const
 
 template <class T>
 void run_weight_grad(const ConvWeightGradParams& p, int threads) {
-  auto* out = static_cast<float*>(p.out);
-  auto* partials = static_cast<float*>(p.partials);
-  const int64_t size = p.c_out * p.kernel * p.kernel * p.c_in;
-  if (p.n * p.out_height * p.out_width == 0) return zero(out, size);
   const auto plan =
-      conv::divide_pixels({p.out_height, p.out_width, p.c_in, p.c_out, p.kernel, p.stride}, p.n);
+      conv::divide_pixels({p.out_height, p.out_width, p.c_in, p.c_out, p.kernel, p.stride}, p.n,
+                          conv::kFloatChunk, conv::kStripPixels);
   const Tiles tiles(p.c_out);
-  const auto ranges = conv::divide_outputs(plan.input, tiles.count, ceil_div(threads, plan.parts));
+  constexpr conv::Cycles kCycles{8, 8, 6};
+  const auto ranges =
+      conv::divide_outputs(plan.input, tiles.count, ceil_div(threads, p.parts), kCycles);
   const int64_t channels = (ceil_div(tiles.count, ranges.tiles) + 1) * kMostRows;
   const int64_t bytes = chunks_at_once(plan.input) * plan.input.pixels * kChunkBytes +
                         channels * plan.images * plan.rows * p.out_width * 4;
-  bool failed = false;
-#pragma omp parallel num_threads(threads) reduction(|| : failed)
-  {
-    static thread_local conv::Workspace workspace;
-    char* memory = workspace.get(bytes);
-    failed = memory == nullptr;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < plan.parts * ranges.chunks * ranges.tiles; ++i) {
-      if (failed) continue;
-      const int64_t part = i / ranges.chunks / ranges.tiles,
-                    range = i / ranges.tiles % ranges.chunks;
-      const int64_t tile = i % ranges.tiles;
-      const Task task{plan.strips * part / plan.parts,
-                      plan.strips * (part + 1) / plan.parts,
-                      plan.input.chunks * range / ranges.chunks,
-                      plan.input.chunks * (range + 1) / ranges.chunks,
-                      tiles.count * tile / ranges.tiles,
-                      tiles.count * (tile + 1) / ranges.tiles};
-      run_task<T>(p, plan, task, memory, plan.parts == 1 ? out : partials + part * size);
-    }
-  }
-  if (failed) throw std::bad_alloc();
-  if (plan.parts > 1) sum_packed_rows(partials, plan.parts, size, threads, out);
+  conv::share_weight_grad(p, plan, tiles.count, ranges, bytes, threads,
+                          [&](const GradTask& task, char* memory, float* out) {
+                            run_task<T>(p, plan, task, memory, out);
+                          });
 }
 
 }  // namespace
 
-void conv_weight_grad(const ConvWeightGradParams& p, int threads) {
+void conv_weight_grad_fma(const ConvWeightGradParams& p, int threads) {
   switch (p.dtype) {
     case kFloat16:
       return run_weight_grad<float16>(p, threads);
