@@ -73,10 +73,9 @@ def installed():
         found = {path: path.name.split(".")[0] for path in sorted(folder.glob("*.o"))}
         objects = [path for path, name in found.items() if name in needed]  # Others are older.
         # Not every compiler knows AVX512-BF16 and AMX.
-        if (
-            {*found.values()} >= needed - {"conv_dpbf16_kernels", "conv_amx_kernels"}
-            and min(path.stat().st_mtime for path in objects) > newest
-        ):
+        if {*found.values()} >= needed - {"conv_dpbf16_kernels", "conv_amx_kernels"} and min(
+            path.stat().st_mtime for path in objects
+        ) > newest:
             return objects
     return []
 

@@ -25,6 +25,7 @@ def _measuring(monkeypatch, tmp_path):
     monkeypatch.setenv("VOVNET_FAST_CACHE", str(tmp_path))
     monkeypatch.setattr(decision, "CPU_PIXELS_TRAINING", 0)  # Maps are small here.
     monkeypatch.setattr(processor, "ROUNDS", 1)
+    monkeypatch.setattr(processor, "SECONDS", 0)
     tuning._table.cache_clear()
     yield
     tuning._table.cache_clear()
@@ -50,15 +51,19 @@ def slow(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(processor.time, "perf_counter", lambda: now[0])
 
+    def wait():
+        now[0] += 1
+
     def slow(module, name):
         function = getattr(module, name)
 
         def slowly(*args, **kwargs):
-            now[0] += 1
+            wait()
             return function(*args, **kwargs)
 
         monkeypatch.setattr(module, name, slowly)
 
+    slow.wait = wait
     return slow
 
 
@@ -91,6 +96,44 @@ def test_slow_modules_are_avoided(slow):
     assert ran_as_ops(model, x)
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_slow_layout_is_avoided(monkeypatch, slow, layout):
+    slow(cpu, "conv_weight_grad")
+    model, x = vovnet_fast.VoVNet(SPEC).train(), images().to(memory_format=layout)
+
+    run = vovnet_fast.VoVNet._run_modules
+
+    def slowly(self, x):
+        if ways._is_channels_last(x) == (layout == torch.channels_last):
+            slow.wait()
+        return run(self, x)
+
+    monkeypatch.setattr(vovnet_fast.VoVNet, "_run_modules", slowly)
+    assert ways.choose(model, x) == ways.OTHER_LAYOUT
+    found = train(model, x)
+    with vovnet_fast.use_backend("reference"):
+        expected = model(x)
+    for ours, theirs in zip(found, expected):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+def test_short_steps_are_measured_for_longer(monkeypatch):
+    monkeypatch.setattr(processor, "ROUNDS", 2)
+    monkeypatch.setattr(processor, "SECONDS", 1.0)
+    now, calls = [0.0], []
+    monkeypatch.setattr(processor.time, "perf_counter", lambda: now[0])
+
+    def run(name):
+        calls.append(name)
+        now[0] += times[name]
+
+    for times, rounds in (({"a": 3.0, "b": 2.0}, 3), ({"a": 0.1, "b": 0.05}, 7), ({"a": 0.0}, 9)):
+        calls.clear()
+        found = processor._measure([*times], run)
+        assert calls == [*times] * rounds
+        assert found == pytest.approx(times)
+
+
 def test_ops_on_small_maps_have_their_turn(monkeypatch, slow):
     """What is measured for a size is not what a constant says of it."""
     monkeypatch.setattr(decision, "CPU_PIXELS_TRAINING", 10**9)
@@ -106,7 +149,7 @@ def test_measuring_leaves_no_trace(monkeypatch, steps, norm_eval):
     twin, x = copy.deepcopy(model), images(64)
     random = torch.get_rng_state()
     found = train(model, x)
-    assert set(steps) == {ways.OPS, ways.MIXED, ways.MODULES}
+    assert set(steps) == {*ways.CANDIDATES}
     assert torch.equal(random, torch.get_rng_state())
     # The same way without a measurement.
     chosen = ways.choose(model, x)
@@ -125,7 +168,7 @@ def test_it_is_measured_once(steps, tmp_path):
     model = vovnet_fast.VoVNet(SPEC).train()
     train(model, images())
     number = len(steps)
-    assert number == 3 * (1 + processor.ROUNDS)
+    assert number == 4 * (1 + processor.ROUNDS)
     for _ in range(2):
         train(model, images())
     train(vovnet_fast.VoVNet(SPEC).train(), images(34))  # Nearly the same size, another network.

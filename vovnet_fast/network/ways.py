@@ -28,8 +28,12 @@ if TYPE_CHECKING:
     from .model import VoVNet
 
 OPS, MIXED, MODULES = "ops", "ops on large maps", "modules"
+OTHER_LAYOUT = "modules in the other layout"
 """All parts that can run as ops; those on maps of :data:`.decision.CPU_PIXELS_TRAINING` pixels or
-more; none. Where two are equally fast, the one that keeps less is taken."""
+more; none; none, on a copy of the images in channels_last, or in NCHW if they come in that. Where
+two are equally fast, the one that keeps less is taken."""
+
+CANDIDATES = (OPS, MIXED, MODULES, OTHER_LAYOUT)
 
 PIXELS = 2 * 256 * 256
 """Of the images that are measured with, N * H * W, at most: beyond, ratios no longer change."""
@@ -39,13 +43,15 @@ def choose(network: VoVNet, x: Tensor) -> str:
     """The way to run a network's parts on images ``[N, C, H, W]``."""
     if not _chosen_by_time(network, x):
         return MIXED
-    candidates = (OPS, MIXED, MODULES)
-    return processor.choose(_problem(network, x), candidates, MIXED, lambda: _trial(network, x))
+    return processor.choose(_problem(network, x), CANDIDATES, MIXED, lambda: _trial(network, x))
 
 
 def run(network: VoVNet, x: Tensor, way: str) -> tuple[Tensor, ...]:
     """Run them."""
-    if way == MODULES:
+    if way == OTHER_LAYOUT:
+        last = _is_channels_last(x)
+        x = x.contiguous(memory_format=torch.contiguous_format if last else torch.channels_last)
+    if way in (MODULES, OTHER_LAYOUT):
         with backends.use_backend("reference"):
             return network._run_modules(x)
     if way == OPS:

@@ -187,8 +187,9 @@ def run(args: argparse.Namespace) -> None:
         console.print(f"{other} cannot run here: {reason}", markup=False)
     if args.train and device.type == "cpu" and backends.chosen() == "auto":
         console.print(
-            f"A training step of a kind that is new here is measured in three ways: {ways.OPS}, "
-            f"{ways.MIXED}, which this is, and {ways.MODULES}. The fastest runs from then on; "
+            f"A training step of a kind that is new here is measured in four ways: {ways.OPS}, "
+            f"{ways.MIXED}, which this is, {ways.MODULES}, and {ways.OTHER_LAYOUT}. "
+            "The fastest runs from then on; "
             f"{tuning.ENVIRONMENT}=0 measures nothing, and runs this one.",
             markup=False,
         )

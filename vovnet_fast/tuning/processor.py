@@ -16,8 +16,9 @@ from .. import tuning
 from .._version import __version__
 from .tables import Choice
 
-ROUNDS = 2
-"""In which each candidate has its turn, beside one that warms it up; the least time counts."""
+ROUNDS, MOST_ROUNDS, SECONDS = 2, 8, 1.0
+"""In which each candidate has its turn, beside one that warms it up: more of them, up to so many,
+while so much time has not passed. The least time counts."""
 
 _log = logging.getLogger("vovnet_fast.tuning")
 
@@ -47,7 +48,7 @@ def choose(
         return known if known in candidates else static
     if not tuning.enabled():
         return static
-    _announce()
+    _announce(len(candidates))
     try:
         run = prepare()
     except Exception as error:  # What cannot be tried can still be run.
@@ -63,12 +64,13 @@ def choose(
 
 
 @functools.cache
-def _announce() -> None:
+def _announce(candidates: int) -> None:
     """Say once why the first step is slow."""
     _log.warning(
         "measuring in which way a training step is fastest on this processor: the first step of a "
-        "kind takes as long as %d do, and what is found is remembered in %s (%s=0 does without)",
-        3 * (ROUNDS + 1) + 1,
+        "kind takes as long as %d do, or a second, and what is found is remembered in %s "
+        "(%s=0 does without)",
+        candidates * (ROUNDS + 1) + 1,
         tuning.table().path or "memory",
         tuning.ENVIRONMENT,
     )
@@ -78,7 +80,10 @@ def _measure(candidates: Sequence[str], run: Callable[[str], None]) -> dict[str,
     """Least seconds by candidate, of those that run, in turn: what else runs here meets all."""
     times: dict[str, float] = {}
     refused: dict[str, Exception] = {}
-    for number in range(ROUNDS + 1):
+    started = time.perf_counter()
+    for number in range(MOST_ROUNDS + 1):
+        if number > ROUNDS and time.perf_counter() - started > SECONDS:
+            break
         for name in candidates:
             if name in refused:
                 continue
