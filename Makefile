@@ -13,7 +13,7 @@ PIP_ARGS ?=
 WHEELS ?= ../shared/wheels
 
 # The demo and the tests need the extension's CPU half alone: compiling the other for all GPUs
-# takes minutes. tests/native_build/test_build.py compiles it for one.
+# takes minutes. tests/native_build/test_cuda_half.py compiles it for one.
 VOVNET_FAST_CUDA ?= 0
 export VOVNET_FAST_CUDA
 
