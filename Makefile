@@ -17,6 +17,10 @@ WHEELS ?= ../shared/wheels
 VOVNET_FAST_CUDA ?= 0
 export VOVNET_FAST_CUDA
 
+# Images of containers often tell Python to keep no bytecode. Tests start hundreds of processes, and
+# uv installs none: each import of torch would compile it again, 2 to 4 s of a core.
+unexport PYTHONDONTWRITEBYTECODE
+
 # What else the tests marked `versions` run with: the oldest torch of pyproject.toml, whose Triton
 # is too old for the kernels, and whose NumPy is 1.26, and a pair that machines with a GPU come with.
 # PyPI has builds for CUDA alone, 5 GB each once unpacked. uv, which keeps them in its cache, took
