@@ -13,9 +13,13 @@ PIP_ARGS ?=
 WHEELS ?= ../shared/wheels
 
 # The demo and the tests need the extension's CPU half alone: compiling the other for all GPUs
-# takes minutes. tests/native_build/test_build.py compiles it for one.
+# takes minutes. tests/native_build/test_cuda_half.py compiles it for one.
 VOVNET_FAST_CUDA ?= 0
 export VOVNET_FAST_CUDA
+
+# Images of containers often tell Python to keep no bytecode. Tests start hundreds of processes, and
+# uv installs none: each import of torch would compile it again, 2 to 4 s of a core.
+unexport PYTHONDONTWRITEBYTECODE
 
 # What else the tests marked `versions` run with: the oldest torch of pyproject.toml, whose Triton
 # is too old for the kernels, and whose NumPy is 1.26, and a pair that machines with a GPU come with.

@@ -98,6 +98,10 @@ class Plan:
         sets = self._instruction_sets()
         words = [*self.compiler.command, *self._flags()]
         words += [f"-DVF_WITH_{name.upper()}=1" for name in sets if name != "baseline"]
+        # These take longest, so they come first. They alone differ with CUDA.
+        binding = [*words, *_includes(folder), *self._halves(), "-include", str(information)]
+        for source in _files("*.cpp"):
+            yield _compile(folder, source, binding, needs=(information,))
         for source in _files("cpu/*.cpp"):
             alone = [name for ending, name in _ALONE.items() if source.name.endswith(ending)]
             if alone:
@@ -109,10 +113,6 @@ class Plan:
                 continue
             for name in chosen:
                 yield _compile(folder, source, (*words, *sets[name], f"-DVF_ISA={name}"), name)
-        # These alone differ between an isolated build and another, and with CUDA.
-        words += [*_includes(), *self._halves(), "-include", str(information)]
-        for source in _files("*.cpp"):
-            yield _compile(folder, source, words, needs=(information,))
 
     def _halves(self) -> list[str]:
         """What tells the bindings which ops there are."""
@@ -194,15 +194,35 @@ def _files(*patterns: str) -> list[Path]:
     return [path for pattern in patterns for path in sorted(SOURCES.glob(pattern))]
 
 
-def _includes() -> list[str]:
+def _includes(folder: Path) -> list[str]:
+    """Where headers of pybind11 and of Python are.
+
+    Every isolated build has pybind11 in another place: from there everything that includes it
+    would be compiled again. So its headers are copied into ``folder``, where they have changed.
+
+    Raises:
+        ExecError: there is no pybind11.
+    """
     try:
         import pybind11
     except ImportError:
         raise ExecError(
             "pybind11, which is needed to build the extension, was not found: pip install pybind11"
         ) from None
-    folders = dict.fromkeys((pybind11.get_include(), *toolchain.python_includes()))
-    return [word for folder in folders for word in ("-isystem", folder)]
+    # Distributions keep it beside the headers of everything else.
+    _mirror(Path(pybind11.get_include(), "pybind11"), folder / "include" / "pybind11")
+    found = dict.fromkeys((str(folder / "include"), *toolchain.python_includes()))
+    return [word for each in found for word in ("-isystem", each)]
+
+
+def _mirror(source: Path, target: Path) -> None:
+    """Make the headers below ``target`` those below ``source``; what is the same is not touched."""
+    names = {path.relative_to(source) for path in source.rglob("*.h")}
+    for name in sorted(names):
+        _write(target / name, (source / name).read_text(encoding="utf-8"))
+    for path in target.rglob("*.h"):
+        if path.relative_to(target) not in names:
+            path.unlink()
 
 
 def _compile(

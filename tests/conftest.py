@@ -6,7 +6,10 @@ from pathlib import Path
 # interpreter, are asked for when it is imported: torch does that.
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
+import pytest
 import torch
+
+from tests.once import Once, root_of
 
 torch.set_num_threads(1)
 
@@ -20,6 +23,12 @@ KERNELS = Path(__file__).parent / "kernels"
 LONGEST = ("aot", "benchmarks", "csrc", "kernels", "native_build", "network")
 """Whose files take minutes. Workers (pytest-xdist) take whole files in the order of collection: one
 of these that came last would keep one worker busy while the others had nothing left to do."""
+
+
+@pytest.fixture(scope="session")
+def once(request, tmp_path_factory):
+    """Makes what several test files share."""
+    return Once(root_of(request.config, tmp_path_factory))
 
 
 def pytest_configure(config):

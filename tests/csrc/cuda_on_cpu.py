@@ -34,33 +34,40 @@ def kernel_files():
     return sorted((CSRC / "cuda").glob("*.cu"))
 
 
-def build(folder, flags=()):
-    """Compile and link the kernels in ``folder``; returns the path of the module."""
-    bindings = CSRC / "cuda_on_cpu" / "module.cpp"
-    return build_module(folder, "_cuda_on_cpu", bindings, kernel_files(), flags)
+def build(folder, once, flags=()):
+    """Compile and link the kernels in ``folder``; returns the path of the module.
+
+    Its bindings are compiled once, without ``flags``: tests/native_build/test_sanitizers.py has
+    the same templates watched.
+    """
+    source = CSRC / "cuda_on_cpu" / "module.cpp"
+    shared = once.folder("cuda_on_cpu_bindings", lambda folder: _compiled(source, folder))
+    return _module(folder, "_cuda_on_cpu", [shared / f"{source.name}.o"], kernel_files(), flags)
 
 
-def build_module(folder, name, bindings, kernels=(), flags=()):
-    """The same with other bindings, which define a module of that name, and other kernels."""
-    program = compiler()
+def build_module(folder, name, bindings):
+    """The same with other bindings, which define a module of that name, and kernels of theirs."""
+    return _module(folder, name, [_compiled(bindings, folder)])
+
+
+def _module(folder, name, objects, kernels=(), flags=()):
+    sources = (*kernels, CSRC / "cuda_on_cpu" / "cuda_on_cpu.cpp")
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects += pool.map(lambda source: _compiled(source, folder, "-O1", *flags), sources)
+    module = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    _run([compiler(), *flags, "-shared", *map(str, objects), "-o", str(module)])
+    return module
+
+
+def _compiled(source, folder, *flags):
+    """The object of a file. Bindings hold no kernel: there is nothing to optimise."""
+    program, target = compiler(), folder / f"{source.name}.o"
     import pybind11
 
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    # Bindings hold no kernel: there is nothing to optimise.
-    sources = {bindings: "-O0"}
-    sources |= dict.fromkeys((*kernels, CSRC / "cuda_on_cpu" / "cuda_on_cpu.cpp"), "-O1")
-
-    def compiled(source):
-        target = folder / f"{source.name}.o"
-        words = [*_FLAGS, *_PRAGMAS, sources[source], *flags, "-DVF_CUDA_ON_CPU", *includes]
-        _run([program, *words, "-x", "c++", "-c", str(source), "-o", str(target)])
-        return str(target)
-
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(compiled, sources))
-    module = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    _run([program, *flags, "-shared", *objects, "-o", str(module)])
-    return module
+    words = [*_FLAGS, *_PRAGMAS, "-O0", *flags, "-DVF_CUDA_ON_CPU", *includes]
+    _run([program, *words, "-x", "c++", "-c", str(source), "-o", str(target)])
+    return target
 
 
 def _run(command):

@@ -12,18 +12,23 @@ from typing import NamedTuple
 import pytest
 
 pytest.importorskip("setuptools", reason="native_build takes it")
+pytest.importorskip("pybind11", reason="native_build takes it")
 
 from native_build import architectures
 from tests.csrc.cuda_on_cpu import kernel_files
+from tests.native_build.building import cuda_build
 
 ARCHITECTURES = [
-    # Each takes half a minute of a core. These three have the instructions of 80.
+    # Each takes a quarter of a minute of a core. These three have the instructions of 80.
     pytest.param(
         arch, id=arch.name, marks=[pytest.mark.slow] if arch.number in (86, 87, 89) else []
     )
     for arch in architectures.default(range(1000), "aarch64")
 ]
 """What an installation compiles for."""
+
+SAME_PTX = {86: 80, 87: 80, 89: 80, 120: 100}
+"""Architectures whose PTX is that of another one, which takes two thirds of compiling."""
 
 MAX_REGISTERS = 128
 """Of a thread: launch bounds ask for two blocks of 256 threads on a processor of 65536."""
@@ -82,12 +87,48 @@ _RESOURCES = re.compile(
 )
 
 
-def compile_file(source, architecture, folder):
-    """The kernels of a file; what ptxas says of them, and their machine code."""
-    binary = folder / f"{source.stem}.cubin"
-    target = ["-gencode", f"arch=compute_{architecture},code=sm_{architecture}"]
-    options = ["-O3", "-std=c++17", "-Xptxas", "-v", "-Xcompiler", "-Wall,-Wextra"]
-    said = run([cuda_tool("nvcc"), *options, *target, "-cubin", "-o", str(binary), str(source)])
+_OPTIONS = ["-O3", "-std=c++17", "-Xcompiler", "-Wall,-Wextra"]
+
+
+def ptx(once, number):
+    """The PTX of all files for an architecture, by the name of the file."""
+
+    def make(folder):
+        def compiled(source):
+            words = [*_OPTIONS, f"-arch=compute_{number}", "-ptx", str(source)]
+            said = run([cuda_tool("nvcc"), *words, "-o", str(folder / f"{source.stem}.ptx")])
+            assert "warning" not in said, said
+
+        with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+            list(pool.map(compiled, kernel_files()))
+
+    folder = once.folder(f"ptx_{number}", make)
+    return {source.name: folder / f"{source.stem}.ptx" for source in kernel_files()}
+
+
+def assemble(once, architecture, folder):
+    """What ptxas says of every file, and the machine code that it makes of it."""
+
+    def assembled(path):
+        binary = folder / f"{path.stem}.cubin"
+        words = ["-Xptxas", "-v", f"-arch=sm_{architecture.name}", "-cubin"]
+        return run([cuda_tool("nvcc"), *words, "-o", str(binary), str(path)]), binary
+
+    sources = ptx(once, SAME_PTX.get(architecture.number, architecture.number))
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(assembled, sources.values()))
+
+
+def installed(once):
+    """The same of the extension as it is built for sm_90a."""
+    built = cuda_build(once)
+    names = [source.name for source in kernel_files()]
+    assert set(names) <= built.objects.keys()
+    return [(built.said[name], built.objects[name]) for name in names]
+
+
+def kernels_of(said, binary):
+    """The kernels of a file, from what ptxas says and from the machine code."""
     assert "warning" not in said, said
     assembly = run([cuda_tool("cuobjdump"), "-sass", str(binary)])
     parts = re.split(r"\n\s*Function : (\S+)", assembly)
@@ -102,14 +143,26 @@ def compile_file(source, architecture, folder):
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def kernels(request, tmp_path_factory):
-    number, name = request.param.number, request.param.name
-    if f"sm_{number}" not in run([cuda_tool("nvcc"), "--list-gpu-code"]).split():
-        pytest.skip(f"this nvcc does not know sm_{number}")
-    folder = tmp_path_factory.mktemp(f"sm_{name}")
-    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-        files = pool.map(lambda path: compile_file(path, name, folder), kernel_files())
-        return [kernel for file in files for kernel in file]
+def kernels(request, once, tmp_path_factory):
+    chosen = request.param
+    if f"sm_{chosen.number}" not in run([cuda_tool("nvcc"), "--list-gpu-code"]).split():
+        pytest.skip(f"this nvcc does not know sm_{chosen.number}")
+    if chosen.name == "90a":
+        files = installed(once)
+    else:
+        files = assemble(once, chosen, tmp_path_factory.mktemp(f"sm_{chosen.name}"))
+    return [kernel for file in files for kernel in kernels_of(*file)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", SAME_PTX)
+def test_ptx_is_that_of_another_architecture(number, once):
+    for name, path in ptx(once, number).items():
+        own, other = (
+            re.sub(r"^\.target sm_\d+$", "", text.read_text(), flags=re.MULTILINE)
+            for text in (path, ptx(once, SAME_PTX[number])[name])
+        )
+        assert own == other, name
 
 
 def test_no_kernel_spills_or_takes_too_many_registers(kernels):

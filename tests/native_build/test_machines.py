@@ -29,7 +29,7 @@ def platform(monkeypatch):
         monkeypatch.setenv("_PYTHON_HOST_PLATFORM", name)
         monkeypatch.setattr(sys, "platform", system)
         monkeypatch.setattr(toolchain, "accepts", lambda compiler, flags: True)
-        monkeypatch.setattr(plan, "_includes", lambda: [])
+        monkeypatch.setattr(plan, "_includes", lambda folder: [])
         monkeypatch.chdir(ROOT)
 
     return pretend

@@ -1,0 +1,67 @@
+"""What nvcc makes of the Hopper convolution: registers, spills, and the instructions it is for."""
+
+import re
+
+import pytest
+
+pytest.importorskip("setuptools", reason="native_build takes it")
+pytest.importorskip("pybind11", reason="native_build takes it")
+
+from tests.csrc.test_nvcc import cuda_tool, run
+from tests.native_build.building import cuda_build
+from vovnet_fast.backends import conv_sm90
+
+CHANNELS = [64, 80, 96, 112, 128, 160, 192, 224, 256]
+
+
+@pytest.fixture(scope="module")
+def built(once):
+    return cuda_build(once)
+
+
+@pytest.fixture(scope="module", params=["float16", "bfloat16"])
+def compiled(request, built):
+    """What ptxas says, and the instructions of every kernel, by channels and blocks."""
+    name = f"conv_sm90/{request.param}.cu"
+    sass = run([cuda_tool("cuobjdump"), "-sass", str(built.objects[name])])
+    kernels = {}
+    for part in re.split(r"\n\s*Function : ", sass)[1:]:
+        channels, blocks = re.match(r"\S*Li(\d+)ELi(\d)E", part).groups()
+        kernels[int(channels), int(blocks)] = part
+    return built.said[name], kernels
+
+
+def test_no_kernel_spills_or_waits_for_its_products(compiled):
+    log, kernels = compiled
+    assert log.count("0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads") == len(
+        kernels
+    )
+    # Launch bounds: 3 * 128 threads share 65536 registers. What multiplies gets more later.
+    assert set(re.findall(r"Used (\d+) registers", log)) == {"168"}
+    # Notes of ptxas on WGMMAs that it has to make wait, and on setmaxnreg if it ignores it.
+    assert "C75" not in log, re.findall(r".*C75.*", log)[:3]
+
+
+def test_every_tile_has_a_kernel_with_exactly_its_channels(compiled):
+    _, kernels = compiled
+    wanted = {
+        (config.block_out, config.pixels // 128)
+        for c in CHANNELS
+        for config in conv_sm90.configs(c)
+    }
+    assert set(kernels) >= wanted
+    for (channels, _), sass in kernels.items():
+        assert set(re.findall(r"HGMMA\.(\w+)\.F32", sass)) == {f"64x{channels}x16"}
+        assert "HGMMA.64x8x16" not in sass, "WGMMAs are waited for where they are issued"
+
+
+def test_instructions_are_those_of_hopper(compiled):
+    _, kernels = compiled
+    for name, sass in kernels.items():
+        for instruction in (
+            "UTMALDG.4D", "UTMALDG.3D", "SYNCS.ARRIVE", "SYNCS.PHASECHK", "STG.E.128",
+            "USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC",
+        ):  # fmt: skip
+            assert instruction in sass, f"{name} has no {instruction}"
+        for instruction in ("LDL", "STL", "LDSM"):
+            assert not re.search(rf"\b{instruction}\b", sass), f"{name} has {instruction}"
