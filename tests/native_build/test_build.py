@@ -55,6 +55,7 @@ def run(*words, cwd, **changes):
 
 
 def pip_wheel(source, folder, *options, **changes):
+    pytest.importorskip("pip", reason="uv's environments have no pip")
     done = run(
         sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", *options, "-w", folder, source,
         cwd=folder, **changes,
