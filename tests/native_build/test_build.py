@@ -21,6 +21,7 @@ pytest.importorskip("setuptools", reason="native_build takes it")
 from native_build import architectures, plan, toolchain
 from native_build.architectures import Architecture
 from tests import sanitize
+from tests.features import require_pip
 from vovnet_fast import __version__
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -55,7 +56,7 @@ def run(*words, cwd, **changes):
 
 
 def pip_wheel(source, folder, *options, **changes):
-    pytest.importorskip("pip", reason="uv's environments have no pip")
+    require_pip()
     done = run(
         sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", *options, "-w", folder, source,
         cwd=folder, **changes,
