@@ -1,4 +1,6 @@
-"""What a torch lacks that tests compare with or ask for: they skip there, and say so."""
+"""What a torch or an environment lacks that tests ask for: they skip there, and say so."""
+
+import importlib.util
 
 import pytest
 import torch
@@ -45,3 +47,9 @@ needs_looks = pytest.mark.skipif(
     not compat.TRACES,
     reason=f"torch.compile and torch.export of {torch.__version__} look into no network",
 )
+
+
+def require_pip():
+    """Skip a test that builds or installs by pip, which is not imported: it loads distutils."""
+    if importlib.util.find_spec("pip") is None:
+        pytest.skip("this environment has no pip, as those that uv makes")

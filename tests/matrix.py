@@ -1,8 +1,9 @@
 """Which versions of Python, torch, Triton and NumPy this works with, found out on demand.
 
 ``python -m tests.matrix`` makes an environment each with uv, builds the extension's CPU half for
-it, runs the tests marked ``versions`` (``--whole``: all that need no mmdet), and prints a row of
-the table in docs/compatibility.md; ``--update`` writes them there. Minutes, and up to 5 GB, each.
+it, runs the tests marked ``versions`` (``--whole``: all that need no mmdet, file after file), and
+prints a row of the table in docs/compatibility.md; ``--update`` writes them there. Minutes, and up
+to 5 GB, each. How far it is goes to stderr.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ import os
 import re
 import subprocess
 import sys
+import time
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -74,16 +77,48 @@ def run(name: str, folder: Path, *, whole: bool, uv: str) -> str:
     versions = subprocess.run(
         [python, "-c", _VERSIONS], check=True, capture_output=True, text=True
     ).stdout.strip()
-    chosen = [f"tests/{folder}" for folder in WHOLE] if whole else ["-m", "versions"]
-    words = [python, "-m", "pytest", "-p", "no:cacheprovider", "-q", *chosen]
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        print(done.stdout[-6000:], file=sys.stderr)
-    last = done.stdout.strip().splitlines()[-1] if done.stdout.strip() else done.stderr[-200:]
-    counts = {kind: n for n, kind in re.findall(r"(\d+) (passed|failed|skipped|errors?)", last)}
-    found = ", ".join(f"{n} {kind}" for kind, n in counts.items()) or last
+    found: Counter[str] = Counter()
+    for words in pieces(whole=whole):
+        began = time.monotonic()
+        done = subprocess.run(
+            [python, "-m", "pytest", "-p", "no:cacheprovider", "-q", *words],
+            cwd=ROOT, env=environment, capture_output=True, text=True,
+        )  # fmt: skip
+        counts = counted(done)
+        if counts["failed"] or counts["errors"]:
+            print(done.stdout[-6000:], done.stderr[-2000:], file=sys.stderr)
+        seconds = time.monotonic() - began
+        print(f"{' '.join(words)}: {written(counts)}, {seconds:.0f} s", file=sys.stderr, flush=True)
+        found += counts
     tests = "all that need no mmdet" if whole else "`versions`"
-    return f"| {versions} | {tests} | {found} | {commit()}, {datetime.date.today()} |"
+    return f"| {versions} | {tests} | {written(found)} | {commit()}, {datetime.date.today()} |"
+
+
+def pieces(*, whole: bool) -> list[list[str]]:
+    """What pytest is called with, one process each: a file that crashes takes no other with it."""
+    if not whole:
+        return [["-m", "versions"]]
+    files = [
+        file for folder in WHOLE for file in sorted((ROOT / "tests" / folder).glob("test_*.py"))
+    ]
+    return [[str(file.relative_to(ROOT))] for file in files]
+
+
+def counted(done: subprocess.CompletedProcess[str]) -> Counter[str]:
+    """How many tests failed, passed, were skipped or were errors, as is a pytest without an end."""
+    last = (done.stdout.strip().splitlines() or [""])[-1]
+    found = re.findall(r"(\d+) (failed|passed|skipped|error)", last)
+    counts = Counter({kind.replace("error", "errors"): int(number) for number, kind in found})
+    nothing_chosen = 5
+    if done.returncode not in (0, nothing_chosen) and not (counts["failed"] or counts["errors"]):
+        counts["errors"] += 1
+    return counts
+
+
+def written(counts: Counter[str]) -> str:
+    """Counts as pytest writes them."""
+    kinds = [kind for kind in ("failed", "passed", "skipped", "errors") if counts[kind]]
+    return ", ".join(f"{counts[kind]} {kind}" for kind in kinds) or "no tests"
 
 
 def commit() -> str:

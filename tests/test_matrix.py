@@ -1,5 +1,7 @@
 """tests.matrix: the table of versions is kept by versions."""
 
+import subprocess
+
 import pytest
 
 from tests import matrix
@@ -32,3 +34,27 @@ def test_an_unknown_environment(capsys):
     with pytest.raises(SystemExit):
         matrix.main(["2.99"])
     assert "no environment 2.99" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("code", "output", "found"),
+    [
+        (0, "....\n4 passed, 1 skipped, 2 warnings in 1.00s", "4 passed, 1 skipped"),
+        (1, "1 failed, 2 passed, 1 error in 1.00s", "1 failed, 2 passed, 1 errors"),
+        (1, "FAILED a\n12 failed, 3 errors in 1.00s", "12 failed, 3 errors"),
+        (0, "9 skipped in 1.00s", "9 skipped"),
+        (5, "20 deselected in 1.00s", "no tests"),
+        (-11, "...", "1 errors"),
+        (3, "", "1 errors"),
+    ],
+)
+def test_what_pytest_found_is_counted(code, output, found):
+    done = subprocess.CompletedProcess([], code, output, "")
+    assert matrix.written(matrix.counted(done)) == found
+
+
+def test_the_whole_is_every_file_of_its_folders():
+    files = [file for [file] in matrix.pieces(whole=True)]
+    assert {file.split("/")[1] for file in files} == {*matrix.WHOLE}
+    assert "tests/network/test_model.py" in files
+    assert len(files) == len({*files})

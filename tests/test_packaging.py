@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from tests.features import require_pip
 from vovnet_fast import __version__, _optional
 
 try:
@@ -34,6 +35,7 @@ def pip(*words, **options):
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     """The wheel, built where no compiler can be found."""
+    require_pip()
     folder = tmp_path_factory.mktemp("wheel")
     source = tmp_path_factory.mktemp("source") / "repo"
     # A clean copy of what git tracks: leftovers of earlier builds must not help.

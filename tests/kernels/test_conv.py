@@ -246,6 +246,7 @@ def test_offsets_beyond_32_bits(n, strides, wide, case, device):
     torch.testing.assert_close(out.double(), exact, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.versions
 def test_default_configuration(case, output, assert_accurate, dtype):
     for kernel in (1, 3):
         layer = case(1, 9, 11, 32, 48, dtype, kernel=kernel)

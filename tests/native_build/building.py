@@ -17,6 +17,7 @@ from typing import NamedTuple
 import pytest
 
 from native_build import toolchain
+from tests.features import require_pip
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -41,6 +42,7 @@ def run(*words, cwd, **changes):
 
 
 def pip_wheel(source, folder, *options, **changes):
+    require_pip()
     done = run(
         sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", *options, "-w", folder, source,
         cwd=folder, **changes,

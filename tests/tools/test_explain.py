@@ -61,8 +61,8 @@ def test_it_tells_of_other_ways_to_train(capsys, options):
     assert cli.main(["explain", SPEC, "1x64x64", "--device", "cpu", *options]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert (
-        "measured in four ways: ops, ops on large maps, which this is, modules, and modules in the other layout"
-        in said
+        "measured in four ways: ops, ops on large maps, which this is, modules, "
+        "and modules in the other layout" in said
     ) == (options == ["--train"])
 
 
