@@ -15,7 +15,9 @@ from vovnet_fast import VoVNet, use_backend
 from vovnet_fast.arithmetic import int8
 from vovnet_fast.backends import BackendError
 from vovnet_fast.network.filling import CheckpointError
+from vovnet_fast.ops.memory import Arena, Plan
 from vovnet_fast.quantization.floating import Floating, Folded
+from vovnet_fast.quantization.running import run
 from vovnet_fast.quantization.straight_through import StraightThrough
 
 LEAST = {"int8": 24.0, "fp8": 18.0}
@@ -45,6 +47,23 @@ def test_from_slot_to_slot_it_is_what_goes_by_name(name, dtype):
     with torch.no_grad():
         wanted = StraightThrough(quantized.network).run(x)
     assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES)
+@pytest.mark.parametrize("name", TINY)
+def test_it_runs_in_memory_that_is_planned(name, dtype):
+    """Nothing is read after it was written over: the arena holds what an earlier image left."""
+    quantized = cases.quantized(name, dtype, stem="wide")
+    network, ops, plan = quantized.network, quantized.architecture.form.ops, Plan()
+    x = cases.images(seed=8)
+    run(ops, x.permute(0, 2, 3, 1), network, plan)
+    assert {"image", "chained_0", "chained_1"} <= set(plan.sizes)
+    arena = Arena(plan.sizes, ops.ACTIVATION, x.device)
+    for seed in (9, 8):
+        pixels = cases.images(seed=seed).permute(0, 2, 3, 1)
+        found = run(ops, pixels, network, arena)
+        wanted = run(ops, pixels, network)
+        assert all(map(torch.equal, found, wanted))
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,10 @@ def run(
 ) -> list[Tensor]:
     """Features of a batch of images.
 
-    Every activation is a byte in a buffer that :mod:`vovnet_fast.ops.memory` could plan: slot 0 of
-    a concat buffer is filled by what makes the block's input. Features are fp32, written from the
-    accumulators; what is also another layer's input is written twice, once rounded.
+    Every activation is a byte in a buffer that :mod:`vovnet_fast.ops.memory` can plan: slot 0 of
+    a concat buffer is filled by what makes the block's input. Features are fp32, in memory of their
+    own, written from the accumulators; what is also another layer's input is written twice, once
+    rounded.
 
     Args:
         ops: a module with the functions of :mod:`vovnet_fast.arithmetic.int8`.
@@ -45,10 +46,9 @@ class _Run:
 
     def features(self, x: Tensor) -> list[Tensor]:
         network, ops = self._network, self._ops
-        like = x.new_empty(0, dtype=ops.image_dtype(network.wide_stem))
-        image = self._memory.scratch("image", like, *x.shape)
-        ops.quantize_image(x, network.scales[IMAGE], image, wide=network.wide_stem)
         self._like = x.new_empty(0, dtype=ops.ACTIVATION)
+        image = self._image(x)
+        ops.quantize_image(x, network.scales[IMAGE], image, wide=network.wide_stem)
         plans = list(network.spec.blocks())
         out: Tensor | None = image
         buffer: Tensor | None = None
@@ -95,9 +95,15 @@ class _Run:
     def _feature(self, name: str, size: tuple[int, int, int], channels: int) -> Tensor | None:
         if name not in self._network.out_features:
             return None
-        like = self._like.new_empty(0, dtype=torch.float32)
-        self._found.append(self._memory.feature(like, *size, channels))
+        # Not Memory.feature, after which the chain would begin anew: here it goes on.
+        self._found.append(self._like.new_empty(*size, channels, dtype=torch.float32))
         return self._found[-1]
+
+    def _image(self, x: Tensor) -> Tensor:
+        """Room for a quantised image, whose numbers may be wider than a byte."""
+        dtype, (n, h, w, c) = self._ops.image_dtype(self._network.wide_stem), x.shape
+        room = self._memory.scratch("image", self._like, n, h, w, c * dtype.itemsize)
+        return room.view(dtype)
 
     def _pools(self, plan: BlockPlan) -> bool:
         """Whether a pool comes before a block."""
