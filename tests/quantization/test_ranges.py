@@ -54,6 +54,14 @@ def test_values_are_in_their_bins():
     assert found.centres()[0, where[2]].item() == pytest.approx(1.0, abs=found.width.item())
 
 
+def test_values_stay_in_their_bins_when_these_become_wider():
+    found = histogram(torch.tensor([0.3, -0.7, 1.0]), torch.tensor([3.0]), torch.tensor([-17.0]))
+    assert found.reach.item() == 32
+    values = found.centres()[0, found.counts[0].nonzero()[:, 0]]
+    wanted = torch.tensor([-17.0, -0.7, 0.3, 1.0, 3.0]).double()
+    assert (values - wanted).abs().max() <= found.width.item()
+
+
 def test_channels_are_apart():
     x = torch.tensor([[1.0, -2.0, 0.0], [0.5, 0.25, 8.0], [0.0, 0.0, 0.0]])
     found = histogram(x, groups=3)
