@@ -17,6 +17,7 @@ FLOORS = (
     ("compat",),
     ("_version", "_dtypes", "_environment", "_files", "_optional", "specs"),
     ("_provenance", "reference"),
+    ("arithmetic",),
     ("kernels",),
     ("aot", "compiling", "tuning"),
     ("selfcheck",),
@@ -26,6 +27,7 @@ FLOORS = (
     ("network",),
     ("checkpoints",),
     ("deploy",),
+    ("quantization",),
     ("integrations",),
     ("detectron2", "mmdet", "timm", "tools"),
 )

@@ -18,10 +18,13 @@ if TYPE_CHECKING:
     from . import checkpoints
     from .deploy.file import load_frozen
     from .deploy.freeze import FrozenVoVNet, freeze
+    from .quantization.file import load_quantized
+    from .quantization.quantize import QuantizedVoVNet, quantize
 
 __all__ = [
     "BackendError",
     "FrozenVoVNet",
+    "QuantizedVoVNet",
     "VoVNet",
     "VoVNetSpec",
     "__version__",
@@ -29,7 +32,9 @@ __all__ = [
     "checkpoints",
     "freeze",
     "load_frozen",
+    "load_quantized",
     "ops",
+    "quantize",
     "specs",
     "use_backend",
 ]
@@ -38,6 +43,9 @@ _DEFERRED = {
     "FrozenVoVNet": ".deploy.freeze",
     "freeze": ".deploy.freeze",
     "load_frozen": ".deploy.file",
+    "load_quantized": ".quantization.file",
+    "QuantizedVoVNet": ".quantization.quantize",
+    "quantize": ".quantization.quantize",
 }
 """Imported when they are first asked for, as :mod:`.checkpoints` is. The ops are not: a program
 that was exported with them finds them once the package is imported."""

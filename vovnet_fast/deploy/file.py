@@ -182,7 +182,7 @@ def load_frozen(
         raise CheckpointError(f"cannot read {path}: it is no file, but a folder, pipe or device")
     # Windows on a file have no use for a default device, nor for not counting what is written.
     with torch.device("cpu"), torch.inference_mode(False), torch.no_grad():
-        tensors, metadata = _read(path)
+        tensors, metadata = read_tensors(path)
         header = _header(path, metadata)
         spec = _spec(path, header)
         _require_fit(path, header, spec, tensors)
@@ -211,7 +211,12 @@ def is_frozen(path: str | os.PathLike[str]) -> bool:
         return False
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
+    """Tensors, windows on the file, and metadata, both unchecked.
+
+    Raises:
+        CheckpointError: it is no whole file of safetensors.
+    """
     from safetensors import safe_open
 
     try:
@@ -221,7 +226,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], Mapping[str, str]]:
     except Exception as error:  # Damaged files raise almost anything.
         raise CheckpointError(
             f"cannot read {path}: {error}. A whole {SAFETENSORS} file was expected, as "
-            "FrozenVoVNet.save writes it"
+            "save() writes it"
         ) from error
 
 

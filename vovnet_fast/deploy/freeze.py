@@ -58,18 +58,23 @@ def freeze(
         BackendError: a part cannot be folded, such as a group norm, or is not what it was built
             as, or has hooks; the message names it.
     """
-    if not isinstance(model, VoVNet):
-        raise TypeError(f"freeze takes a vovnet_fast.VoVNet, got {type(model).__name__}")
-    reason = _why_other(model) or model.why_other()
-    if reason is not None:
-        raise BackendError(f"freeze: {reason}")
+    require_model("freeze", model)
     first = model.first_weight
     dtype = dtype or (torch.float32 if first is None else first.dtype)
     out_dtype = out_dtype or dtype
     require_options("freeze", dtype, out_dtype, memory_format)
     with torch.inference_mode(False), torch.no_grad():
-        params = _fold(model, dtype)
+        params = folded(model, dtype)
         return FrozenVoVNet(params, model.out_features, memory_format, graph, out_dtype)
+
+
+def require_model(what: str, model: VoVNet) -> None:
+    """Refuse what is no network that can be folded, as :func:`freeze` says."""
+    if not isinstance(model, VoVNet):
+        raise TypeError(f"{what} takes a vovnet_fast.VoVNet, got {type(model).__name__}")
+    reason = _why_other(model) or model.why_other()
+    if reason is not None:
+        raise BackendError(f"{what}: {reason}")
 
 
 def require_options(
@@ -95,12 +100,12 @@ def _why_other(model: VoVNet) -> str | None:
     if has_hooks(model):
         return (
             "the model has hooks, which would be lost: remove them, and register them with the "
-            "frozen module"
+            "module that is made of it"
         )
     return None
 
 
-def _fold(model: VoVNet, dtype: torch.dtype) -> NetworkParams:
+def folded(model: VoVNet, dtype: torch.dtype) -> NetworkParams:
     """The network as the ops take it: in fp32 and fp64 with all scales one.
 
     There they are folded into the weights. Half-precision weights would be rounded once

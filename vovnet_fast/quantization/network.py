@@ -1,0 +1,211 @@
+"""The module that :func:`vovnet_fast.quantize` makes."""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from .. import arithmetic, backends, compat
+from ..arithmetic.layers import QuantizedNetwork
+from ..backends import BackendError
+from ..network.filling import AllOrNothing, CheckpointError
+from ..ops import _checks
+from ..ops.features import check_size
+from . import layout
+from .formats import Format
+from .layout import Architecture
+from .report import Report, Row
+from .running import run
+
+
+class QuantizedVoVNet(AllOrNothing):
+    """An inference module in int8 or fp8, which :func:`vovnet_fast.quantize` makes.
+
+    It computes what :mod:`vovnet_fast.arithmetic` says, bit for bit on every device. So far that
+    is done by plain PyTorch, in fp64 inside: exact, and slow. All tensors are buffers.
+    ``to(device)``, ``state_dict``, ``deepcopy`` and ``pickle`` work (PyTorch pickles no e4m3: fp8
+    is kept by :meth:`save`); dtypes are fixed, :meth:`train` changes nothing, and autocast is
+    ignored.
+
+    Attributes:
+        spec: the architecture.
+        out_features: names of the returned features, in network order.
+        feature_channels: their channels, in the same order (FPN's ``in_channels``).
+        feature_strides: their strides, in the same order.
+        input_ch: channels of images.
+        dtype: ``int8`` or ``fp8``, of weights and activations.
+        levels: the largest activation of int8, 127 or 255; 448 in fp8.
+        wide_stem: the first layer has images and weights of more than eight bits.
+        out_dtype: of the returned features.
+        memory_format: of the returned features.
+    """
+
+    weight_0: Tensor
+    scales: Tensor
+
+    def __init__(
+        self,
+        network: QuantizedNetwork,
+        rows: Sequence[Row] = (),
+        out_dtype: torch.dtype = torch.float32,
+        memory_format: torch.memory_format = torch.channels_last,
+        *,
+        copy: bool = True,
+    ) -> None:
+        super().__init__()
+        channels, strides = network.spec.feature_channels(), network.spec.feature_strides()
+        self.spec, self.out_features = network.spec, network.out_features
+        self.feature_channels = tuple(channels[name] for name in self.out_features)
+        self.feature_strides = tuple(strides[name] for name in self.out_features)
+        self.input_ch = network.layers["stem_1"].weight.shape[3]
+        self.dtype, self.levels, self.wide_stem = network.dtype, network.levels, network.wide_stem
+        self.out_dtype = out_dtype
+        # Not the format itself, which cannot be pickled.
+        self._channels_last = memory_format == torch.channels_last
+        self._rows = [Row(*row) for row in rows]
+        for name, tensor in layout.tensors(network).items():
+            held = tensor.detach().contiguous()
+            self.register_buffer(name, held.clone() if copy and held is tensor else held)
+        # Names and shapes do not tell 127 levels from 255, nor two dialects: a state dict does.
+        stamp = zlib.crc32(repr((arithmetic.VERSION, self.architecture)).encode())
+        self.register_buffer("stamp", torch.tensor(stamp, device=self.scales.device))
+        self.eval()
+
+    @property
+    def memory_format(self) -> torch.memory_format:
+        """Layout of the returned features."""
+        return torch.channels_last if self._channels_last else torch.contiguous_format
+
+    @property
+    def architecture(self) -> Architecture:
+        """What its buffers depend on."""
+        form = Format(self.dtype, self.levels, self.wide_stem)
+        return Architecture(self.spec, form, self.out_features, self.input_ch)
+
+    @property
+    def network(self) -> QuantizedNetwork:
+        """Its buffers as the ops take them: layers with weights, scales and zero points."""
+        return layout.network(self.architecture, dict(self.named_buffers()))
+
+    @compat.hidden
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Compute the features of a batch of images.
+
+        Args:
+            x: ``[N, C, H, W]`` on the module's device, of any layout and of dtype fp16, bf16,
+                fp32 or fp64, normalised as those of the calibration. What is beyond the range of
+                these is cut there.
+
+        Returns:
+            One ``[N, C', H', W']`` tensor of :attr:`out_dtype` and :attr:`memory_format` for each
+            of :attr:`out_features`.
+
+        Raises:
+            ValueError: wrong rank, channels or device, too small an image, or one that holds NaN
+                or Inf, for which there are no bytes.
+            TypeError: no such dtype.
+            RuntimeError: a gradient would be needed.
+            BackendError: a backend was asked for by name that has no ops in eight bits.
+        """
+        self._check(x)
+        with torch.no_grad():
+            network = self.network
+            pixels = x.float().permute(0, 2, 3, 1)
+            found = run(self.architecture.form.ops, pixels, network)
+            return tuple(
+                feature.permute(0, 3, 1, 2).to(self.out_dtype, memory_format=self.memory_format)
+                for feature in found
+            )
+
+    def report(self) -> Report:
+        """What quantisation cost on images of the calibration; of a loaded one what it cost then.
+
+        Raises:
+            ValueError: it was not measured.
+        """
+        if not self._rows:
+            raise ValueError(
+                f"nothing was measured of this {self.spec.name} in {self.dtype}: "
+                "vovnet_fast.quantize measures unless measure=False"
+            )
+        return Report(self._rows)
+
+    def train(self, mode: bool = True) -> QuantizedVoVNet:
+        """Do nothing: there is no training mode. Detectors call it on all their parts."""
+        return super().train(False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write it to a file for :func:`vovnet_fast.load_quantized`; see :func:`.file.save`."""
+        from .file import save
+
+        save(self, path)
+
+    def extra_repr(self) -> str:
+        return f"{self.spec.name}, out_features={self.out_features}, dtype={self.dtype}"
+
+    def _check(self, x: Tensor) -> None:
+        _checks.activations("a quantised VoVNet", "x", x, self.input_ch)
+        if x.device != self.scales.device:
+            raise ValueError(
+                f"the image is on {x.device} and the quantised VoVNet on {self.scales.device}: "
+                "move one"
+            )
+        if torch.is_grad_enabled() and x.requires_grad:
+            raise RuntimeError(
+                "a quantised VoVNet has no backward pass: call it under torch.no_grad(), detach "
+                "the image, or train what vovnet_fast.quantization.fine_tuning makes"
+            )
+        check_size(self.spec, self.out_features, x.shape[2], x.shape[3])
+        if not x.isfinite().all():
+            raise ValueError("the image holds NaN or Inf, for which there are no bytes")
+        name = backends.chosen()
+        if name not in ("auto", "reference"):
+            raise BackendError(
+                f"the {name} backend has no ops in {self.dtype} yet: use reference, or auto"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedVoVNet:
+        """Move to a device. Integers and scales keep their dtypes."""
+        wanted = fn(torch.empty(0, dtype=torch.float32, device=self.scales.device)).dtype
+        if wanted != torch.float32:
+            raise TypeError(
+                f"this VoVNet is quantised in {self.dtype} and cannot be converted to {wanted}: "
+                "quantise the original again, with out_dtype for features in another dtype"
+            )
+
+        def move(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if moved.dtype != tensor.dtype:  # Of fp64 and e4m3, which to(torch.float32) takes.
+                moved = tensor.to(moved.device)
+            return moved.contiguous()  # module.to(memory_format=...) permutes what has 4 axes.
+
+        super()._apply(move, recurse)
+        return self
+
+    def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
+        """Bytes are copied as they are, or not at all: another dtype is another number."""
+        problems = []
+        for name, own in self.named_buffers():
+            value = state_dict.get(prefix + name)
+            if not isinstance(value, Tensor) and prefix + name in state_dict:
+                problems.append(f"{name} is {type(value).__name__}, expected a tensor")
+            elif value is not None and (value.shape, value.dtype) != (own.shape, own.dtype):
+                problems.append(
+                    f"{name} is {list(value.shape)} in {value.dtype}, expected {list(own.shape)} "
+                    f"in {own.dtype}"
+                )
+            elif name == "stamp" and value is not None and not torch.equal(value.cpu(), own.cpu()):
+                problems.append(
+                    f"it is that of another architecture, dtype or number of levels than "
+                    f"{self.spec.name} of {self.levels}"
+                )
+        if problems:
+            raise CheckpointError(
+                f"the state dict does not fit this VoVNet in {self.dtype}, of which nothing was "
+                f"changed: {'; '.join(problems[:4])}{'; ...' if len(problems) > 4 else ''}"
+            )
+        torch.nn.Module._load_from_state_dict(self, state_dict, prefix, *args, **kwargs)
