@@ -130,7 +130,7 @@ class QuantizedVoVNet(AllOrNothing):
         if not self._rows:
             raise ValueError(
                 f"nothing was measured of this {self.spec.name} in {self.dtype}: "
-                "vovnet_fast.quantize measures unless measure=False"
+                "vovnet_fast.quantize measures unless report=False"
             )
         return Report(self._rows)
 
