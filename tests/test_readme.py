@@ -10,6 +10,7 @@ from vovnet_fast.tools.memory import training_memory
 from vovnet_fast.tools.plan import plan_forward
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks/results"
 README = (ROOT / "README.md").read_text()
 MEMORY = json.loads((ROOT / "docs/training_memory.json").read_text())
 PLAN = json.loads((ROOT / "docs/plan.json").read_text())
@@ -44,7 +45,7 @@ def test_traffic():
 
 def newest(name):
     """The last committed measurement of this name."""
-    return json.loads(max((ROOT / "benchmarks/results").glob(f"*/{name}")).read_text())
+    return json.loads(max(RESULTS.glob(f"*/{name}")).read_text())
 
 
 def test_ratios_on_a_cpu():
@@ -62,20 +63,25 @@ def test_ratios_on_a_cpu():
         assert f"| {' | '.join(cells)} |" in README
 
 
-def test_ratios_of_what_is_not_frozen():
-    """Every cell of the table has both layouts as they were measured; what is behind is in bold."""
-    found = newest("not-frozen.json")
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/not-frozen.json")), ids=str)
+def test_ratios_of_what_is_not_frozen(path):
+    """Every cell of a table has both layouts as they were measured; what is behind is in bold."""
+    found = json.loads(path.read_text(encoding="utf-8"))
     assert found["provenance"]["dirty"] is False
     assert f"at commit {found['provenance']['commit'][:8]}" in README
     rows = {(row["what"], row["who"]): row["ratio_to_eager"] for row in found["rows"]}
-    for spec in ("V-39-eSE", "V-19-slim-eSE"):
-        cells = []
-        for what in ("1x{0}x{0}, inference", "2x{0}x{0}, training"):
-            for size in (64, 224):
-                kind = f"{spec}, {what.format(size)}, float32"
-                ratios = [rows[kind, f"auto, {layout}"] for layout in ("NCHW", "channels_last")]
-                cells.append(", ".join(f"{r:.2f}" if r > 0.97 else f"**{r:.2f}**" for r in ratios))
-        assert f"| {spec} | {' | '.join(cells)} |" in README
+    for spec in dict.fromkeys(what.partition(",")[0] for what, _ in rows):
+        for dtype in dict.fromkeys(what.rpartition(", ")[2] for what, _ in rows):
+            cells = []
+            for what in ("1x{0}x{0}, inference", "2x{0}x{0}, training"):
+                for size in (64, 224):
+                    kind = f"{spec}, {what.format(size)}, {dtype}"
+                    ratios = [rows[kind, f"auto, {layout}"] for layout in ("NCHW", "channels_last")]
+                    cells.append(
+                        ", ".join(f"{r:.2f}" if r > 0.97 else f"**{r:.2f}**" for r in ratios)
+                    )
+            name = spec if dtype == "float32" else f"{spec}, bf16"
+            assert f"| {name} | {' | '.join(cells)} |" in README
 
 
 def test_what_is_linked_is_there():

@@ -39,6 +39,8 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     text = out.with_suffix(".md").read_text(encoding="utf-8")
     worst = min(row["ratio_to_eager"] for row in rows if row["who"].startswith("auto"))
     assert f"Least ratio over all rows of auto: {worst:.2f}" in text
+    worst = min(row["ratio_to_same_layout"] for row in rows if row["who"].startswith("auto"))
+    assert f"Least ratio to plain PyTorch in the same layout: {worst:.2f}" in text
     assert text in capsys.readouterr().out + "\n"
 
 
@@ -48,6 +50,7 @@ def test_what_is_better_is_found_by_the_median():
     row = unfrozen._row(kind, "auto, NCHW", times)
     assert row["better"] == "plain, channels_last"
     assert row["ratio_to_eager"] == 0.5
+    assert row["ratio_to_same_layout"] == 0.75
     behind = {**row, "ratio_to_eager": 0.4}
     assert (
         unfrozen.least([row, behind, {**row, "who": "plain, NCHW", "ratio_to_eager": 0.1}])

@@ -8,8 +8,6 @@ the first step of a kind, and remembered (:mod:`vovnet_fast.tuning.processor`).
 
 from __future__ import annotations
 
-import concurrent.futures
-import contextvars
 import copy
 import math
 from collections.abc import Callable
@@ -30,8 +28,9 @@ if TYPE_CHECKING:
 OPS, MIXED, MODULES = "ops", "ops on large maps", "modules"
 OTHER_LAYOUT = "modules in the other layout"
 """All parts that can run as ops; those on maps of :data:`.decision.CPU_PIXELS_TRAINING` pixels or
-more; none; none, on a copy of the images in channels_last, or in NCHW if they come in that. Where
-two are equally fast, the one that keeps less is taken."""
+more; none; none, on a copy of the images in channels_last, or in NCHW if they come in that (weights
+stay as they are: where they are in channels_last, PyTorch convolves in that). Where two are equally
+fast, the one that keeps less is taken."""
 
 CANDIDATES = (OPS, MIXED, MODULES, OTHER_LAYOUT)
 
@@ -113,7 +112,7 @@ def _measured_size(x: Tensor) -> tuple[int, int, int, int]:
 
 def _trial(network: VoVNet, x: Tensor) -> Callable[[str], None]:
     """Runs a step of a twin of the network, which leaves no trace: gradients and statistics are the
-    twin's, weights are shared."""
+    twin's, weights are shared. Autocast is this thread's: it is told here."""
     n, _, height, width = _measured_size(x)
     image = x.detach()[:n, :, :height, :width].clone(memory_format=torch.preserve_format)
     image.requires_grad_(x.requires_grad)
@@ -129,16 +128,10 @@ def _trial(network: VoVNet, x: Tensor) -> Callable[[str], None]:
         twin.zero_grad(set_to_none=True)
         image.grad = None
 
-    def apart(way: str) -> None:
-        # In a thread of its own: hooks on what autograd saves, as activation checkpointing has
-        # them, and modes are this thread's. The backend that was chosen, and autocast, go with it.
-        with concurrent.futures.ThreadPoolExecutor(1) as executor:
-            executor.submit(contextvars.copy_context().run, cast, way).result()
-
     dtype = compat.autocast_dtype("cpu")
 
     def cast(way: str) -> None:
         with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
             step(way)
 
-    return apart
+    return cast

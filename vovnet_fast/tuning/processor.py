@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import contextvars
 import functools
 import logging
 import os
@@ -35,7 +37,9 @@ def choose(
         problem: names all that the times depend on, beside the processor and torch's threads.
         candidates: names of the ways; of two that are equally fast the first is taken.
         static: the one to take where nothing is known and nothing may be measured.
-        prepare: called once before anything is timed, returns what runs one of them.
+        prepare: called once before anything is timed, returns what runs one of them, in a thread
+            of its own: hooks on what autograd saves, as activation checkpointing has them, and
+            modes are the caller's. Context variables, as the backend that was chosen, are there.
 
     Returns:
         a name out of ``candidates``, or ``static``.
@@ -54,7 +58,10 @@ def choose(
     except Exception as error:  # What cannot be tried can still be run.
         _log.warning("not measured, and %s is taken: %s (%s)", static, error, problem)
         return static
-    times = _measure(candidates, run)
+    # One thread for all: each has OpenMP threads to start.
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        context = contextvars.copy_context()
+        times = executor.submit(context.run, _measure, candidates, run).result()
     if not times:
         return static
     best = min(times, key=lambda name: times[name])
