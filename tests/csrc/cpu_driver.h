@@ -194,11 +194,12 @@ struct Report {
   std::set<std::string> called;
 
   // Of an output that `expected` gives before it is rounded. Sums are in fp32, or in fp64.
-  void compare(const std::string& what, Tensor& found, const Values& expected) {
+  // `summand`: the largest of what is summed up, where little may be left of it.
+  void compare(const std::string& what, Tensor& found, const Values& expected, double summand = 0) {
     const Format& f = format(found.dtype());
     const double unit = std::ldexp(1.0, -1 - f.mantissa);
     const double sums = found.dtype() == kDouble ? 1e-13 : 1e-5;
-    double largest = 0, worst = 0;
+    double largest = summand, worst = 0;
     for (const double y : expected) largest = std::max(largest, std::fabs(y));
     if (spoil && found.count() > 0) {
       const int64_t last = found.count() - 1;

@@ -106,12 +106,14 @@ void check_fc(Report& report, int64_t n, int64_t c, int32_t kind, int32_t weight
                                                weight.array(), dpixel.data(), dweight.data(),
                                                dbias.data(), n, c, num_pixels, kind, dtype}));
   Values pixel(n * c), by_weight(c * c), by_bias(c);
+  double largest = 0;
   for (int64_t i = 0; i < n * c; ++i) {
     const double gate = stored[i];
     const bool flat = gate <= 0 || gate >= 1;
     const double slope = kind == kSigmoid ? gate * (1 - gate) : flat ? 0 : 1.0 / 6;
     const double gradient = dgates.get(i) * slope;
     by_bias[i % c] += gradient;
+    largest = std::max(largest, std::fabs(gradient));
     for (int64_t k = 0; k < c; ++k) {
       by_weight[i % c * c + k] += gradient * stored_mean[i / c * c + k];
       pixel[i / c * c + k] += gradient * weight.get(i % c * c + k) / num_pixels;
@@ -122,7 +124,7 @@ void check_fc(Report& report, int64_t n, int64_t c, int32_t kind, int32_t weight
   report.compare("gates, their means, " + what, mean, means);
   report.compare("gates_backward, dpixel, " + what, dpixel, pixel);
   report.compare("gates_backward, dfc_weight, " + what, dweight, by_weight);
-  report.compare("gates_backward, dfc_bias, " + what, dbias, by_bias);
+  report.compare("gates_backward, dfc_bias, " + what, dbias, by_bias, largest);
 }
 
 void check_apply(Report& report, const Shape& s, int32_t dtype) {
