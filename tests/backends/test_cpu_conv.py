@@ -12,9 +12,11 @@ from tests.backends.cpu_engines import DTYPES, engine_combinations, instruction_
 from tests.backends.test_cpu_backend import threads
 from tests.extension_cases import Tensors, require
 from tests.features import compared
+from vovnet_fast import tuning
 from vovnet_fast.backends import _extension, cpu, reference
-from vovnet_fast.backends.cpu import convolution
+from vovnet_fast.backends.cpu import convolution, weight_grad
 from vovnet_fast.selfcheck import calls, cases
+from vovnet_fast.tuning import processor
 
 CPU = torch.device("cpu")
 LAYERS = [
@@ -221,6 +223,59 @@ def test_choice():
         expected = [name for name in names if name in found]
         assert convolution.choose_engine(dtype) == [*expected, convolution.ATEN][0]
     assert convolution.choose_engine(torch.float64) == convolution.ATEN
+
+
+@pytest.fixture
+def without_amx(monkeypatch, tmp_path):
+    """A processor with AVX512-BF16 and no matrix unit, on which engines are measured."""
+    monkeypatch.setenv("VOVNET_FAST_TUNE", "1")
+    monkeypatch.setenv("VOVNET_FAST_CACHE", str(tmp_path))
+    monkeypatch.setattr(convolution, "engines", lambda: ("fma", "dpbf16"))
+    monkeypatch.setattr(weight_grad, "engines", lambda: ("fma", "dpbf16"))
+    tuning._table.cache_clear()
+    convolution._fastest.cache_clear()
+    yield
+    tuning._table.cache_clear()
+    convolution._fastest.cache_clear()
+
+
+@pytest.mark.parametrize("slow", ["fma", "dpbf16"])
+@pytest.mark.parametrize(("module", "name"), [(convolution, "_launch"), (weight_grad, "sums")])
+def test_a_slow_engine_is_avoided(monkeypatch, without_amx, module, name, slow):
+    """By the clock that is measured with, which has no other hands."""
+    now, asked = [0.0], []
+    monkeypatch.setattr(processor.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(convolution, "_pack", lambda engine, weight: weight)
+
+    def run(engine, *args, **kwargs):
+        asked.append(engine)
+        now[0] += 1 + (engine == slow)
+
+    monkeypatch.setattr(module, name, run)
+    [fast] = {"fma", "dpbf16"} - {slow}
+    assert module.choose_engine(torch.bfloat16) == fast
+    assert {*asked} == {"fma", "dpbf16"}
+    number = len(asked)
+    assert module.choose_engine(torch.bfloat16) == fast
+    assert module.choose_engine(torch.float32) == "fma"
+    convolution._fastest.cache_clear()
+    tuning._table.cache_clear()  # As the next process finds it.
+    assert module.choose_engine(torch.bfloat16) == fast
+    assert len(asked) == number
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert module.choose_engine(torch.bfloat16) == "dpbf16"
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("module", [convolution, weight_grad])
+def test_engines_are_timed_by_what_they_do(module):
+    found = module.engines()
+    for dtype, names in convolution.PREFERRED.items():
+        run = module._trial(dtype)
+        for name in {*names} & {*found}:
+            run(name)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ the first step of a kind, and remembered (:mod:`vovnet_fast.tuning.processor`).
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -42,7 +43,8 @@ def choose(network: VoVNet, x: Tensor) -> str:
     """The way to run a network's parts on images ``[N, C, H, W]``."""
     if not _chosen_by_time(network, x):
         return MIXED
-    return processor.choose(_problem(network, x), CANDIDATES, MIXED, lambda: _trial(network, x))
+    prepare = functools.partial(_trial, network, x)
+    return processor.choose(_problem(network, x), CANDIDATES, MIXED, prepare, steps=True)
 
 
 def run(network: VoVNet, x: Tensor, way: str) -> tuple[Tensor, ...]:

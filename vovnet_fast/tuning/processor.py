@@ -30,6 +30,8 @@ def choose(
     candidates: Sequence[str],
     static: str,
     prepare: Callable[[], Callable[[str], None]],
+    *,
+    steps: bool = False,
 ) -> str:
     """The fastest of several ways to solve a problem.
 
@@ -40,6 +42,7 @@ def choose(
         prepare: called once before anything is timed, returns what runs one of them, in a thread
             of its own: hooks on what autograd saves, as activation checkpointing has them, and
             modes are the caller's. Context variables, as the backend that was chosen, are there.
+        steps: each runs a training step, so that it takes long, which is said.
 
     Returns:
         a name out of ``candidates``, or ``static``.
@@ -52,7 +55,8 @@ def choose(
         return known if known in candidates else static
     if not tuning.enabled():
         return static
-    _announce(len(candidates))
+    if steps:
+        _announce(len(candidates))
     try:
         run = prepare()
     except Exception as error:  # What cannot be tried can still be run.

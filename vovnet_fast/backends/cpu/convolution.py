@@ -10,15 +10,18 @@ gradients of inputs, but for those of strided convolutions, which are oneDNN's:
 ``aten``    any                 oneDNN through ATen, then one pass into the slot
 ==========  ==================  =================================================
 
-:data:`PREFERRED` is what measurements say is best by dtype. Engines differ in the last bits;
-none depends on the number of threads.
+:data:`PREFERRED` is an order by dtype. The matrix unit is far ahead of the others. Between those
+the first call measures, unless deterministic algorithms are asked for: ``dpbf16`` makes twice as
+many products as ``fma`` on some processors, and no more on others. Engines differ in the last
+bits; none depends on the number of threads.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +29,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ... import _environment
+from ...tuning import processor
 from .. import _extension
 from .._extension.fields import DTYPES, array, packed, pointer, view, weight_strides
 
@@ -36,7 +40,7 @@ PREFERRED: dict[torch.dtype, tuple[str, ...]] = {
     torch.float16: ("fma",),
     torch.float32: ("fma",),
 }
-"""Engines by dtype, best first; where none of them runs, and for other dtypes, :data:`ATEN`."""
+"""Engines by dtype, likely the best first; where none runs, and for other dtypes, :data:`ATEN`."""
 
 
 def engines() -> tuple[str, ...]:
@@ -46,8 +50,60 @@ def engines() -> tuple[str, ...]:
 
 def choose_engine(dtype: torch.dtype) -> str:
     """The engine of activations of a dtype."""
-    found = engines()
-    return next((name for name in PREFERRED.get(dtype, ()) if name in found), ATEN)
+    return choose(dtype, engines(), "convolution", _trial)
+
+
+def choose(
+    dtype: torch.dtype,
+    found: Sequence[str],
+    what: str,
+    trial: Callable[[torch.dtype], Callable[[str], None]],
+) -> str:
+    """One of the engines that there are, or :data:`ATEN`.
+
+    Args:
+        dtype: of activations.
+        found: the engines that run here.
+        what: they do, in a word.
+        trial: makes what runs an engine by name on some layer of a dtype.
+    """
+    names = tuple(name for name in PREFERRED.get(dtype, ()) if name in found)
+    if len(names) < 2 or names[0] == "amx" or torch.are_deterministic_algorithms_enabled():
+        return names[0] if names else ATEN
+    return _fastest(names, dtype, _extension.load("cpu").isa(), what, trial)
+
+
+@functools.cache
+def _fastest(
+    names: tuple[str, ...],
+    dtype: torch.dtype,
+    isa: str,
+    what: str,
+    trial: Callable[[torch.dtype], Callable[[str], None]],
+) -> str:
+    """Measured once in a process at most: networks keep weights as one of them takes them."""
+    problem = f"{what} in {dtype}, {isa}"
+    return processor.choose(problem, names, names[0], functools.partial(trial, dtype))
+
+
+@torch.inference_mode(False)
+def layer(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """An input, a weight and an output to time engines with: one of V-39's, 3x3."""
+    pixels, channels = 56, 128
+    x, out = (torch.ones(1, pixels, pixels, channels, dtype=dtype) for _ in range(2))
+    return x, torch.ones(channels, 3, 3, channels, dtype=dtype), out
+
+
+def _trial(dtype: torch.dtype) -> Callable[[str], None]:
+    x, weight, out = layer(dtype)
+    tiles: dict[str, Tensor] = {}
+
+    def run(engine: str) -> None:
+        if engine not in tiles:
+            tiles[engine] = _pack(engine, weight)
+        _launch(engine, x, tiles[engine], out, 3)
+
+    return run
 
 
 def conv(

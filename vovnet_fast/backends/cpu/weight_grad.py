@@ -1,11 +1,13 @@
 """Weight gradients of convolutions of the ``cpu`` backend: the extension's own, or oneDNN's.
 
-The extension's (csrc/cpu/conv_weight_grad*) reads slots where they lie, and sums products in
-fp32, whatever dtype they are stored in; :func:`preferred` is what measurements say of it.
-Neither depends on the number of threads.
+The extension's engines (csrc/cpu/conv_weight_grad*) read slots where they lie, and sum products in
+fp32, whatever dtype they are stored in; they are chosen as those of :mod:`.convolution`. Nothing
+depends on the number of threads.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -14,9 +16,6 @@ from .. import _extension
 from .._extension.fields import DTYPES, pointer, view
 from . import convolution
 
-PREFERRED = convolution.PREFERRED
-"""Engines by dtype, best first; where none of them runs, and for other dtypes, oneDNN's."""
-
 
 def engines() -> tuple[str, ...]:
     """The engines of the extension that have weight gradients on this processor."""
@@ -24,9 +23,17 @@ def engines() -> tuple[str, ...]:
 
 
 def choose_engine(dtype: torch.dtype) -> str:
-    """The engine of activations of a dtype."""
-    found = engines()
-    return next((name for name in PREFERRED.get(dtype, ()) if name in found), convolution.ATEN)
+    """The engine of activations of a dtype, or oneDNN's; see :func:`.convolution.choose`."""
+    return convolution.choose(dtype, engines(), "weight gradient", _trial)
+
+
+def _trial(dtype: torch.dtype) -> Callable[[str], None]:
+    x, weight, g = convolution.layer(dtype)
+
+    def run(engine: str) -> None:
+        sums(engine, x, g, weight.shape[1])
+
+    return run
 
 
 def conv_weight_grad(
