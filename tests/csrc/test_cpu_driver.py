@@ -168,7 +168,7 @@ def test_aarch64_convolves_by_vectors_in_registers(aarch64, tmp_path):
     [step] = [step for step in steps(tmp_path) if step.inputs[0].stem == "conv_fma_kernels"]
     [path] = compiled([step])
     functions = listed(tool(f"{CROSS}objdump"), path)
-    [name] = [name for name in functions if "multiply_pixels<5, 1>" in name]
+    [name] = [name for name in functions if "multiply_pixels<" in name and ", 5, 1>" in name]
     code = functions[name]
     products = [i for i, words in enumerate(code) if re.match(r"fmla v\d+\.4s", words)]
     loop = code[products[0] : products[-1] + 1]
