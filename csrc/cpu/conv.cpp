@@ -60,10 +60,16 @@ struct Engine {
 [[maybe_unused]] bool only_bf16(int32_t dtype) { return dtype == kBFloat16; }
 
 #if defined(VF_WITH_AVX512BF16) || defined(VF_WITH_AMX)
-bool has_avx512bf16() {
+bool find_avx512bf16() {
   unsigned a, b, c, d;
   constexpr unsigned kAvx512BFloat16Bit = 1u << 5;  // EAX of the first sub-leaf of leaf 7
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvx512BFloat16Bit) != 0;
+}
+
+// Every call of a convolution asks, and a virtual machine takes microseconds to answer.
+bool has_avx512bf16() {
+  static const bool found = find_avx512bf16();
+  return found;
 }
 #endif
 

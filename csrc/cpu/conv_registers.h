@@ -1,9 +1,8 @@
 // Blocks of a convolution whose sums are all in registers. A Unit says what the four bytes of a
 // pixel's channels are, and how they are multiplied:
 //
-//   Packed                                        fp32, or bf16, of which two are multiplied at
-//   once Vector<float> multiply(pixel, weights, sums)  sums plus the products, by lanes of four
-//   bytes
+//   Packed    fp32, or bf16, of which two are multiplied at once
+//   multiply  (pixel, weights, sums): sums plus the products, by lanes of four bytes
 #pragma once
 
 #include <utility>
