@@ -34,7 +34,7 @@ def sources(function: str) -> tuple[str, ...]:
     if function in _CONVOLUTIONS:
         own = ("backends.cpu.convolution",)
     elif function == "conv_weight_grad":
-        own = ("backends.cpu.weight_grad",)
+        own = ("backends.cpu.convolution", "backends.cpu.weight_grad")
     return ("backends.cpu.__init__", *own, *_extension.SOURCES)
 
 
