@@ -17,6 +17,7 @@
 #include "conditions.h"
 #include "cpu/conv_engines.h"
 #include "cpu/fingerprint.h"
+#include "cpu/int8_conv_engines.h"
 #include "cpu/recording.h"
 #include "cuda/conv_sm90/launch.h"
 #include "fields.h"
@@ -167,6 +168,7 @@ inline void bind_cpu(py::module_ m) {
     run<Params>(#name, fields, threads, &cpu::name);       \
   });
   VF_OPS(VF_DEFINE)
+  VF_CPU_OPS(VF_DEFINE)
 #undef VF_DEFINE
   bind_sizes<&cpu::reduction_parts, &cpu::merge_groups>(m);
 }
@@ -199,6 +201,38 @@ inline void bind_cpu_conv(py::module_ m) {
     const auto params = read<ConvPackParams>("conv_pack", fields);
     const py::gil_scoped_release released;
     cpu::conv_pack(params, engine, threads);
+  });
+}
+
+// `int8_conv(threads, engine, **fields)`.
+inline void bind_cpu_int8_conv(py::module_ m) {
+  m.def("int8_conv_engines", &cpu::int8_conv_engines);
+  m.def("int8_conv_parts", [](const std::string& engine, int64_t out_height, int64_t out_width,
+                              int64_t c_in, int64_t c_out, int64_t kernel, int64_t stride) {
+    checks::extent("out_height", out_height);
+    checks::extent("out_width", out_width);
+    checks::filter_extents(c_out, kernel, c_in);
+    checks::choice("stride", stride, {1, 2});
+    checks::count("the input", {out_height, out_width, c_in});
+    return cpu::int8_conv_parts(engine, out_height, out_width, c_in, c_out, kernel, stride);
+  });
+  m.def("int8_conv_pack_bytes",
+        [](const std::string& engine, int64_t c_out, int64_t kernel, int64_t c_in) {
+          checks::filter_extents(c_out, kernel, c_in);
+          return cpu::int8_conv_pack_bytes(engine, c_out, kernel, c_in);
+        });
+  m.def("int8_conv", [](int threads, const std::string& engine, const py::kwargs& fields) {
+    run<Int8ConvParams>("int8_conv", fields, threads,
+                        [engine](const Int8ConvParams& params, int count) {
+                          cpu::int8_conv(params, engine, count);
+                        });
+  });
+  // Not recorded, as conv_pack.
+  m.def("int8_conv_pack", [](int threads, const std::string& engine, const py::kwargs& fields) {
+    checks::threads(threads);
+    const auto params = read<Int8ConvPackParams>("int8_conv_pack", fields);
+    const py::gil_scoped_release released;
+    cpu::int8_conv_pack(params, engine, threads);
   });
 }
 

@@ -3,48 +3,16 @@
 
 #include "checks.h"
 #include "cpu/conv_engines.h"
+#include "int8_conditions.h"
 
 namespace vovnet_fast {
 namespace checks {
-
-// Of a convolution, and as arguments of their own.
-inline void filter_extents(int64_t c_out, int64_t kernel, int64_t c_in) {
-  extent("c_out", c_out);
-  extent("c_in", c_in);
-  choice("kernel", kernel, {1, 3});
-  count("weight", {c_out, kernel, kernel, c_in});
-}
 
 // Of the sums of an image: with no parts there is nothing to divide its pixels by.
 inline void parts(int64_t parts, int64_t height, int64_t width) {
   if (parts < 1 && height > 0 && width > 0) {
     refuse("parts", "at least 1 where images have pixels", std::to_string(parts));
   }
-}
-
-// Output of windows that lie `stride` apart, padded so that the first pixel is in the middle.
-template <class Params>
-void strided_output(const Params& p) {
-  choice("stride", p.stride, {1, 2});
-  same("out_height", p.out_height, strided_size(p.height, p.stride));
-  same("out_width", p.out_width, strided_size(p.width, p.stride));
-}
-
-template <class Params>
-void pooled_output(const Params& p) {
-  choice("pad", p.pad, {0, 1});
-  same("out_height", p.out_height, p.pad == 0 ? p.height / 2 : strided_size(p.height, 2));
-  same("out_width", p.out_width, p.pad == 0 ? p.width / 2 : strided_size(p.width, 2));
-}
-
-template <class Params>
-Image input(const Params& p) {
-  return {p.n, p.height, p.width, p.c};
-}
-
-template <class Params>
-Image output(const Params& p) {
-  return {p.n, p.out_height, p.out_width, p.c};
 }
 
 inline void high_dtype(int32_t dtype) { choice("dtype", dtype, {kFloat32, kFloat64}); }

@@ -56,6 +56,17 @@ VF_FIELDS(PackParams, weight, scale, out, c_out, kernel, c_in, stride_o, stride_
           stride_i, dtype)
 VF_FIELDS(PackBackwardParams, products, weight, scale, dweight, dscale, c_out, kernel, c_in,
           stride_o, stride_h, stride_w, stride_i, dtype)
+VF_FIELDS(Int8ImageParams, x, x_stride_c, out, n, height, width, c, factor, limit, kind)
+VF_FIELDS(Int8ConvParams, x, out, feature, tiles, bias, multiplier, unit, pool_partials, n, height,
+          width, out_height, out_width, c_in, c_out, kind, kernel, stride, levels)
+VF_FIELDS(Int8ConvPackParams, weight, out, c_out, kernel, c_in, kind)
+VF_FIELDS(Int8DepthwiseParams, x, out, weight, multiplier, zero, n, height, width, out_height,
+          out_width, c, stride, levels)
+VF_FIELDS(Int8MaxPoolParams, x, out, n, height, width, out_height, out_width, c, pad)
+VF_FIELDS(Int8GatesParams, partials, mean, out, fc_weight, fc_bias, multiplier, table, n, tiles, c,
+          mean_factor, most)
+VF_FIELDS(Int8ApplyGatesParams, z, identity, out, feature, gates, n, height, width, c, rescale,
+          step, gate, identity_gate, levels)
 VF_FIELDS(ConvSm90Params, x, out, weight, scale, shift, pool_partials, n, height, width, c_in,
           c_out, kernel, tile_h, tile_w, block_out, relu, dtype)
 

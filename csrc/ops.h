@@ -27,6 +27,14 @@
   X(pack_transposed, PackParams)                      \
   X(pack_backward, PackBackwardParams)
 
+// Those of the CPU half alone.
+#define VF_CPU_OPS(X)                    \
+  X(int8_image, Int8ImageParams)         \
+  X(int8_depthwise, Int8DepthwiseParams) \
+  X(int8_max_pool, Int8MaxPoolParams)    \
+  X(int8_gates, Int8GatesParams)         \
+  X(int8_apply_gates, Int8ApplyGatesParams)
+
 namespace vovnet_fast {
 
 // On `threads` threads of the OpenMP runtime that torch has loaded. Results do not depend on how
@@ -34,6 +42,7 @@ namespace vovnet_fast {
 namespace cpu {
 #define VF_DECLARE(name, Params) void name(const Params& params, int threads);
 VF_OPS(VF_DECLARE)
+VF_CPU_OPS(VF_DECLARE)
 #undef VF_DECLARE
 
 // Parts into which reductions divide the pixels of an image.

@@ -20,6 +20,7 @@ constexpr int64_t kStatisticsRows = 3;  // count, sum, sum of squared deviations
 constexpr int64_t kNormRows = 6;        // mean, rstd, scale, shift, unbiased variance, count
 
 enum DType : int32_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2, kFloat64 = 3 };
+enum IntegerKind : int32_t { kUnsignedBytes = 0, kSignedBytes = 1, kWords = 2 };
 enum GateKind : int32_t { kHardSigmoid = 0, kSigmoid = 1 };
 
 // A [N, H, W, C] view with channel stride 1. Its sizes are those of the op. Null data: absent.
@@ -271,6 +272,94 @@ struct PackBackwardParams {
   int64_t c_out, kernel, c_in;
   int64_t stride_o, stride_h, stride_w, stride_i;  // of products
   int32_t dtype;                                   // fp32 or fp64
+};
+
+// ---- Eight bits: vovnet_fast/arithmetic says what is summed and rounded. The CPU half only. ----
+//
+// "Steps" are what activations are counted in: [N, H, W, C] views of unsigned bytes up to `levels`.
+// Vectors over the channels are packed.
+
+// out = images in steps, signed: clamp(x * factor, -limit, limit), rounded.
+struct Int8ImageParams {
+  View x;  // [N, H, W, C] fp32, with channel stride x_stride_c
+  int64_t x_stride_c;
+  void* out;  // [N, H, W, C] packed, of `kind`
+  int64_t n, height, width, c;
+  double factor;  // an fp32 number
+  int32_t limit;
+  int32_t kind;  // kSignedBytes or kWords
+};
+
+// With acc = conv(x, weight) + bias, padded by kernel / 2:
+// out = clamp(acc * multiplier, 0, levels), rounded; feature = max(acc * unit, 0).
+struct Int8ConvParams {
+  View x;                  // [N, H, W, C_in] of `kind`
+  View out;                // [N, H', W', C_out] steps, H' = (H - 1) / stride + 1, or absent
+  View feature;            // [N, H', W', C_out] fp32, or absent
+  const void* tiles;       // the weight as int8_conv_pack leaves it for the same engine
+  const void* bias;        // [C_out] int32
+  const void* multiplier;  // [C_out] fp32
+  const void* unit;        // [C_out] fp32
+  void* pool_partials;     // [N, T, C_out] int32, T from int8_conv_parts, or null: sums of out
+  int64_t n, height, width, out_height, out_width, c_in, c_out;
+  int32_t kind;                    // kUnsignedBytes, or what an engine for words takes: images
+  int32_t kernel, stride, levels;  // kernel: 1 or 3, stride: 1 or 2
+};
+
+// out = a convolution's weight in tiles as an engine multiplies them.
+struct Int8ConvPackParams {
+  const void* weight;  // [C_out, K, K, C_in] packed, int8, or int16 where kind is kWords
+  void* out;           // int8_conv_pack_bytes bytes, aligned to 64
+  int64_t c_out, kernel, c_in;
+  int32_t kind;  // kSignedBytes or kWords
+};
+
+// out = depthwise 3x3 convolution of x, padded by one:
+// clamp(acc * multiplier, -zero, levels - zero), rounded, + zero.
+struct Int8DepthwiseParams {
+  View x;                  // [N, H, W, C] steps
+  View out;                // [N, H', W', C] steps, H' = (H - 1) / stride + 1
+  const void* weight;      // [3, 3, C] int8
+  const void* multiplier;  // [C] fp32
+  const void* zero;        // [C] uint8
+  int64_t n, height, width, out_height, out_width, c;
+  int32_t stride, levels;  // stride: 1 or 2
+};
+
+// 3x3 max pool with stride 2.
+struct Int8MaxPoolParams {
+  View x;    // [N, H, W, C] steps
+  View out;  // [N, H', W', C] steps
+  int64_t n, height, width, out_height, out_width, c;
+  int32_t pad;  // as in MaxPoolParams
+};
+
+// mean = round(sum of partials * mean_factor), acc = fc_weight @ mean + fc_bias,
+// out = clamp(acc * multiplier, 0, most), rounded; or what a table has at such an index.
+struct Int8GatesParams {
+  const void* partials;    // [N, tiles, C] int32
+  void* mean;              // [N, C] int16, written
+  void* out;               // [N, C] int32, written
+  const void* fc_weight;   // [C, C] int16, output channels first
+  const void* fc_bias;     // [C] int32
+  const void* multiplier;  // [C] fp32
+  const void* table;       // [most + 1] int32, or null
+  int64_t n, tiles, c;
+  double mean_factor;  // an fp32 number
+  int32_t most;
+};
+
+// With acc = z * gate + identity * identity_gate: out = clamp(acc * rescale, 0, levels), rounded;
+// feature = acc * step.
+struct Int8ApplyGatesParams {
+  View z;             // [N, H, W, C] steps
+  View identity;      // [N, H, W, C] steps, or absent
+  View out;           // [N, H, W, C] steps, or absent
+  View feature;       // [N, H, W, C] fp32, or absent
+  const void* gates;  // [N, C] int32, or null for `gate` throughout
+  int64_t n, height, width, c;
+  double rescale, step;                 // fp32 numbers
+  int32_t gate, identity_gate, levels;  // both gates: below 2^15
 };
 
 }  // namespace vovnet_fast

@@ -24,14 +24,24 @@ ISAS = "VOVNET_FAST_BUILD_ISAS"
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
 _AVX512BF16 = (*_AVX512, "-mavx512bf16")
-_AMX = (*_AVX512BF16, "-mamx-tile", "-mamx-bf16")
-_INSTRUCTION_SETS = {"avx2": _AVX2, "avx512": _AVX512, "avx512bf16": _AVX512BF16, "amx": _AMX}
+_INSTRUCTION_SETS = {
+    "avx2": _AVX2,
+    "avxvnni": (*_AVX2, "-mavxvnni"),
+    "avx512": _AVX512,
+    "avx512vnni": (*_AVX512, "-mavx512vnni"),
+    "avx512bf16": _AVX512BF16,
+    "amx": (*_AVX512BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+}
 """Beyond what every processor has; on x86-64."""
 
 _KERNELS = "_kernels.cpp"
 """The ending of the files that are compiled for every instruction set but those of `_ALONE`."""
 
-_ALONE = {"_dpbf16_kernels.cpp": "avx512bf16", "_amx_kernels.cpp": "amx"}
+_ALONE = {
+    "_dpbf16_kernels.cpp": ("avx512bf16",),
+    "_vnni_kernels.cpp": ("avxvnni", "avx512vnni"),
+    "_amx_kernels.cpp": ("amx",),
+}
 """Instruction sets that a few files are compiled for, by their endings."""
 
 _HOPPER = "conv_sm90"
@@ -103,11 +113,11 @@ class Plan:
         for source in _files("*.cpp"):
             yield _compile(folder, source, binding, needs=(information,))
         for source in _files("cpu/*.cpp"):
-            alone = [name for ending, name in _ALONE.items() if source.name.endswith(ending)]
+            alone = [names for ending, names in _ALONE.items() if source.name.endswith(ending)]
             if alone:
-                chosen = [name for name in alone if name in sets]
+                chosen = [name for name in alone[0] if name in sets]
             elif source.name.endswith(_KERNELS):
-                chosen = [name for name in sets if name not in _ALONE.values()]
+                chosen = [name for name in sets if not any(name in n for n in _ALONE.values())]
             else:
                 yield _compile(folder, source, words)
                 continue

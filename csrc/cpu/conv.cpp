@@ -5,14 +5,7 @@
 #include "conv_weight_grad_plan.h"
 #include "dispatch.h"
 #include "loops.h"
-
-#ifdef __x86_64__
-#include <cpuid.h>
-#endif
-#ifdef VF_WITH_AMX
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
+#include "processor.h"
 
 namespace vovnet_fast {
 
@@ -59,37 +52,6 @@ struct Engine {
 
 [[maybe_unused]] bool only_bf16(int32_t dtype) { return dtype == kBFloat16; }
 
-#if defined(VF_WITH_AVX512BF16) || defined(VF_WITH_AMX)
-bool find_avx512bf16() {
-  unsigned a, b, c, d;
-  constexpr unsigned kAvx512BFloat16Bit = 1u << 5;  // EAX of the first sub-leaf of leaf 7
-  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & kAvx512BFloat16Bit) != 0;
-}
-
-// Every call of a convolution asks, and a virtual machine takes microseconds to answer.
-bool has_avx512bf16() {
-  static const bool found = find_avx512bf16();
-  return found;
-}
-#endif
-
-#ifdef VF_WITH_AMX
-// Whether the processor has it, and Linux lets this process have its large registers.
-bool find_amx() {
-  unsigned a, b, c, d;
-  constexpr unsigned kBFloat16Bit = 1u << 22, kTileBit = 1u << 24;  // EDX of leaf 7
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-  if ((d & kBFloat16Bit) == 0 || (d & kTileBit) == 0 || !has_avx512bf16()) return false;
-  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
-  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-}
-
-bool has_amx() {
-  static const bool found = find_amx();
-  return found;
-}
-#endif
-
 // An engine's functions, by the instruction set that they are compiled for.
 #define VF_FUNCTIONS(isa, name) \
   isa::conv_##name, isa::conv_pack_##name, isa::conv_weight_grad_##name
@@ -108,7 +70,7 @@ constexpr Engine kEngines[] = {
     {"dpbf16", "avx512", has_avx512bf16, VF_FUNCTIONS(avx512bf16, dpbf16), 32, only_bf16},
 #endif
 #ifdef VF_WITH_AMX
-    {"amx", "avx512", has_amx, VF_FUNCTIONS(amx, amx), 32, only_bf16},
+    {"amx", "avx512", has_amx_bf16, VF_FUNCTIONS(amx, amx), 32, only_bf16},
 #endif
     {"", "", nullptr, nullptr, nullptr, nullptr, 0, nullptr},  // No array is empty.
 };

@@ -15,6 +15,8 @@ VF_HD Vector<float> add_products(Vector<float> x, Vector<float> y, Vector<float>
 
 struct Unit {
   using Packed = bfloat16;
+  using Sum = float;
+  static constexpr bool kTrim = false;
   static VF_HD Vector<float> multiply(Vector<float> pixel, Vector<float> weights,
                                       Vector<float> sums) {
     return add_products(pixel, weights, sums);

@@ -10,6 +10,8 @@ namespace {
 
 struct Unit {
   using Packed = float;
+  using Sum = float;
+  static constexpr bool kTrim = false;
 #ifndef __aarch64__
   static VF_HD Vector<float> multiply(Vector<float> pixel, Vector<float> weights,
                                       Vector<float> sums) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <type_traits>
 
 #include "conv_plan.h"
 
@@ -14,6 +15,8 @@ template <class Packed, class T>
 VF_HD Packed convert(T y) {
   if constexpr (sizeof(T) == sizeof(Packed)) {
     return y;
+  } else if constexpr (std::is_integral_v<Packed>) {
+    return static_cast<Packed>(y);
   } else {
     return widen(y);
   }
@@ -24,11 +27,20 @@ template <class T, class Packed>
 VF_HD void gather_chunk(const T* from, int64_t channels, char* to) {
   constexpr int64_t kChunk = kChunkBytes / static_cast<int64_t>(sizeof(Packed));
   if (channels < kChunk) {
-    Packed tail[kChunk] = {};
-    for (int64_t k = 0; k < channels; ++k) tail[k] = convert<Packed>(from[k]);
+    alignas(kChunkBytes) Packed tail[kChunk] = {};
+    int64_t k = 0;
+    if constexpr (sizeof(T) == 1 && sizeof(Packed) == 1) {  // Most channels are multiples of 16.
+      for (; k + 16 <= channels; k += 16) memcpy(tail + k, from + k, 16);
+    }
+    for (; k < channels; ++k) tail[k] = convert<Packed>(from[k]);
     memcpy(to, tail, kChunkBytes);
   } else if constexpr (sizeof(T) == sizeof(Packed)) {
     memcpy(to, from, kChunkBytes);
+  } else if constexpr (std::is_integral_v<Packed>) {
+    for (int k = 0; k < kChunk; ++k) {
+      const Packed wide = from[k];
+      memcpy(to + k * sizeof wide, &wide, sizeof wide);
+    }
   } else {
     for (int k = 0; k < kChunk; k += kLanes<T>) {
       const auto wide = load(from + k, Full{});
@@ -61,9 +73,9 @@ VF_HD void clear_pixels(int64_t first, int64_t last, int64_t chunks, char* row, 
 }
 
 // One row of one plane: columns `stride` apart, of which the first lies at `column`.
-template <class T, class Packed>
-VF_HD void gather_row(const ConvParams& p, const Plan& plan, const T* x, int64_t row,
-                      int64_t column, char* to) {
+template <class T, class Packed, class Params>
+VF_HD void gather_row(const Params& p, const Plan& plan, const T* x, int64_t row, int64_t column,
+                      char* to) {
   const int64_t step = plan.pixels * kChunkBytes, stride = plan.stride;
   int64_t first = plan.width, last = plan.width;  // Those inside the image.
   if (row >= 0 && row < p.height) {
@@ -81,9 +93,8 @@ VF_HD void gather_row(const ConvParams& p, const Plan& plan, const T* x, int64_t
 }
 
 // All taps of one pixel of the output, whose first tap lies at (row, column).
-template <class T, class Packed>
-VF_HD void unfold_pixel(const ConvParams& p, const T* x, int64_t row, int64_t column,
-                        Packed* taps) {
+template <class T, class Packed, class Params>
+VF_HD void unfold_pixel(const Params& p, const T* x, int64_t row, int64_t column, Packed* taps) {
   // Where pixels lie side by side, so do the taps of a row.
   const bool together = p.x.stride_w == p.c_in && column >= 0 && column + p.kernel <= p.width;
   const int64_t runs = together ? 1 : p.kernel, run = together ? p.kernel * p.c_in : p.c_in;
@@ -98,8 +109,8 @@ VF_HD void unfold_pixel(const ConvParams& p, const T* x, int64_t row, int64_t co
 }
 
 // `rows` output rows of one image from `row` on.
-template <class T, class Packed>
-VF_HD void gather(const ConvParams& p, const Plan& plan, int64_t image, int64_t row, int64_t rows,
+template <class T, class Packed, class Params>
+VF_HD void gather(const Params& p, const Plan& plan, int64_t image, int64_t row, int64_t rows,
                   char* to) {
   const T* x = static_cast<const T*>(p.x.data) + image * p.x.stride_n;
   const int64_t pad = p.kernel / 2;

@@ -51,19 +51,18 @@ class Filter {
 };
 
 // A tile is the transpose of 16 chunks, one of each output channel, in units of four bytes: a
-// channel in fp32, two in bf16. All taps of a chunk are packed before the next one: where they lie
-// side by side in memory, as nn.Conv2d has them, it is read once.
-template <class Packed, class T, class Weight>
-void pack_as(const ConvPackParams& p, int threads) {
+// channel in fp32, two in bf16, four in int8. All taps of a chunk are packed before the next one:
+// where they lie side by side in memory, as nn.Conv2d has them, it is read once.
+template <class Packed, class Filter>
+void pack_filter(const Filter& filter, int64_t kernel, void* out, int threads) {
   constexpr int64_t kChunk = kChunkBytes / static_cast<int64_t>(sizeof(Packed));
   constexpr int kSide = 16;
-  const Filter<Packed, T, Weight> filter(p);
-  const Plan plan = divide({1, 1, filter.inputs, filter.outputs, p.kernel, 1}, kChunk);
+  const Plan plan = divide({1, 1, filter.inputs, filter.outputs, kernel, 1}, kChunk);
   const int64_t bytes = plan.tiles * tile_step(plan), all = taps(plan);
   parallel(plan.tiles * plan.chunks, bytes, threads, [&](int64_t i) {
     const int64_t first = i / plan.chunks * kTileChannels, chunk = i % plan.chunks * kChunk;
     const int64_t outputs = least(kTileChannels, filter.outputs - first);
-    char* to = static_cast<char*>(p.out) + i * all * kTileBytes;
+    char* to = static_cast<char*>(out) + i * all * kTileBytes;
     for (int64_t tap = 0; tap < all; ++tap, to += kTileBytes) {
       Packed chunks[kSide][kChunk] = {};
       for (int64_t o = 0; o < outputs; ++o) {
@@ -87,8 +86,9 @@ void pack_as(const ConvPackParams& p, int threads) {
 
 template <class Packed, class T>
 void pack(const ConvPackParams& p, int threads) {
-  with_dtype(p.weight.dtype,
-             [&](auto weight) { pack_as<Packed, T, decltype(weight)>(p, threads); });
+  with_dtype(p.weight.dtype, [&](auto weight) {
+    pack_filter<Packed>(Filter<Packed, T, decltype(weight)>(p), p.kernel, p.out, threads);
+  });
 }
 
 }  // namespace conv

@@ -19,6 +19,7 @@ inline namespace VF_ISA {
 namespace conv {
 
 constexpr int64_t kChunkBytes = 64;
+constexpr int kUnits = 16;  // of four bytes, which are multiplied at once: those of a chunk
 constexpr int64_t kTileBytes = 1024;
 constexpr int64_t kTileChannels = 16;
 constexpr int64_t kMaxTaps = 9;
@@ -51,6 +52,12 @@ struct Plan {
 };
 
 VF_HD int64_t taps(const Plan& plan) { return plan.kernel * plan.kernel; }
+
+// One strip of an image, or a part of its output channels.
+struct Task {
+  int64_t image, strip, row, rows;  // output rows from `row` on
+  int64_t first_tile, last_tile;
+};
 
 // Bytes from a tile of output channels to the next one.
 VF_HD int64_t tile_step(const Plan& plan) { return plan.chunks * taps(plan) * kTileBytes; }

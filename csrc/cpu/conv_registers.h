@@ -1,7 +1,9 @@
 // Blocks of a convolution whose sums are all in registers. A Unit says what the four bytes of a
 // pixel's channels are, and how they are multiplied:
 //
-//   Packed    fp32, or bf16, of which two are multiplied at once
+//   Packed    fp32, or what two or four of are multiplied at once: bf16, 16 or 8 bits
+//   Sum       fp32, or int32
+//   kTrim     whether units of a last chunk that no channel fills are left out
 //   multiply  (pixel, weights, sums): sums plus the products, by lanes of four bytes
 #pragma once
 
@@ -28,8 +30,8 @@ constexpr int kMostPixels = 6, kMostTiles = 1;
 #endif
 
 // Sums of a block, by the vectors of its output channels.
-template <int kPixels, int kVectors>
-using Sums = Vector<float>[kPixels][kVectors];
+template <class Sum, int kPixels, int kVectors>
+using Sums = VectorOf<Sum>[kPixels][kVectors];
 
 #ifdef __aarch64__
 
@@ -37,7 +39,7 @@ using Sums = Vector<float>[kPixels][kVectors];
 // takes it from there, and wants to know it beforehand.
 template <int kLane, int kPixels, int kVectors>
 VF_HD void multiply_lane(const Vector<float> (&pixels)[kPixels], const float* row,
-                         Sums<kPixels, kVectors>& sum) {
+                         Sums<float, kPixels, kVectors>& sum) {
 #pragma GCC unroll 4
   for (int v = 0; v < kVectors; ++v) {
     const auto weights = load(row + v * kLanes<float>, Full{});
@@ -50,8 +52,8 @@ VF_HD void multiply_lane(const Vector<float> (&pixels)[kPixels], const float* ro
 
 // One chunk of a block, and the tile of its weights.
 template <class, int kPixels, int kVectors>
-VF_HD void multiply_chunk(const float* pixels, const char* weight, int64_t,
-                          Sums<kPixels, kVectors>& sum) {
+VF_HD void multiply_chunk(const float* pixels, const char* weight, int64_t, int,
+                          Sums<float, kPixels, kVectors>& sum) {
   static_assert(kVectors * kLanes<float> == 16, "one tile");
   const auto* rows = reinterpret_cast<const float*>(weight);
   for (int k = 0; k < 16; k += kLanes<float>, rows += kLanes<float> * 16) {
@@ -69,11 +71,11 @@ VF_HD void multiply_chunk(const float* pixels, const char* weight, int64_t,
 
 // One chunk of a block, and the tiles of its weights.
 template <class Unit, int kPixels, int kVectors>
-VF_HD void multiply_chunk(const float* pixels, const char* weight, int64_t tile_step,
-                          Sums<kPixels, kVectors>& sum) {
+VF_HD void multiply_chunk(const float* pixels, const char* weight, int64_t tile_step, int units,
+                          Sums<typename Unit::Sum, kPixels, kVectors>& sum) {
   constexpr int kPerTile = 16 / kLanes<float>;
 #pragma GCC unroll 4
-  for (int k = 0; k < 16; ++k) {
+  for (int k = 0; k < (Unit::kTrim ? units : kUnits); ++k) {
     Vector<float> row[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
@@ -94,35 +96,37 @@ VF_HD void multiply_chunk(const float* pixels, const char* weight, int64_t tile_
 
 // All sums are in registers, which takes the loops over them unrolled.
 template <class Unit, int kPixels, int kTiles>
-void multiply_pixels(const Block& block, float* sums, bool add) {
+void multiply_pixels(const Block& block, typename Unit::Sum* sums, bool add) {
+  using Sum = typename Unit::Sum;
   constexpr int kVectors = kTiles * 16 / kLanes<float>;
-  Sums<kPixels, kVectors> sum;
+  Sums<Sum, kPixels, kVectors> sum;
 #pragma GCC unroll 16
   for (int i = 0; i < kPixels; ++i) {
 #pragma GCC unroll 4
-    for (int v = 0; v < kVectors; ++v) sum[i][v] = Vector<float>{};
+    for (int v = 0; v < kVectors; ++v) sum[i][v] = VectorOf<Sum>{};
   }
   const char *input = block.input, *weight = block.weight;
   for (int64_t chunk = 0; chunk < block.chunks; ++chunk, input += block.chunk_step) {
+    const int units = chunk + 1 == block.chunks ? block.last_units : kUnits;
     for (int tap = 0; tap < block.taps; ++tap, weight += kTileBytes) {
       const auto* pixels = reinterpret_cast<const float*>(input + block.offsets[tap]);
-      multiply_chunk<Unit, kPixels, kVectors>(pixels, weight, block.tile_step, sum);
+      multiply_chunk<Unit, kPixels, kVectors>(pixels, weight, block.tile_step, units, sum);
     }
   }
 #pragma GCC unroll 16
   for (int i = 0; i < kPixels; ++i) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
-      float* to = sums + (i * kVectors + v) * kLanes<float>;
+      Sum* to = sums + (i * kVectors + v) * kLanes<float>;
       store(to, add ? sum[i][v] + load(to, Full{}) : sum[i][v], Full{});
     }
   }
 }
 
 template <class Unit, int kTiles, int... kCounts>
-VF_HD void multiply_some(const Block& block, float* sums, bool add,
+VF_HD void multiply_some(const Block& block, typename Unit::Sum* sums, bool add,
                          std::integer_sequence<int, kCounts...>) {
-  using Multiply = void (*)(const Block&, float*, bool);
+  using Multiply = void (*)(const Block&, typename Unit::Sum*, bool);
   static constexpr Multiply kBySize[] = {multiply_pixels<Unit, kCounts + 1, kTiles>...};
   kBySize[block.pixels - 1](block, sums, add);
 }
@@ -131,6 +135,7 @@ VF_HD void multiply_some(const Block& block, float* sums, bool add,
 template <class Unit>
 struct Registers {
   using Packed = typename Unit::Packed;
+  using Sum = typename Unit::Sum;
   static constexpr int64_t kPixels = kMostPixels;
   static constexpr int kTiles = kMostTiles;
   static constexpr int64_t kSteps = 18;
@@ -147,7 +152,7 @@ struct Registers {
     return ceil_div(pixels, ceil_div(pixels, kPixels));
   }
 
-  static void multiply(const Block& block, float* sums, bool add) {
+  static void multiply(const Block& block, Sum* sums, bool add) {
     constexpr std::make_integer_sequence<int, kMostPixels> kCounts;
     if (block.tiles == kMostTiles) {
       multiply_some<Unit, kMostTiles>(block, sums, add, kCounts);

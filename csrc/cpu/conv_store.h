@@ -53,9 +53,14 @@ struct Rows {
   }
 };
 
+template <class T>
+VF_HD Rows<T> rows_of(const ConvParams& p, const Task& task) {
+  return Rows<T>(p, task.image, task.row);
+}
+
 // body(i, pixel) for the pixels of a range that do not lie in the padding.
-template <class Body>
-VF_HD void for_range(const ConvParams& p, const Plan& plan, Range range, Body body) {
+template <class Params, class Body>
+VF_HD void for_range(const Params& p, const Plan& plan, Range range, Body body) {
   Pixel at{range.first / plan.width, range.first % plan.width};
   for (int i = 0; i < range.pixels; ++i) {
     if (at.w < p.out_width) body(i, at);
@@ -138,15 +143,10 @@ void store_gradient(const ConvParams& p, const Plan& plan, const float* sums, Ra
   });
 }
 
-// Sums of a block, [pixel][tiles * 16], into the slot from `channel` on.
-template <class Engine, class T, int kTiles = Engine::kTiles>
-VF_HD void store_tiles(int tiles, const ConvParams& p, const Plan& plan, const float* sums,
-                       Range range, const Rows<T>& rows, int64_t channel, float* pool) {
-  if constexpr (kTiles > 1) {
-    if (tiles < kTiles) {
-      return store_tiles<Engine, T, kTiles - 1>(tiles, p, plan, sums, range, rows, channel, pool);
-    }
-  }
+// Sums of a block, [pixel][kTiles * 16], into the slot from `channel` on.
+template <class Engine, class T, int kTiles>
+VF_HD void store_block(const ConvParams& p, const Plan& plan, const float* sums, Range range,
+                       const Rows<T>& rows, int64_t channel, float* pool) {
   if (p.scale == nullptr) {
     store_gradient<Engine, T, kTiles>(p, plan, sums, range, rows, channel);
   } else {

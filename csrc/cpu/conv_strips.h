@@ -4,6 +4,7 @@
 //
 // An Engine has
 //   Packed                    what gathered inputs and packed weights are in
+//   Sum                       what products are summed in
 //   kPixels, kTiles           the largest block: pixels, and tiles of 16 output channels
 //   kByRows                   see multiply
 //   kDirect                   it can read the pixels of a 1x1 where they lie
@@ -37,6 +38,7 @@ struct Block {
   int64_t tile_step;
   int64_t chunks;
   int taps, pixels, tiles;
+  int last_units;  // of four bytes, that channels of the last chunk fill; the rest are zeros
 };
 
 // Memory of a thread, kept for its next convolution.
@@ -67,17 +69,19 @@ class Workspace {
   int64_t size_ = 0;
 };
 
-// One strip of an image, or a part of its output channels.
-struct Task {
-  int64_t image, strip, row, rows;  // output rows from `row` on
-  int64_t first_tile, last_tile;
-};
-
 // The chunks of a pixel that a block multiplies before its sums are put aside.
 template <class Engine>
 VF_HD int64_t chunks_at_once(const Plan& plan) {
   const int64_t chunks = Engine::kSteps / taps(plan);
   return chunks < 1 ? 1 : least(chunks, plan.chunks);
+}
+
+// What the channels of a pixel fill of its last chunk.
+template <class Engine>
+VF_HD int last_units(const Plan& plan) {
+  constexpr int64_t kPerUnit = 4 / static_cast<int64_t>(sizeof(typename Engine::Packed));
+  const int64_t units = ceil_div(plan.channels, kPerUnit);
+  return static_cast<int>(units - (plan.chunks - 1) * kUnits);
 }
 
 // Pixels whose sums are kept: all of a strip, unless a block's are complete at once.
@@ -87,11 +91,25 @@ VF_HD int64_t kept_pixels(const Plan& plan) {
   return complete ? Engine::kPixels : plan.rows * plan.width + Engine::kPixels;
 }
 
+// Sums of a block of fewer tiles, or of all.
+template <class Engine, class T, class Params, class Rows, int kTiles = Engine::kTiles>
+VF_HD void store_tiles(int tiles, const Params& p, const Plan& plan,
+                       const typename Engine::Sum* sums, Range range, const Rows& rows,
+                       int64_t channel, typename Engine::Sum* pool) {
+  if constexpr (kTiles > 1) {
+    if (tiles < kTiles) {
+      return store_tiles<Engine, T, Params, Rows, kTiles - 1>(tiles, p, plan, sums, range, rows,
+                                                              channel, pool);
+    }
+  }
+  store_block<Engine, T, kTiles>(p, plan, sums, range, rows, channel, pool);
+}
+
 // The sums of a task from gathered input, or from the input itself, behind which nothing is read.
-template <class Engine, class T>
-void multiply(const ConvParams& p, const Plan& plan, const Task& task, Block block, bool gathered,
-              float* kept, float* pool) {
-  const Rows<T> rows(p, task.image, task.row);
+template <class Engine, class T, class Params>
+void multiply(const Params& p, const Plan& plan, const Task& task, Block block, bool gathered,
+              typename Engine::Sum* kept, typename Engine::Sum* pool) {
+  const auto rows = rows_of<T>(p, task);
   // Runs of pixels that are counted through: all of the strip, or, for an engine to which pixels
   // that are not stored cost as much as others, each row by itself.
   const bool by_rows = Engine::kByRows && plan.extra > 0 && p.out_width >= kWideRow;
@@ -104,6 +122,7 @@ void multiply(const ConvParams& p, const Plan& plan, const Task& task, Block blo
     const int64_t channels = block.tiles * kTileChannels;
     for (int64_t chunk = 0; chunk < plan.chunks; chunk += group) {
       block.chunks = least(group, plan.chunks - chunk);
+      block.last_units = chunk + block.chunks == plan.chunks ? last_units<Engine>(plan) : kUnits;
       block.weight = weight + tile * block.tile_step + chunk * taps(plan) * kTileBytes;
       for (int64_t i = 0; i < runs * ceil_div(length, size); ++i) {
         const int64_t blocks = ceil_div(length, size), run = i / blocks, first = i % blocks * size;
@@ -114,7 +133,7 @@ void multiply(const ConvParams& p, const Plan& plan, const Task& task, Block blo
             input + (run * plan.width + begin) * block.pixel_step + chunk * block.chunk_step;
         block.pixels = static_cast<int>(gathered ? pixels : size);
         const int64_t at = run * plan.width + first;
-        float* sums = group == plan.chunks ? kept : kept + at * channels;
+        auto* sums = group == plan.chunks ? kept : kept + at * channels;
         Engine::multiply(block, sums, chunk > 0);
         if (chunk + group < plan.chunks) continue;
         store_tiles<Engine, T>(block.tiles, p, plan, sums + (first - begin) * channels,
@@ -124,16 +143,17 @@ void multiply(const ConvParams& p, const Plan& plan, const Task& task, Block blo
   }
 }
 
-template <class Engine>
-VF_HD Plan plan_of(const ConvParams& p) {
+template <class Engine, class Params>
+VF_HD Plan plan_of(const Params& p) {
   return divide({p.out_height, p.out_width, p.c_in, p.c_out, p.kernel, p.stride},
                 kChunkBytes / static_cast<int64_t>(sizeof(typename Engine::Packed)));
 }
 
-template <class Engine, class T>
-void run_task(const ConvParams& p, const Plan& plan, const Task& task, const int64_t* offsets,
-              char* gathered, float* kept) {
+template <class Engine, class T, class Params>
+void run_task(const Params& p, const Plan& plan, const Task& task, const int64_t* offsets,
+              char* gathered, typename Engine::Sum* kept) {
   using Packed = typename Engine::Packed;
+  using Sum = typename Engine::Sum;
   constexpr int64_t kChunk = kChunkBytes / static_cast<int64_t>(sizeof(Packed));
   Block block{gathered,
               kChunkBytes,
@@ -143,6 +163,7 @@ void run_task(const ConvParams& p, const Plan& plan, const Task& task, const int
               tile_step(plan),
               plan.chunks,
               static_cast<int>(taps(plan)),
+              0,
               0,
               0};
   const bool direct = Engine::kDirect && p.kernel == 1 && p.stride == 1 && p.c_in % kChunk == 0 &&
@@ -157,17 +178,19 @@ void run_task(const ConvParams& p, const Plan& plan, const Task& task, const int
   } else {
     gather<T, Packed>(p, plan, task.image, task.row, task.rows, gathered);
   }
-  float* pool = nullptr;
+  Sum* pool = nullptr;
   if (p.pool_partials != nullptr) {
     const int64_t first = task.first_tile * kTileChannels;
-    pool = static_cast<float*>(p.pool_partials) + (task.image * plan.strips + task.strip) * p.c_out;
+    pool = static_cast<Sum*>(p.pool_partials) + (task.image * plan.strips + task.strip) * p.c_out;
     zero(pool + first, least(task.last_tile * kTileChannels, p.c_out) - first);
   }
   multiply<Engine, T>(p, plan, task, block, !direct, kept, pool);
 }
 
-template <class Engine, class T>
-void run(const ConvParams& p, int threads) {
+template <class Engine, class T, class Params>
+void run(const Params& p, int threads) {
+  using Sum = typename Engine::Sum;
+  static_assert(sizeof(Sum) == 4, "sums take four bytes");
   const Plan plan = plan_of<Engine>(p);
   int64_t offsets[kMaxTaps];
   for (int64_t tap = 0; tap < taps(plan); ++tap) {
@@ -188,7 +211,7 @@ void run(const ConvParams& p, int threads) {
     static thread_local Workspace workspace;
     char* gathered = workspace.get(input_bytes + sum_bytes);
     failed = gathered == nullptr;
-    auto* kept = reinterpret_cast<float*>(gathered + input_bytes);
+    auto* kept = reinterpret_cast<Sum*>(gathered + input_bytes);
     const typename Engine::Session session;
 #pragma omp for schedule(dynamic, 1)
     for (int64_t i = 0; i < strips * parts; ++i) {

@@ -27,17 +27,20 @@ using Digests = decltype(cpu::digests);
 #define VF_DECLARE(name, Params) void name(const Params& params, int threads);
 namespace baseline {
 VF_OPS(VF_DECLARE)
+VF_CPU_OPS(VF_DECLARE)
 Digests digests;
 }  // namespace baseline
 #ifdef VF_WITH_AVX2
 namespace avx2 {
 VF_OPS(VF_DECLARE)
+VF_CPU_OPS(VF_DECLARE)
 Digests digests;
 }  // namespace avx2
 #endif
 #ifdef VF_WITH_AVX512
 namespace avx512 {
 VF_OPS(VF_DECLARE)
+VF_CPU_OPS(VF_DECLARE)
 Digests digests;
 }  // namespace avx512
 #endif
@@ -52,6 +55,7 @@ struct Table {
   bool (*supported)();
 #define VF_FIELD(name, Params) void (*name)(const Params& params, int threads);
   VF_OPS(VF_FIELD)
+  VF_CPU_OPS(VF_FIELD)
 #undef VF_FIELD
   Digests* digests;
 };
@@ -84,16 +88,16 @@ bool has_avx512() {
 // The best one last.
 constexpr Table kTables[] = {
 #define VF_ENTRY(name, Params) baseline::name,
-    {kBaselineName, always, VF_OPS(VF_ENTRY) baseline::digests},
+    {kBaselineName, always, VF_OPS(VF_ENTRY) VF_CPU_OPS(VF_ENTRY) baseline::digests},
 #undef VF_ENTRY
 #ifdef VF_WITH_AVX2
 #define VF_ENTRY(name, Params) avx2::name,
-    {"avx2", has_avx2, VF_OPS(VF_ENTRY) avx2::digests},
+    {"avx2", has_avx2, VF_OPS(VF_ENTRY) VF_CPU_OPS(VF_ENTRY) avx2::digests},
 #undef VF_ENTRY
 #endif
 #ifdef VF_WITH_AVX512
 #define VF_ENTRY(name, Params) avx512::name,
-    {"avx512", has_avx512, VF_OPS(VF_ENTRY) avx512::digests},
+    {"avx512", has_avx512, VF_OPS(VF_ENTRY) VF_CPU_OPS(VF_ENTRY) avx512::digests},
 #undef VF_ENTRY
 #endif
 };
@@ -155,6 +159,7 @@ void refuse_dtype(int32_t dtype) {
 #define VF_DEFINE(name, Params) \
   void name(const Params& params, int threads) { current().name(params, threads); }
 VF_OPS(VF_DEFINE)
+VF_CPU_OPS(VF_DEFINE)
 #undef VF_DEFINE
 
 void digests(const Piece* chunks, int64_t count, int64_t bytes, int threads, Digest* out) {

@@ -58,6 +58,18 @@ using Integers = typename VectorTypes<High<T>>::Integers;
 template <class T>
 constexpr int kLanes = VectorTypes<High<T>>::lanes;
 
+// Lanes of four bytes by what they hold: float, or int32_t.
+template <class Number>
+struct VectorOfType {
+  using type = Vector<Number>;
+};
+template <>
+struct VectorOfType<int32_t> {
+  using type = Integers<float>;
+};
+template <class Number>
+using VectorOf = typename VectorOfType<Number>::type;
+
 // All lanes.
 struct Full {};
 
@@ -179,7 +191,14 @@ VF_HD Vector<float> load(const float16* from, Full) {
 #endif
 }
 
+VF_HD Integers<float> load(const int32_t* from, Full) {
+  Integers<float> y;
+  memcpy(&y, from, sizeof y);
+  return y;
+}
+
 VF_HD void store(float* to, Vector<float> y, Full) { memcpy(to, &y, sizeof y); }
+VF_HD void store(int32_t* to, Integers<float> y, Full) { memcpy(to, &y, sizeof y); }
 VF_HD void store(double* to, Vector<double> y, Full) { memcpy(to, &y, sizeof y); }
 
 VF_HD void store(bfloat16* to, Vector<float> y, Full) {
@@ -227,6 +246,18 @@ VF_HD Vector<T> load(const T* from, Part part) {
 template <class T>
 VF_HD void store(T* to, Vector<T> y, Part part) {
   T all[kLanes<T>];
+  store(all, y, Full{});
+  for (int i = 0; i < part.count; ++i) to[i] = all[i];
+}
+
+VF_HD Integers<float> load(const int32_t* from, Part part) {
+  int32_t all[kLanes<float>] = {};
+  for (int i = 0; i < part.count; ++i) all[i] = from[i];
+  return load(all, Full{});
+}
+
+VF_HD void store(int32_t* to, Integers<float> y, Part part) {
+  int32_t all[kLanes<float>];
   store(all, y, Full{});
   for (int i = 0; i < part.count; ++i) to[i] = all[i];
 }

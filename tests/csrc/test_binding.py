@@ -16,9 +16,15 @@ import pytest
 import torch
 
 from tests.extension_cases import CASES, Tensors, require
+from vovnet_fast.arithmetic.layers import (
+    QuantizedConv,
+    QuantizedDepthwise,
+    QuantizedGate,
+    QuantizedSum,
+)
 from vovnet_fast.backends import _extension
 from vovnet_fast.backends._extension import halves
-from vovnet_fast.backends.cpu import convolution, weight_grad
+from vovnet_fast.backends.cpu import convolution, int8, weight_grad
 
 CPU = torch.device("cpu")
 REFUSALS = (TypeError, ValueError, OverflowError)
@@ -31,13 +37,19 @@ NO_CODES = (-1, 7, 99, 2**31 - 1, -(2**31), 2**31)
 NO_ADDRESSES = (8, 4095, -1, 2**64, "x", 1.5, ())
 NO_THREADS = (0, -1, 2**31 - 1, 2**31, 5000)
 
+RANGES = {"levels", "limit", "most", "gate", "identity_gate"}
+NO_RANGES = (-1, -(2**31), 2**31, *NO_NUMBERS)
+FACTORS = {"eps", "factor", "mean_factor", "rescale", "step"}
+BYTES = {"x", "out", "z", "identity", "weight", "zero"}
+"""Of ops in eight bits: bytes lie anywhere."""
+
 CODES = {"dtype", "kind", "relu", "stride", "pad"}
 SIZES = {"n", "c", "c_in", "c_out", "add_c", "mask_c", "kernel", "tiles", "num_pixels"}
 SIZES |= {"height", "width", "out_height", "out_width", "parts", "groups"}
-SIZES |= {"stride_o", "stride_h", "stride_w", "stride_i"}
+SIZES |= {"stride_o", "stride_h", "stride_w", "stride_i", "x_stride_c"}
 
 OF_SIZES = {"conv_parts", "conv_pack_bytes", "conv_weight_grad_parts"}
-OF_SIZES |= {"reduction_parts", "merge_groups"}
+OF_SIZES |= {"reduction_parts", "merge_groups", "int8_conv_parts", "int8_conv_pack_bytes"}
 """Functions of sizes alone."""
 
 
@@ -46,40 +58,45 @@ OF_SIZES |= {"reduction_parts", "merge_groups"}
 # --------------------------------------------------------------------------------------
 
 
-def spoil_address(rng, name, address):
+def spoil_address(rng, function, name, address):
     """Returns an address, and whether it must be refused."""
-    kinds = [None, 0, *NO_ADDRESSES] + ([] if name == "argmax" or not address else [address + 1])
+    bytes_ = name == "argmax" or (function.startswith("int8") and name in BYTES)
+    kinds = [None, 0, *NO_ADDRESSES] + ([] if bytes_ or not address else [address + 1])
     spoilt = rng.choice(kinds)
     return spoilt, bool(address) and spoilt not in (None, 0)
 
 
 def spoil(rng, function, name, value):
     """Another value of a field, and whether it must be refused."""
-    if name == "eps":
+    if name in FACTORS:
         return rng.choice((float("nan"), float("inf"), -1.0)), False
     if isinstance(value, tuple) and len(value) == 2:
         if rng.random() < 0.5:
             return (value[0], rng.choice(NO_CODES)), bool(value[0])
-        address, refused = spoil_address(rng, name, value[0])
+        address, refused = spoil_address(rng, function, name, value[0])
         return (address, value[1]), refused
     if isinstance(value, tuple):
         where = rng.randrange(5)
         if where == 4:
             return value[:3], True
         if where == 0:
-            address, refused = spoil_address(rng, name, value[0])
+            address, refused = spoil_address(rng, function, name, value[0])
             return (address, *value[1:]), refused
         # Strides of axes with one element do not matter.
         return (*value[:where], rng.choice(NO_SIZES), *value[where + 1 :]), False
-    if name in CODES or (name == "kernel" and function.startswith("conv")):
+    if name in CODES or (name == "kernel" and "conv" in function):
         return rng.choice(NO_CODES + NO_NUMBERS), True
     if is_address(function, name):
-        return spoil_address(rng, name, value)
+        return spoil_address(rng, function, name, value)
+    if name in RANGES:
+        return rng.choice(NO_RANGES), True
     return (0, False) if rng.random() < 0.2 else (rng.choice(NO_SIZES + NO_NUMBERS), True)
 
 
 def is_address(function, name):
-    return name not in SIZES or (function, name) == ("conv", "tiles")
+    if name == "tiles":
+        return function in ("conv", "int8_conv")
+    return name not in SIZES | RANGES | FACTORS
 
 
 class Spoiling:
@@ -93,7 +110,7 @@ class Spoiling:
         found = getattr(self._half, name)
         if name in OF_SIZES:
             return lambda *given: self._sizes(name, found, given)
-        if name in ("conv_engines", "conv_weight_grad_engines"):
+        if name.endswith("_engines"):
             return found
         return lambda *given, **fields: self._fields(name, found, given, fields)
 
@@ -185,17 +202,47 @@ def fuzz(seed, path):
                 for c_in in (3, 40):  # In parts, and not.
                     x, g = (torch.rand(1, 20, 25, c, dtype=dtype) for c in (c_in, 112))
                     weight_grad.sums(engine, x, g, kernel)
+    eight_bits(spoiling)
     bound = {name for name in dir(half) if not name.startswith("_") and name not in OTHERS}
     if not spoiling.conv_engines():
         bound = {name for name in bound if not name.startswith("conv")}
+    if not spoiling.int8_conv_engines():
+        bound = {name for name in bound if not name.startswith("int8_conv")}
     assert bound <= set(spoiling.calls), bound - set(spoiling.calls)
     assert all(spoiling.words)
     assert all(spoiling.refused[name] > 20 for name in bound), spoiling.refused
 
 
+def eight_bits(spoiling):
+    """Calls of ops in eight bits."""
+    for _ in range(3):
+        x, out = (torch.randint(0, 128, (1, 6, 7, 16), dtype=torch.uint8) for _ in range(2))
+        feature, numbers = torch.empty(1, 6, 7, 16), torch.rand(16)
+        weight = torch.randint(-9, 9, (16, 3, 3, 16), dtype=torch.int8)
+        rest = torch.ones(16, dtype=torch.int32), numbers, numbers, 1, None, numbers, None, 1.0
+        for engine in spoiling.int8_conv_engines():
+            images = engine == int8.WORDS
+            steps = x.view(torch.int8) if images else x
+            layer = QuantizedConv(weight.clone(), *rest)
+            options = dict(levels=127, feature=feature, pool=True)
+            int8.run_engine(engine, steps, layer, out, **options)
+        sums = torch.ones(1, 2, 16, dtype=torch.int32)
+        table = torch.ones(2048, dtype=torch.int32)
+        fc = torch.ones(16, 16, dtype=torch.int16), rest[0], numbers, 64, 99.0
+        gates = int8.gates(sums, 42, QuantizedGate(*fc, "hard_sigmoid", None))
+        int8.gates(sums, 42, QuantizedGate(*fc, "sigmoid", table))
+        ends = QuantizedSum(9.0, 9.0, 15, 0.1)
+        int8.apply_gates(x, gates, x, ends, out, levels=127, feature=feature)
+        spatial = QuantizedDepthwise(weight[0, :, :], numbers, x[0, 0, 0], numbers, numbers)
+        int8.depthwise(x, spatial, out, levels=127)
+        int8.max_pool(x, out[:, :3, :3], "ceil")
+        int8.quantize_image(feature.permute(0, 1, 3, 2), 0.1, out.new_empty(1, 6, 16, 7).char())
+
+
 OTHERS = {
     "Recording",
     "conv_engines",
+    "int8_conv_engines",
     "fingerprint",
     "conv_weight_grad_engines",
     "isa",
@@ -371,6 +418,12 @@ def test_a_recording_that_nobody_holds_is_kept_while_it_records():
         """
 import gc
 from tests.csrc.test_binding import sums
+from vovnet_fast.arithmetic.layers import (
+    QuantizedConv,
+    QuantizedDepthwise,
+    QuantizedGate,
+    QuantizedSum,
+)
 from vovnet_fast.backends import _extension
 extension = _extension.load("cpu")
 memory, fields = sums()

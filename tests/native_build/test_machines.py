@@ -87,7 +87,10 @@ def test_instruction_sets_of_x86(platform, tmp_path):
     found, information = steps(tmp_path)
     words = {word for step in found for word in step.words}
     assert {"-mavx2", "-mavx512f", "-mamx-tile", "-DVF_WITH_AVX2=1"} <= words
-    assert '#define VF_BUILD_ISAS "baseline avx2 avx512 avx512bf16 amx"\n' in information
+    assert (
+        '#define VF_BUILD_ISAS "baseline avx2 avxvnni avx512 avx512vnni avx512bf16 amx"\n'
+        in information
+    )
 
 
 def test_an_instruction_set_of_another_machine_is_an_error(platform, tmp_path, monkeypatch):

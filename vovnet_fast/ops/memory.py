@@ -17,6 +17,9 @@ from torch import Tensor
 class Memory:
     """New memory for every tensor. All shapes are ``[N, H, W, C]``."""
 
+    def begin(self) -> None:
+        """The next chained tensor is the first of a network."""
+
     def feature(self, like: Tensor, *shape: int) -> Tensor:
         """A tensor that is returned: the caller's own."""
         return like.new_empty(shape)
@@ -34,6 +37,9 @@ class _Slabs(Memory):
     """The chain as scratch of two roles that take turns."""
 
     _turn = 0
+
+    def begin(self) -> None:
+        self._turn = 0
 
     def feature(self, like: Tensor, *shape: int) -> Tensor:
         self._turn = 0  # Whoever fills a feature is the last reader of the chain so far.

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import zlib
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,21 +14,55 @@ from torch import Tensor
 from .. import arithmetic, backends, compat
 from ..arithmetic.layers import QuantizedNetwork
 from ..backends import BackendError
+from ..backends.cpu import convolution
+from ..backends.cpu import int8 as cpu
+from ..compat import zip
 from ..network.filling import AllOrNothing, CheckpointError
+from ..network.watchers import watching
 from ..ops import _checks
 from ..ops.features import check_size
+from ..ops.memory import Arena
+from ..replay.caches import Workspace, Workspaces
 from . import layout
 from .formats import Format
 from .layout import Architecture
 from .report import Report, Row
-from .running import run
+from .running import plan, run
+
+
+class _Made(NamedTuple):
+    """What is made of buffers, for as long as they are what they were.
+
+    Attributes:
+        tensors: the buffers.
+        versions: how often each had been written to.
+        network: they are.
+        workspaces: memory and recorded calls of the ``cpu`` backend, by shape of the images.
+    """
+
+    tensors: tuple[Tensor, ...]
+    versions: tuple[int, ...]
+    network: QuantizedNetwork
+    workspaces: Workspaces
+
+
+class _Caches:
+    """Not part of a copy or a pickle."""
+
+    def __init__(self) -> None:
+        self.made: _Made | None = None
+
+    def __reduce__(self) -> tuple[type[_Caches], tuple[()]]:
+        return _Caches, ()
 
 
 class QuantizedVoVNet(AllOrNothing):
     """An inference module in int8 or fp8, which :func:`vovnet_fast.quantize` makes.
 
-    It computes what :mod:`vovnet_fast.arithmetic` says, bit for bit on every device. So far that
-    is done by plain PyTorch, in fp64 inside: exact, and slow. All tensors are buffers.
+    It computes what :mod:`vovnet_fast.arithmetic` says, int8 bit for bit on every device: on
+    processors with AVX2 by the extension, in memory that is planned once for each shape of images
+    and by calls that are recorded on the second; elsewhere, and in fp8, by plain PyTorch in fp64:
+    exact, and slow. All tensors are buffers.
     ``to(device)``, ``state_dict``, ``deepcopy`` and ``pickle`` work (PyTorch pickles no e4m3: fp8
     is kept by :meth:`save`); dtypes are fixed, :meth:`train` changes nothing, and autocast is
     ignored.
@@ -73,6 +109,7 @@ class QuantizedVoVNet(AllOrNothing):
         # Names and shapes do not tell 127 levels from 255, nor two dialects: a state dict does.
         stamp = zlib.crc32(repr((arithmetic.VERSION, self.architecture)).encode())
         self.register_buffer("stamp", torch.tensor(stamp, device=self.scales.device))
+        self._caches = _Caches()
         self.eval()
 
     @property
@@ -109,17 +146,81 @@ class QuantizedVoVNet(AllOrNothing):
                 or Inf, for which there are no bytes.
             TypeError: no such dtype.
             RuntimeError: a gradient would be needed.
-            BackendError: a backend was asked for by name that has no ops in eight bits.
+            BackendError: a backend was asked for by name that has no ops in eight bits, or
+                cannot run here.
         """
         self._check(x)
+        fast = self._runs_fast(x)
         with torch.no_grad():
-            network = self.network
             pixels = x.float().permute(0, 2, 3, 1)
-            found = run(self.architecture.form.ops, pixels, network)
+            if fast:
+                found = self._run_fast(pixels)
+            else:
+                found = run(self.architecture.form.ops, pixels, self.network)
             return tuple(
                 feature.permute(0, 3, 1, 2).to(self.out_dtype, memory_format=self.memory_format)
                 for feature in found
             )
+
+    def _runs_fast(self, x: Tensor) -> bool:
+        """Whether the extension computes, and not plain PyTorch.
+
+        Raises:
+            BackendError: a backend was asked for by name that cannot run.
+        """
+        name = backends.chosen()
+        if name == "reference":
+            return False
+        reason = cpu.why_not(x.device)
+        if self.dtype != "int8":
+            reason = f"it has no ops in {self.dtype} yet"
+        elif name not in ("auto", "cpu"):
+            reason = "it has no ops in eight bits yet"
+        watched = watching(x, modules=False)
+        if reason is None and watched is not None and not (watched.knows_ops and name == "cpu"):
+            reason = watched.why
+        if reason is not None and name != "auto":
+            raise BackendError(
+                f"the {name} backend cannot run a VoVNet in {self.dtype}: {reason}; "
+                "use reference, or auto"
+            )
+        return reason is None
+
+    def _run_fast(self, pixels: Tensor) -> list[Tensor]:
+        """On the ``cpu`` backend, from the second call for a shape on by recorded calls."""
+        made = self._made()
+        key = pixels.shape
+        workspace = made.workspaces.take(key)
+        if workspace is None:
+            n, h, w, c = pixels.shape
+            sizes = plan((n, c, h, w), made.network)
+            workspace = Workspace(Arena(sizes, cpu.ACTIVATION, pixels.device))
+        work = functools.partial(run, cpu, network=made.network, memory=workspace.arena)
+        found = workspace.replay(work, pixels, made.tensors)
+        made.workspaces.give(key, workspace)
+        return found
+
+    def _made(self) -> _Made:
+        """Of the buffers as they are now."""
+        tensors = tuple(tensor for tensor in self._buffers.values() if tensor is not None)
+        if any(tensor.is_inference() for tensor in tensors):  # They count no writes.
+            return _Made(tensors, (), self.network, Workspaces())
+        versions = tuple(tensor._version for tensor in tensors)
+        made = self._caches.made
+        if (
+            made is None
+            or made.versions != versions
+            or any(old is not new for old, new in zip(made.tensors, tensors, strict=True))
+        ):
+            made = _Made(tensors, versions, self.network, Workspaces())
+            self._caches.made = made
+        return made
+
+    def refresh(self) -> None:
+        """Forget what was made of the buffers: after writes that PyTorch does not count, as
+        those through ``tensor.data``, NumPy, DLPack or shared memory."""
+        convolution.forget(tensor for tensor in self._buffers.values() if tensor is not None)
+        self._caches.made = None
 
     def report(self) -> Report:
         """What quantisation cost on images of the calibration; of a loaded one what it cost then.
@@ -162,11 +263,6 @@ class QuantizedVoVNet(AllOrNothing):
         check_size(self.spec, self.out_features, x.shape[2], x.shape[3])
         if not x.isfinite().all():
             raise ValueError("the image holds NaN or Inf, for which there are no bytes")
-        name = backends.chosen()
-        if name not in ("auto", "reference"):
-            raise BackendError(
-                f"the {name} backend has no ops in {self.dtype} yet: use reference, or auto"
-            )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedVoVNet:
         """Move to a device. Integers and scales keep their dtypes."""

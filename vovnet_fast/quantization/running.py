@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from ..arithmetic import int8
 from ..arithmetic.layers import QuantizedNetwork
 from ..compat import zip
 from ..network.model import STAGE_NAMES
 from ..ops.max_pool import output_size as pooled_size
-from ..ops.memory import Memory
+from ..ops.memory import Memory, Plan
 from ..specs import FIRST_STAGE, BlockPlan
 from .walking import IMAGE, STEM, is_plain, layer_names
 
@@ -38,6 +40,32 @@ def run(
     return _Run(ops, network, Memory() if memory is None else memory).features(x)
 
 
+def plan(shape: tuple[int, int, int, int], network: QuantizedNetwork) -> dict[str, int]:
+    """What an :class:`~vovnet_fast.ops.memory.Arena` of bytes needs for images of ``[N, C, H, W]``,
+    in int8."""
+    n, c, h, w = shape
+    memory = Plan()
+    run(cast(ModuleType, _Idle), torch.empty(n, h, w, c, device="meta"), network, memory)
+    return memory.sizes
+
+
+class _Idle:
+    """Ops of tensors without memory, which compute nothing."""
+
+    ACTIVATION = int8.ACTIVATION
+    image_dtype = staticmethod(int8.image_dtype)
+
+    @staticmethod
+    def conv(x: Tensor, *_: object, pool: bool = False, **options: object) -> Tensor | None:
+        return x if pool else None
+
+    @staticmethod
+    def _nothing(*_: object, **options: object) -> None:
+        """One of the other ops."""
+
+    quantize_image = depthwise = max_pool = gates = apply_gates = _nothing
+
+
 class _Run:
     def __init__(self, ops: ModuleType, network: QuantizedNetwork, memory: Memory) -> None:
         self._ops, self._network, self._memory = ops, network, memory
@@ -46,6 +74,7 @@ class _Run:
 
     def features(self, x: Tensor) -> list[Tensor]:
         network, ops = self._network, self._ops
+        self._memory.begin()
         self._like = x.new_empty(0, dtype=ops.ACTIVATION)
         image = self._image(x)
         ops.quantize_image(x, network.scales[IMAGE], image, wide=network.wide_stem)

@@ -174,7 +174,7 @@ def run_engine(
     if pool:
         sizes = out_height, out_width, x.shape[3], c_out, weight.shape[1], stride
         partials = scale.new_empty(n, _extension.load("cpu").conv_parts(engine, *sizes), c_out)
-    tiles = _tiles(engine, weight)  # Held here: it may be kept by nobody else.
+    tiles = kept_tiles(engine, weight, _pack)  # Held here: it may be kept by nobody else.
     _launch(
         engine, x, tiles, out, weight.shape[1], stride=stride, relu=relu,
         scale=packed("scale", scale, torch.float32, c_out),
@@ -256,22 +256,22 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
 
 
-def _tiles(engine: str, weight: Tensor) -> Tensor:
+def kept_tiles(engine: str, weight: Tensor, pack: Callable[[str, Tensor], Tensor]) -> Tensor:
     """The packed form of a weight, packed again where the weight has changed since."""
     if weight.is_inference():  # It does not count what is written to it.
-        return _pack(engine, weight)
+        return pack(engine, weight)
     with _lock:
         found: _Packed | None = _kept.get(weight)
     now = (engine, weight.data_ptr(), weight._version)
     if found is not None and found[:3] == now and _environment.flag("CHECK"):
-        if not torch.equal(found.tiles, _pack(engine, weight)):
+        if not torch.equal(found.tiles, pack(engine, weight)):
             raise RuntimeError(
                 f"a weight of {list(weight.shape)} was written to in a way that PyTorch does not "
                 "count (tensor.data, NumPy, DLPack, shared memory), and what was packed of it is "
                 "not what it is now: call refresh() of the frozen network after such writes"
             )
     elif found is None or found[:3] != now:
-        found = _Packed(*now, _pack(engine, weight))
+        found = _Packed(*now, pack(engine, weight))
         with _lock:
             _kept[weight] = found
     return found.tiles

@@ -1,0 +1,84 @@
+// What ops in eight bits have beyond vector.h.
+#pragma once
+
+#ifdef __x86_64__
+#include <immintrin.h>
+#endif
+
+#include "vector.h"
+
+namespace vovnet_fast {
+inline namespace VF_ISA {
+
+using Floats = Vector<float>;
+using Ints = Integers<float>;
+
+VF_HD Floats to_floats(Ints y) { return __builtin_convertvector(y, Floats); }
+
+// To nearest even; they must fit.
+VF_HD Ints to_nearest(Floats y) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_maskz_cvtps_epi32(0xffff, y);
+#elif defined(__AVX2__)
+  return (Ints)_mm256_cvtps_epi32(y);
+#elif defined(__x86_64__)
+  return (Ints)_mm_cvtps_epi32(y);
+#else
+  return (Ints)vcvtnq_s32_f32(y);
+#endif
+}
+
+VF_HD Floats bounded(Floats y, Floats low, Floats high) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_min_ps(0xffff, _mm512_maskz_max_ps(0xffff, y, low), high);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(_mm256_max_ps(y, low), high);
+#elif defined(__x86_64__)
+  return _mm_min_ps(_mm_max_ps(y, low), high);
+#else
+  return vminq_f32(vmaxq_f32(y, low), high);
+#endif
+}
+
+// The one rounding there is.
+VF_HD Ints requantized(Ints acc, Floats multiplier, Floats low, Floats high) {
+  return to_nearest(bounded(to_floats(acc) * multiplier, low, high));
+}
+
+// x * y + x_high * y_high, each of them in 16 bits with a sign.
+VF_HD Ints two_products(Ints x, Ints x_high, Ints y, Ints y_high) {
+#ifdef __x86_64__
+  const Ints first = (x & 0xffff) | (x_high << 16), second = (y & 0xffff) | (y_high << 16);
+#if defined(__AVX512F__)
+  return (Ints)_mm512_madd_epi16((__m512i)first, (__m512i)second);
+#elif defined(__AVX2__)
+  return (Ints)_mm256_madd_epi16((__m256i)first, (__m256i)second);
+#else
+  return (Ints)_mm_madd_epi16((__m128i)first, (__m128i)second);
+#endif
+#else
+  return x * y + x_high * y_high;
+#endif
+}
+
+// x * y, where x is not negative, and both are in 16 bits with a sign.
+VF_HD Ints small_product(Ints x, Ints y) {
+#if defined(__AVX512F__)
+  return (Ints)_mm512_madd_epi16((__m512i)x, (__m512i)y);
+#elif defined(__AVX2__)
+  return (Ints)_mm256_madd_epi16((__m256i)x, (__m256i)y);
+#elif defined(__x86_64__)
+  return (Ints)_mm_madd_epi16((__m128i)x, (__m128i)y);
+#else
+  return x * y;
+#endif
+}
+
+template <class Span>
+VF_HD Ints load_signed(const int8_t* from, Span span) {
+  const Ints bytes = load_bytes<float>(reinterpret_cast<const uint8_t*>(from), span);
+  return (bytes << 24) >> 24;
+}
+
+}  // namespace VF_ISA
+}  // namespace vovnet_fast

@@ -1,0 +1,74 @@
+// See processor.h.
+#include "processor.h"
+
+#include <cstdint>
+
+#ifdef __x86_64__
+#include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+namespace vovnet_fast {
+namespace cpu {
+
+namespace {
+
+struct Features {
+  bool avx512bf16 = false, avx512vnni = false, avxvnni = false, amx_bf16 = false, amx_int8 = false;
+};
+
+#ifdef __x86_64__
+
+bool bit(unsigned bits, int index) { return (bits >> index & 1u) != 0; }
+
+#ifdef __linux__
+bool may_use_tiles() {
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+}
+#else
+bool may_use_tiles() { return false; }
+#endif
+
+// Leaf 7 of CPUID.
+Features find() {
+  Features found;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return found;
+  found.avx512vnni = bit(c, 11);
+  const bool tiles = bit(d, 24), products_bf16 = bit(d, 22), products_int8 = bit(d, 25);
+  if (__get_cpuid_count(7, 1, &a, &b, &c, &d)) {
+    found.avxvnni = bit(a, 4);
+    found.avx512bf16 = bit(a, 5);
+  }
+  if (tiles && (products_bf16 || products_int8) && may_use_tiles()) {
+    found.amx_bf16 = products_bf16 && found.avx512bf16;
+    found.amx_int8 = products_int8;
+  }
+  return found;
+}
+
+#else
+
+Features find() { return {}; }
+
+#endif
+
+const Features& features() {
+  static const Features found = find();
+  return found;
+}
+
+}  // namespace
+
+bool has_avx512bf16() { return features().avx512bf16; }
+bool has_avx512vnni() { return features().avx512vnni; }
+bool has_avxvnni() { return features().avxvnni; }
+bool has_amx_bf16() { return features().amx_bf16; }
+bool has_amx_int8() { return features().amx_int8; }
+
+}  // namespace cpu
+}  // namespace vovnet_fast

@@ -1,0 +1,279 @@
+"""The extension's ops in eight bits: the integers of :mod:`vovnet_fast.arithmetic.int8`, all."""
+
+import pytest
+import torch
+
+from tests.backends.cpu_engines import engine_combinations, instruction_set
+from tests.extension_cases import require
+from vovnet_fast.arithmetic import LEVELS
+from vovnet_fast.arithmetic import int8 as wanted
+from vovnet_fast.arithmetic.layers import (
+    QuantizedConv,
+    QuantizedDepthwise,
+    QuantizedGate,
+    QuantizedSum,
+)
+from vovnet_fast.backends import _extension
+from vovnet_fast.backends.cpu import int8
+from vovnet_fast.ops.max_pool import output_size
+
+ENGINES = engine_combinations("int8_conv_engines")
+BYTES = [pair for pair in ENGINES if pair[0] != int8.WORDS]
+WORDS = [pair for pair in ENGINES if pair[0] == int8.WORDS]
+ISAS = ["baseline"] if _extension.why_not("cpu") else _extension.load("cpu").isas()
+
+SHAPES = [
+    # n, h, w, c_in, c_out, kernel, stride
+    (1, 7, 9, 64, 32, 3, 1),
+    (2, 13, 5, 80, 48, 3, 1),  # a chunk that is not full, a tile alone
+    (1, 20, 33, 160, 96, 3, 2),
+    (2, 9, 11, 200, 40, 1, 1),
+    (1, 3, 3, 5, 7, 3, 1),  # all taps of a pixel in one chunk
+    (1, 30, 40, 64, 64, 1, 1),
+    (1, 1, 1, 17, 16, 3, 2),
+    (1, 6, 4, 448, 33, 3, 1),  # sums that are put aside
+    (2, 33, 7, 1024, 16, 1, 1),
+]
+
+GUARD = 77
+LEFT, RIGHT = 3, 5
+"""Channels beside a slot."""
+
+
+@pytest.fixture(autouse=True)
+def _extension_is_there():
+    require("cpu")
+
+
+def integers(low, high, *shape, dtype):
+    """Between both, ends included, which come up more often than others."""
+    x = torch.randint(low, high + 1, shape)
+    ends = torch.randint(0, 8, shape)
+    x = torch.where(ends == 0, low, torch.where(ends == 1, high, x))
+    return x.to(dtype)
+
+
+def slot(x):
+    """The same in a buffer with other channels beside it."""
+    beside = (integers(0, 127, *x.shape[:3], count, dtype=x.dtype) for count in (LEFT, RIGHT))
+    left, right = beside
+    return torch.cat([left, x, right], 3)[..., LEFT : LEFT + x.shape[3]]
+
+
+def poisoned(n, h, w, c):
+    """A buffer, and the slot of it that is written to."""
+    buffer = torch.full((n, h, w, LEFT + c + RIGHT), GUARD, dtype=torch.uint8)
+    return buffer, buffer[..., LEFT : LEFT + c]
+
+
+def conv_layer(c_out, kernel, c_in, stride, *, limit=127, dtype=torch.int8):
+    """A layer whose outputs are spread over the levels, and beyond."""
+    weight = integers(-limit, limit, c_out, kernel, kernel, c_in, dtype=dtype)
+    spread = (kernel * kernel * c_in) ** 0.5 * limit * 60
+    return QuantizedConv(
+        weight,
+        torch.randint(-30 * limit, 30 * limit, (c_out,), dtype=torch.int32),
+        torch.rand(c_out) * 200 / spread,
+        torch.rand(c_out) / 100,
+        stride,
+        None,
+        torch.ones(c_in),
+        None,
+        1.0,
+    )  # fmt: skip
+
+
+def assert_same_conv(run, x, layer, levels):
+    n, h, w, _ = x.shape
+    size = n, (h - 1) // layer.stride + 1, (w - 1) // layer.stride + 1, layer.weight.shape[0]
+    found = []
+    for conv in (wanted.conv, run):
+        buffer, out = poisoned(*size)
+        feature = torch.full(size, float("nan"))
+        sums = conv(x, layer, out, levels=levels, feature=feature, pool=True)
+        alone = torch.full(size, float("nan"))
+        conv(x, layer, None, levels=levels, feature=alone)
+        found.append((buffer, feature, alone, sums.sum(1)))
+    for theirs, ours in zip(*found):
+        assert torch.equal(theirs, ours)
+    assert len(found[0][0].unique()) > 2, "nothing was compared"
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize(("engine", "isa"), BYTES)
+def test_conv(engine, isa, levels):
+    def run(*args, **options):
+        return int8.run_engine(engine, *args, **options)
+
+    with instruction_set(isa):
+        for n, h, w, c_in, c_out, kernel, stride in SHAPES:
+            layer = conv_layer(c_out, kernel, c_in, stride)
+            x = slot(integers(0, levels, n, h, w, c_in, dtype=torch.uint8))
+            assert_same_conv(run, x, layer, levels)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize(("engine", "isa"), BYTES)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_nothing_saturates(engine, isa, sign, levels):
+    """Every product the largest there is, or the least."""
+    layer = conv_layer(16, 3, 128, 1)
+    layer = layer._replace(weight=torch.full_like(layer.weight, sign * 127))
+    layer = layer._replace(multiplier=torch.full((16,), 1e-6), unit=torch.full((16,), float(sign)))
+    x = torch.full((1, 5, 5, 128), levels, dtype=torch.uint8)
+    features = []
+    for conv in (wanted.conv, int8.conv):
+        with instruction_set(isa):
+            feature = torch.empty(1, 5, 5, 16)
+            if conv is int8.conv:
+                int8.run_engine(engine, x, layer, None, levels=levels, feature=feature)
+            else:
+                conv(x, layer, None, levels=levels, feature=feature)
+        features.append(feature)
+    assert torch.equal(*features)
+    assert features[0].max() > 0.99 * 9 * 128 * 127 * levels
+
+
+@pytest.mark.parametrize(("engine", "isa"), WORDS)
+@pytest.mark.parametrize("wide", [False, True])
+def test_conv_of_images(engine, isa, wide):
+    """They have signs, and of a wide stem more than eight bits."""
+    assert engine == int8.WORDS
+    most, dtype = (wanted.WIDE, torch.int16) if wide else (wanted.LARGEST, torch.int8)
+    with instruction_set(isa):
+        for n, h, w, c_in, c_out, stride in [
+            (1, 31, 27, 3, 64, 2), (2, 9, 9, 4, 16, 1), (1, 9, 8, 12, 40, 2), (1, 5, 6, 40, 16, 1)
+        ]:  # fmt: skip
+            # Of a wide stem all sums stay below 2^24.
+            limit = min(wanted.WIDE_WEIGHT, wanted.WIDE_SUM // (9 * c_in * most)) if wide else 127
+            layer = conv_layer(c_out, 3, c_in, stride, limit=limit, dtype=dtype)
+            x = integers(-most, most, n, h, w, c_in, dtype=dtype)
+            assert_same_conv(int8.conv, x, layer, 127)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_conv_on_any_number_of_threads(threads):
+    layer, before = conv_layer(48, 3, 32, 1), torch.get_num_threads()
+    x = slot(integers(0, 127, 3, 40, 24, 32, dtype=torch.uint8))
+    if not int8.engines():
+        pytest.skip("this processor has no convolutions in eight bits")
+    torch.set_num_threads(threads)
+    try:
+        assert_same_conv(int8.conv, x, layer, 127)
+    finally:
+        torch.set_num_threads(before)
+
+
+CHANNELS = [16, 40, 67, 128]
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("c", CHANNELS)
+def test_depthwise(isa, c):
+    with instruction_set(isa):
+        for levels in LEVELS:
+            for n, h, w, stride in [(2, 11, 14, 1), (2, 11, 14, 2), (1, 1, 1, 1), (1, 2, 1, 2)]:
+                x = slot(integers(0, levels, n, h, w, c, dtype=torch.uint8))
+                layer = QuantizedDepthwise(
+                    integers(-127, 127, 3, 3, c, dtype=torch.int8),
+                    torch.rand(c) / 500,
+                    torch.randint(0, levels + 1, (c,), dtype=torch.uint8),
+                    torch.ones(c),
+                    torch.ones(c),
+                )
+                size = n, (h - 1) // stride + 1, (w - 1) // stride + 1, c
+                (a, theirs), (b, ours) = poisoned(*size), poisoned(*size)
+                wanted.depthwise(x, layer, theirs, levels=levels, stride=stride)
+                int8.depthwise(x, layer, ours, levels=levels, stride=stride)
+                assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("c", CHANNELS)
+@pytest.mark.parametrize("mode", ["ceil", "padded"])
+def test_max_pool(isa, c, mode):
+    x = slot(integers(0, 255, 2, 11, 14, c, dtype=torch.uint8))
+    size = 2, *output_size(11, 14, mode), c
+    (a, theirs), (b, ours) = poisoned(*size), poisoned(*size)
+    with instruction_set(isa):
+        wanted.max_pool(x, theirs, mode)
+        int8.max_pool(x, ours, mode)
+    assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("c", CHANNELS)
+@pytest.mark.parametrize("table", [False, True])
+def test_gates(isa, c, table):
+    layer = QuantizedGate(
+        torch.randint(-3000, 3000, (c, c), dtype=torch.int16),
+        torch.randint(-(10**6), 10**6, (c,), dtype=torch.int32),
+        torch.rand(c) / 1000,
+        64,
+        20000.0,
+        "sigmoid" if table else "hard_sigmoid",
+        torch.randint(0, 30000, (wanted.TABLE,), dtype=torch.int32) if table else None,
+    )
+    sums = torch.randint(0, 127 * 50, (2, 3, c), dtype=torch.int32)
+    with instruction_set(isa):
+        ours = int8.gates(sums, 150, layer)
+    assert torch.equal(wanted.gates(sums, 150, layer), ours)
+    assert len(ours.unique()) > 2
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("c", CHANNELS)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("identity", [False, True])
+def test_apply_gates(isa, c, gated, identity):
+    size = 2, 11, 14, c
+    z, x = (slot(integers(0, 255, *size, dtype=torch.uint8)) for _ in range(2))
+    layer = QuantizedSum(12345.0, 23456.0, 15, 0.1)
+    gates = integers(0, wanted.FACTOR, 2, c, dtype=torch.int32) if gated else None
+    found = []
+    with instruction_set(isa):
+        for apply_gates in (wanted.apply_gates, int8.apply_gates):
+            (buffer, out), feature = poisoned(*size), torch.full(size, float("nan"))
+            options = dict(levels=255, feature=feature)
+            apply_gates(z, gates, x if identity else None, layer, out, **options)
+            found.append((buffer, feature))
+    for theirs, ours in zip(*found):
+        assert torch.equal(theirs, ours)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("wide", [False, True])
+def test_images_of_any_layout(isa, wide):
+    """Some are beyond the range; halves are rounded to even."""
+    scale = 2.0**-9 if wide else 2.0**-6
+    nchw = (torch.randint(-500, 500, (2, 3, 19, 301)) * scale * (5 if wide else 1) / 2).float()
+    nhwc = nchw.permute(0, 2, 3, 1)
+    for x in (nhwc, nhwc.contiguous(), nhwc[:, ::2, ::3], nhwc.contiguous()[..., 1:]):
+        found = []
+        for quantize in (wanted.quantize_image, int8.quantize_image):
+            out = torch.full(x.shape, GUARD, dtype=wanted.image_dtype(wide))
+            with instruction_set(isa):
+                quantize(x, scale, out, wide=wide)
+            found.append(out)
+        assert torch.equal(*found)
+        assert found[0].max() == (wanted.WIDE if wide else wanted.LARGEST)
+
+
+def test_engines_say_what_they_take():
+    if not int8.engines():
+        pytest.skip("this processor has no convolutions in eight bits")
+    layer = conv_layer(16, 3, 16, 1)
+    x, out = torch.zeros(1, 4, 4, 16, dtype=torch.uint8), torch.zeros(1, 4, 4, 16).byte()
+    with pytest.raises(ValueError, match='"words" is for images, not for steps'):
+        int8.run_engine(int8.WORDS, x, layer, out, levels=127)
+    with pytest.raises(ValueError, match='no convolution engine in eight bits "tensor" runs on'):
+        int8.run_engine("tensor", x, layer, out, levels=127)
+    with pytest.raises(ValueError, match="levels must be from 1 to 255, got 256"):
+        int8.conv(x, layer, out, levels=256)
+
+
+def test_it_says_why_not():
+    with instruction_set("baseline"):
+        if not int8.engines():
+            assert "no convolutions in eight bits" in int8.why_not(torch.device("cpu"))
+    assert "on meta" in int8.why_not(torch.device("meta"))
