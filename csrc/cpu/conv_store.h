@@ -68,6 +68,19 @@ VF_HD void for_range(const Params& p, const Plan& plan, Range range, Body body) 
   }
 }
 
+// body(i, pixels, pixel) for the runs of those that lie side by side.
+template <class Params, class Body>
+VF_HD void for_runs(const Params& p, const Plan& plan, Range range, Body body) {
+  Pixel at{range.first / plan.width, range.first % plan.width};
+  for (int i = 0; i < range.pixels;) {
+    const int left = range.pixels - i;
+    const int pixels = static_cast<int>(least<int64_t>(left, p.out_width - at.w));
+    if (pixels > 0) body(i, pixels, at);
+    i += static_cast<int>(least<int64_t>(left, plan.width - at.w));
+    at = {at.h + 1, 0};
+  }
+}
+
 VF_HD int64_t offset(const View& view, Pixel pixel) {
   return pixel.h * view.stride_h + pixel.w * view.stride_w;
 }

@@ -77,6 +77,40 @@ VF_HD void store_steps(const Int8ConvParams& p, const Plan& plan, const int32_t*
   });
 }
 
+// The same where all lanes of two vectors are meant: two pixels at a time.
+template <bool kPool>
+void store_pairs(const Int8ConvParams& p, const Plan& plan, const int32_t* sums, Range range,
+                 uint8_t* out, int64_t channel, const Ints (&bias)[2], Ints (&total)[2]) {
+  constexpr int kRow = 2 * kLanes<float>;
+  const float* factors = static_cast<const float*>(p.multiplier) + channel;
+  const Floats multiplier[2] = {load(factors, Full{}), load(factors + kLanes<float>, Full{})};
+  const Floats high = broadcast<float>(static_cast<float>(p.levels));
+  const auto steps_of = [&](const int32_t* from, Ints(&steps)[2]) VF_LAMBDA {
+    for (int v = 0; v < 2; ++v) {
+      const Ints acc = load(from + v * kLanes<float>, Full{}) + bias[v];
+      // What is negative becomes 0 when it is stored, which saturates.
+      steps[v] = to_nearest(at_most(to_floats(acc) * multiplier[v], high));
+      if constexpr (kPool) total[v] += steps[v] > 0 ? steps[v] : Ints{};
+    }
+  };
+  for_runs(p, plan, range, [&](int first, int pixels, Pixel at) VF_LAMBDA {
+    const int32_t* from = sums + first * kRow;
+    uint8_t* to[2] = {out + offset(p.out, at) + channel, nullptr};
+    Ints steps[2][2];
+    for (; pixels > 1; pixels -= 2, from += 2 * kRow, to[0] += 2 * p.out.stride_w) {
+      steps_of(from, steps[0]);
+      steps_of(from + kRow, steps[1]);
+      to[1] = to[0] + p.out.stride_w;
+      store_two(to, steps[0], steps[1]);
+    }
+    if (pixels == 1) {
+      steps_of(from, steps[0]);
+      to[1] = to[0];
+      store_two(to, steps[0], steps[0]);
+    }
+  });
+}
+
 // What they stand for, as a feature.
 template <int kVectors, class Each>
 VF_HD void store_values(const Int8ConvParams& p, const Plan& plan, const int32_t* sums, Range range,
@@ -101,7 +135,7 @@ VF_HD void store_block(const Int8ConvParams& p, const Plan& plan, const int32_t*
                        const ByteRows& rows, int64_t channel, int32_t* pool) {
   constexpr int kChannels = kTiles * kTileChannels, kVectors = kChannels / kLanes<float>;
   const int64_t channels = least<int64_t>(kChannels, p.c_out - channel);
-  const auto store_with = [&](auto each) VF_LAMBDA {
+  const auto store_with = [&](auto whole, auto each) VF_LAMBDA {
     Ints bias[kVectors] = {}, total[kVectors] = {};
     each([&](int v, auto span) VF_LAMBDA {
       bias[v] = load(static_cast<const int32_t*>(p.bias) + channel + v * kLanes<float>, span);
@@ -110,7 +144,12 @@ VF_HD void store_block(const Int8ConvParams& p, const Plan& plan, const int32_t*
       store_values(p, plan, sums, range, rows.feature, channel, bias, each);
     }
     if (rows.out == nullptr) return;
-    store_steps(p, plan, sums, range, rows.out, channel, bias, total, each);
+    if constexpr (whole.value == 1 && kVectors == 2) {
+      (pool == nullptr ? store_pairs<false> : store_pairs<true>)(p, plan, sums, range, rows.out,
+                                                                 channel, bias, total);
+    } else {
+      store_steps(p, plan, sums, range, rows.out, channel, bias, total, each);
+    }
     if (pool == nullptr) return;
     each([&](int v, auto span) VF_LAMBDA {
       int32_t* to = pool + channel + v * kLanes<float>;
@@ -118,9 +157,9 @@ VF_HD void store_block(const Int8ConvParams& p, const Plan& plan, const int32_t*
     });
   };
   if (channels < kChannels) {
-    store_with([&](auto body) VF_LAMBDA { for_vectors<kVectors>(channels, body); });
+    store_with(Fixed<0>{}, [&](auto body) VF_LAMBDA { for_vectors<kVectors>(channels, body); });
   } else {
-    store_with([&](auto body) VF_LAMBDA {
+    store_with(Fixed<1>{}, [&](auto body) VF_LAMBDA {
       for (int v = 0; v < kVectors; ++v) body(v, Full{});
     });
   }

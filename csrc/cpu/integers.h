@@ -40,10 +40,45 @@ VF_HD Floats bounded(Floats y, Floats low, Floats high) {
 #endif
 }
 
+VF_HD Floats at_most(Floats y, Floats high) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_min_ps(0xffff, y, high);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(y, high);
+#else
+  return y < high ? y : high;
+#endif
+}
+
 // The one rounding there is.
 VF_HD Ints requantized(Ints acc, Floats multiplier, Floats low, Floats high) {
   return to_nearest(bounded(to_floats(acc) * multiplier, low, high));
 }
+
+#ifdef __AVX2__
+
+// Two vectors of each of two pixels as bytes, side by side: what is negative becomes 0; none is
+// above 255.
+VF_HD void store_two(uint8_t* const* to, const Ints (&first)[2], const Ints (&second)[2]) {
+#ifdef __AVX512F__
+  const __m512i halves = _mm512_packs_epi32((__m512i)first[0], (__m512i)first[1]);
+  const __m512i others = _mm512_packs_epi32((__m512i)second[0], (__m512i)second[1]);
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i bytes =
+      _mm512_maskz_permutexvar_epi32(0xffff, order, _mm512_packus_epi16(halves, others));
+#else
+  const __m256i halves = _mm256_packs_epi32((__m256i)first[0], (__m256i)first[1]);
+  const __m256i others = _mm256_packs_epi32((__m256i)second[0], (__m256i)second[1]);
+  const __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const __m256i bytes = _mm256_permutevar8x32_epi32(_mm256_packus_epi16(halves, others), order);
+#endif
+  constexpr int kHalf = sizeof bytes / 2;
+  const auto* from = reinterpret_cast<const char*>(&bytes);
+  memcpy(to[0], from, kHalf);
+  memcpy(to[1], from + kHalf, kHalf);
+}
+
+#endif
 
 // x * y + x_high * y_high, each of them in 16 bits with a sign.
 VF_HD Ints two_products(Ints x, Ints x_high, Ints y, Ints y_high) {

@@ -208,7 +208,7 @@ def test_gates(isa, c, table):
     layer = QuantizedGate(
         torch.randint(-3000, 3000, (c, c), dtype=torch.int16),
         torch.randint(-(10**6), 10**6, (c,), dtype=torch.int32),
-        torch.rand(c) / 1000,
+        torch.rand(c) * (1e-5 if table else 1e-4),
         64,
         20000.0,
         "sigmoid" if table else "hard_sigmoid",
