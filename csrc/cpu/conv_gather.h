@@ -103,7 +103,13 @@ VF_HD void unfold_pixel(const Params& p, const T* x, int64_t row, int64_t column
       const int64_t w = column + i;
       const bool inside = h >= 0 && h < p.height && (together || (w >= 0 && w < p.width));
       const T* from = x + h * p.x.stride_h + w * p.x.stride_w;
-      for (int64_t c = 0; c < run; ++c) taps[c] = inside ? convert<Packed>(from[c]) : Packed{};
+      int64_t c = 0;
+      if constexpr (std::is_integral_v<Packed>) {  // A vector of eight, for compilers to see.
+        for (; inside && c + 8 <= run; c += 8) {
+          for (int k = 0; k < 8; ++k) taps[c + k] = convert<Packed>(from[c + k]);
+        }
+      }
+      for (; c < run; ++c) taps[c] = inside ? convert<Packed>(from[c]) : Packed{};
     }
   }
 }

@@ -13,6 +13,8 @@ import math
 import torch
 from torch import Tensor
 
+from .. import _pages as pages
+
 
 class Memory:
     """New memory for every tensor. All shapes are ``[N, H, W, C]``."""
@@ -79,9 +81,13 @@ class Arena(_Slabs):
     def __init__(self, sizes: dict[str, int], dtype: torch.dtype, device: torch.device) -> None:
         # A tensor made in inference mode could not be written outside it, by later calls.
         with torch.inference_mode(False):
-            self._slabs = {
-                role: torch.empty(size, dtype=dtype, device=device) for role, size in sizes.items()
-            }
+            self._slabs = {role: _slab(size, dtype, device) for role, size in sizes.items()}
 
     def scratch(self, role: str, like: Tensor, *shape: int) -> Tensor:
         return self._slabs[role][: math.prod(shape)].view(shape)
+
+
+def _slab(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return pages.aligned(size * dtype.itemsize).view(dtype)
+    return torch.empty(size, dtype=dtype, device=device)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import _environment
+from .. import _pages as pages
 from ..backends import _extension
 from ..backends._extension.fields import pointer
 from ..backends.cpu import convolution
@@ -107,7 +108,8 @@ class _Recording(NamedTuple):
 
     def repeat(self, image: Tensor) -> list[Tensor]:
         features = [
-            torch.empty(shape, dtype=dtype, device=image.device) for shape, dtype in self.features
+            pages.advise(torch.empty(shape, dtype=dtype, device=image.device))
+            for shape, dtype in self.features
         ]
         addresses = [pointer("image", image), *(pointer("feature", each) for each in features)]
         self.calls.run(torch.get_num_threads(), addresses)

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ... import _environment
+from ... import _pages as pages
 from ...tuning import processor
 from .. import _extension
 from .._extension.fields import DTYPES, array, packed, pointer, view, weight_strides
@@ -322,9 +323,7 @@ def _pack(
     cpu = _extension.load("cpu")
     channels = (c_in, kernel, c_out) if transposed else (c_out, kernel, c_in)
     with torch.inference_mode(False):
-        tiles = torch.empty(
-            cpu.conv_pack_bytes(engine, *channels), dtype=torch.uint8, device=weight.device
-        )
+        tiles = pages.together(cpu.conv_pack_bytes(engine, *channels))
     cpu.conv_pack(
         torch.get_num_threads(),
         engine,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ... import _pages as pages
 from ...arithmetic.int8 import (
     ACTIVATION,
     LARGEST,
@@ -165,12 +166,13 @@ def gates(sums: Tensor, num_pixels: int, layer: QuantizedGate) -> Tensor:
     mean = sums.new_empty(n, c, dtype=torch.int16)
     out = sums.new_empty(n, c)
     most = int(layer.most) if layer.table is None else TABLE - 1
+    weight = convolution.kept_tiles("gates", layer.weight, _moved)
     _extension.load("cpu").int8_gates(
         torch.get_num_threads(),
         partials=packed("sums", sums, torch.int32, n, tiles, c),
         mean=pointer("mean", mean),
         out=pointer("out", out),
-        fc_weight=packed("weight", layer.weight, torch.int16, c, c),
+        fc_weight=packed("weight", weight, torch.int16, c, c),
         fc_bias=packed("bias", layer.bias, torch.int32, c),
         multiplier=packed("multiplier", layer.multiplier, torch.float32, c),
         table=packed("table", layer.table, torch.int32, TABLE),
@@ -214,8 +216,7 @@ def _pack(engine: str, weight: Tensor) -> Tensor:
     c_out, kernel, _, c_in = weight.shape
     cpu = _extension.load("cpu")
     with torch.inference_mode(False):
-        size = cpu.int8_conv_pack_bytes(engine, c_out, kernel, c_in)
-        tiles = torch.empty(size, dtype=torch.uint8, device=weight.device)
+        tiles = pages.together(cpu.int8_conv_pack_bytes(engine, c_out, kernel, c_in))
     cpu.int8_conv_pack(
         torch.get_num_threads(),
         engine,
@@ -227,6 +228,13 @@ def _pack(engine: str, weight: Tensor) -> Tensor:
         kind=_KINDS[weight.dtype],
     )
     return tiles
+
+
+def _moved(_: str, weight: Tensor) -> Tensor:
+    """The weight itself, but side by side with packed ones."""
+    with torch.inference_mode(False):
+        memory = pages.together(weight.numel() * weight.itemsize)
+    return memory.view(weight.dtype).view(weight.shape).copy_(weight)
 
 
 def _bytes(**views: Tensor | None) -> dict[str, Any]:
