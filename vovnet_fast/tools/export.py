@@ -15,8 +15,8 @@ from rich.table import Table
 
 from .. import checkpoints, specs
 from ..checkpoints import LAYOUTS, CheckpointError
-from ..deploy import export
-from ..deploy.file import is_frozen, load_frozen
+from ..deploy import export, file, header
+from ..deploy.file import load_frozen
 from ..deploy.freeze import FrozenVoVNet
 from ..deploy.onnx_graph import AXES
 from ..network.model import STAGE_NAMES, VoVNet
@@ -148,7 +148,7 @@ def _source(args: argparse.Namespace) -> tuple[VoVNet | FrozenVoVNet, str]:
         return _untrained(args)
     if args.input_ch is not None:
         raise ValueError("--input-ch is for a SPEC: a CHECKPOINT has the channels of its images")
-    if not is_address and is_frozen(args.source):
+    if not is_address and header.holds(args.source, file.KIND):
         if args.features is not None or of_checkpoint:
             raise ValueError(
                 f"{of_checkpoint[0] if of_checkpoint else '--features'} is about a checkpoint, and "
