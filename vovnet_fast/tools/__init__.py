@@ -8,7 +8,9 @@
 :mod:`.memory`     ``vovnet-fast bench --memory``: what a training step keeps
 :mod:`.convert`    ``vovnet-fast convert``: a checkpoint under another layout's keys
 :mod:`.export`     ``vovnet-fast export``: a network as an ONNX file
-:mod:`.sources`    which network a command is about: a file's, or an architecture's
+:mod:`.quantize`   ``vovnet-fast quantize``: a network in eight bits
+:mod:`.images`     a folder's images, normalised as a network was trained on them
+:mod:`.sources`    which network a command is about: a checkpoint's, or an architecture
 :mod:`.classify`   ``vovnet-fast classify``: what a classifier says of images
 :mod:`.tuning`     ``vovnet-fast tuning``: choices of engines, shown and shared
 :mod:`.regret`     ``vovnet-fast tuning regret``: what choices have cost

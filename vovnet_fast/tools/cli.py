@@ -19,7 +19,7 @@ from ..backends import BackendError
 from ..checkpoints import CheckpointError
 from ..deploy.export import ExportError
 from ..network.model import VoVNet
-from . import classify, convert, doctor, explain, export, tuning
+from . import classify, convert, doctor, explain, export, quantize, tuning
 from .bench import command as bench
 from .compile import command as compiling
 
@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     listing.set_defaults(run=_specs)
 
     export.add(commands)
+    quantize.add(commands)
     bench.add(commands)
     compiling.add(commands)
     explain.add(commands)

@@ -107,7 +107,8 @@ def _export(args: argparse.Namespace) -> None:
 def _source(args: argparse.Namespace) -> tuple[VoVNet | FrozenVoVNet, str]:
     """The network, and what is said of it."""
     if sources.kind(args.source) != file.KIND:
-        return sources.model(args)
+        found = sources.model(args)
+        return found.model, found.what
     sources.refuse_options(args, "a frozen network", "freeze the model again")
     frozen = load_frozen(args.source, graph=False)
     return frozen, f"{frozen.spec.name}, frozen in {frozen.dtype}"

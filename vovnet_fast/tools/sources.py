@@ -7,7 +7,7 @@ import re
 import urllib.parse
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -26,7 +26,21 @@ _CALIBRATION = (2, 128, 128)
 """N, H, W of the noise that an untrained network's norms are set by."""
 
 
-def add_options(command: argparse.ArgumentParser, of_files: str) -> None:
+class Found(NamedTuple):
+    """What there is in SPEC|CHECKPOINT.
+
+    Attributes:
+        model: the network.
+        what: what is said of it.
+        prefix: what stands before the backbone's keys in the checkpoint.
+    """
+
+    model: VoVNet
+    what: str
+    prefix: str = ""
+
+
+def add_options(command: argparse.ArgumentParser, of_files: str = "") -> None:
     """Add what says more about SPEC|CHECKPOINT, ``args.source``.
 
     Args:
@@ -47,12 +61,38 @@ def add_options(command: argparse.ArgumentParser, of_files: str) -> None:
     command.add_argument("--prefix", help="what stands before the backbone's keys in CHECKPOINT")
 
 
-def require_target(args: argparse.Namespace, ending: str) -> None:
-    """Refuse an OUT that is called something else, or is there; before any work is done."""
-    if args.dst.suffix != ending:
-        raise ValueError(f"OUT must end in {ending}, got {args.dst}")
-    if args.dst.exists() and not args.force:
-        raise ValueError(f"{args.dst} exists; --force replaces it")
+def require_target(
+    args: argparse.Namespace, ending: str, path: Path | None = None, name: str = "OUT"
+) -> None:
+    """Refuse a file that is called something else, or is there; before any work is done.
+
+    Args:
+        args: with ``force``.
+        ending: of the file's name.
+        path: the file, ``args.dst`` by default.
+        name: of the argument.
+    """
+    path = args.dst if path is None else path
+    if path.suffix != ending:
+        raise ValueError(f"{name} must end in {ending}, got {path}")
+    if path.exists() and not args.force:
+        raise ValueError(f"{path} exists; --force replaces it")
+    if not path.absolute().parent.is_dir():
+        raise FileNotFoundError(f"there is no folder {path.absolute().parent} to write {name} in")
+
+
+def device(name: str) -> torch.device:
+    """A device that can be used.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        found = torch.device(name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    return found
 
 
 def words(text: str) -> tuple[str, ...]:
@@ -79,8 +119,8 @@ def refuse_options(args: argparse.Namespace, what: str, remedy: str) -> None:
         )
 
 
-def model(args: argparse.Namespace) -> tuple[VoVNet, str]:
-    """The network of SPEC|CHECKPOINT, and what is said of it.
+def model(args: argparse.Namespace) -> Found:
+    """The network of SPEC|CHECKPOINT.
 
     Raises:
         ValueError: there is neither such a file nor such an architecture; an option is about the
@@ -130,7 +170,7 @@ def _features(args: argparse.Namespace) -> tuple[str, ...]:
     return STAGE_NAMES if args.features is None else words(args.features)
 
 
-def _filled(args: argparse.Namespace) -> tuple[VoVNet, str]:
+def _filled(args: argparse.Namespace) -> Found:
     state_dict = checkpoints.read(args.source, mmap=True)
     options = dict(layout=args.layout, prefix=args.prefix)
     spec = args.spec
@@ -140,10 +180,11 @@ def _filled(args: argparse.Namespace) -> tuple[VoVNet, str]:
     first = native["stem.stem_1/conv.weight"]
     model = VoVNet(spec, input_ch=first.shape[1], out_features=_features(args))
     checkpoints.load(model, native, layout="native", prefix="")
-    return model, f"{report.spec}, {report.layout} keys, prefix {report.prefix or 'none'}"
+    what = f"{report.spec}, {report.layout} keys, prefix {report.prefix or 'none'}"
+    return Found(model, what, report.prefix)
 
 
-def _untrained(args: argparse.Namespace) -> tuple[VoVNet, str]:
+def _untrained(args: argparse.Namespace) -> Found:
     try:
         spec = specs.get(args.source)
     except specs.UnknownSpecError as error:
@@ -152,7 +193,7 @@ def _untrained(args: argparse.Namespace) -> tuple[VoVNet, str]:
     channels = 3 if args.input_ch is None else args.input_ch
     model = VoVNet(spec, input_ch=channels, out_features=_features(args), norm_eval=False)
     _calibrate(model, channels)
-    return model, f"{spec.name}, with RANDOM weights"
+    return Found(model, f"{spec.name}, with RANDOM weights")
 
 
 def _calibrate(model: VoVNet, channels: int) -> None:
