@@ -30,7 +30,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         description=(
             "Make a network in eight bits of a VoVNet backbone: batch norms are folded, the ranges "
             "of activations are measured on images of a folder, weights are rounded. OUT is what "
-            "vovnet_fast.load_quantized reads, VoVNetFast(quantized=OUT) in mmdet, and "
+            "vovnet_fast.load_quantized reads, VoVNetFastQuantized in mmdet, and "
             "vovnet-fast export, which makes an ONNX file of it. What it costs is measured on the "
             "first images: the signal-to-noise ratio (SQNR) of the features against fp32."
         ),
