@@ -8,6 +8,7 @@ import torch
 
 from tests import straight_line
 from tests.checkpoints.test_writing import largest_file
+from tests.quantization import cases
 from vovnet_fast import VoVNet, _optional, checkpoints, freeze, load_quantized
 from vovnet_fast.tools import cli, images
 from vovnet_fast.tools import quantize as command
@@ -98,7 +99,7 @@ def test_what_is_asked_for(folder, out, asked, capsys):
         "--dtype fp8 --calibrator entropy --stem wide --equalize --no-bias-correction "
         "--percentile 99.5 --features stem,stage3"
     )
-    if "fp8" not in _dtypes():
+    if "fp8" not in cases.DTYPES:
         words = words.replace("fp8", "int8")
     assert run(SMALL, out, folder, words) == 0
     assert asked["args"] == (words.split()[1], "entropy")
@@ -113,12 +114,6 @@ def test_what_is_asked_for(folder, out, asked, capsys):
     )
     assert run(SMALL, out, folder, "--levels 255 --force") == 0
     assert asked["levels"] == 255
-
-
-def _dtypes():
-    from tests.quantization import cases
-
-    return cases.DTYPES
 
 
 def test_images_are_those_of_the_folder(folder, out, asked):
@@ -214,6 +209,7 @@ BAD = {
     "levels of fp8": ("{small} {out} --images {images} --dtype fp8 --levels 127", ""),
     "a percentile": ("{small} {out} --images {images} --percentile 3", "percentile must be above"),
     "a frozen network": ("{frozen} {out} --images {images}", "holds a frozen network, whose wei"),
+    "a quantised one": ("{quantized} {out} --images {images}", "holds a quantised network, whose"),
     "a name": ("V-38-eSE {out} --images {images}", "there is no file V-38-eSE, and unknown VoVNet"),
     "a picture's ending": ("{small} {out} --images {images} --report a.jpg", "PNG must end in .p"),
     "a device": ("{small} {out} --images {images} --device gpu9", "--device gpu9: "),
@@ -237,12 +233,13 @@ def places(folder, out, tmp_path):
     PIL.new("RGB", (32, 32), (7, 7, 7)).save(tmp_path / "flat" / "a.png")
     model = VoVNet(SMALL)
     freeze(model).save(tmp_path / "frozen.safetensors")
+    cases.quantized().save(tmp_path / "quantized.safetensors")
     inside = {f"backbone.bottom_up.{k}": v for k, v in model.state_dict().items()}
     checkpoints.write(inside, tmp_path / "detector.safetensors")
     (tmp_path / "there.safetensors").write_text("old")
     return {
         **{name: tmp_path / name for name in ("empty", "broken", "cut", "deep", "flat")},
-        **{n: tmp_path / f"{n}.safetensors" for n in ("frozen", "detector", "there")},
+        **{n: tmp_path / f"{n}.safetensors" for n in ("frozen", "quantized", "detector", "there")},
         "images": folder, "out": out, "dir": tmp_path, "small": SMALL,
     }  # fmt: skip
 
@@ -254,7 +251,7 @@ def test_errors_are_one_line_and_leave_nothing(places, tmp_path, capsys, monkeyp
     for kind, (words, message) in BAD.items():
         flat = "--calibrator minmax --stem int8 --no-bias-correction" if "{flat}" in words else ""
         argv = ["quantize", *words.format(**places).split(), *flat.split()]
-        if "levels" in kind and "fp8" not in _dtypes():
+        if "levels" in kind and "fp8" not in cases.DTYPES:
             continue
         assert cli.main(argv) == 1, kind
         error = capsys.readouterr().err.splitlines()[-1]

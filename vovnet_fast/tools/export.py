@@ -16,6 +16,9 @@ from ..deploy.file import load_frozen
 from ..deploy.freeze import FrozenVoVNet
 from ..deploy.onnx_graph import AXES
 from ..network.model import VoVNet
+from ..quantization import export as quantized_export
+from ..quantization import file as quantized_file
+from ..quantization.file import load_quantized
 from . import sources
 from .bench.command import parse_shape
 
@@ -32,7 +35,9 @@ def add(commands: argparse._SubParsersAction) -> None:
             "norms folded into the convolutions, one node for each thing the network does, no "
             "others. The input is called image, [N, C, H, W]; the outputs are called stage2 to "
             "stage5, or as --features says. onnxruntime runs it before it is put in place, and its "
-            "features are compared with PyTorch's: a file that differs is not left behind."
+            "features are compared with PyTorch's: a file that differs is not left behind. Of a "
+            "network in int8 (vovnet-fast quantize) it has QuantizeLinear and DequantizeLinear "
+            "nodes, and is compared with the integers."
         ),
         epilog=(
             "examples: vovnet-fast export v99.pth v99.onnx --size 6x640x1600 --features "
@@ -44,7 +49,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "source",
         metavar="SPEC|CHECKPOINT",
-        help=f"{sources.CHECKPOINT}, or what FrozenVoVNet.save wrote; or {sources.SPEC}",
+        help=f"{sources.CHECKPOINT}, or what FrozenVoVNet.save or vovnet-fast "
+        f"quantize wrote; or {sources.SPEC}",
     )
     command.add_argument("dst", metavar="OUT", type=Path, help="file to write (.onnx)")
     command.add_argument(
@@ -75,7 +81,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--io", choices=DTYPES, help="dtype of images and features (default: that of --dtype)"
     )
-    sources.add_options(command, "of a frozen network those that it has")
+    sources.add_options(command, "of a frozen or quantised network those that it has")
     command.add_argument(
         "--no-check", dest="check", action="store_false", help="do not compare with onnxruntime"
     )
@@ -85,6 +91,9 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 def _export(args: argparse.Namespace) -> None:
     sources.require_target(args, ".onnx")
+    if sources.kind(args.source) == quantized_file.KIND:
+        _export_quantized(args)
+        return
     size, dynamic = parse_shape(args.size), sources.words(args.dynamic)
     io = None if args.io is None else DTYPES[args.io]
     export.require(size, dynamic, args.opset, DTYPES[args.dtype], io, check=args.check)
@@ -104,6 +113,45 @@ def _export(args: argparse.Namespace) -> None:
     _print_report(args, report, what)
 
 
+def _export_quantized(args: argparse.Namespace) -> None:
+    sources.refuse_options(args, "a quantised network", "quantise the model again")
+    if args.dtype != "fp32" or args.io is not None:
+        raise ValueError(
+            f"--dtype and --io are of networks in floating point, and {args.source} holds one in "
+            "eight bits, whose images and features are fp32"
+        )
+    network = load_quantized(args.source)
+    with Console(stderr=True).status("reading the weights") as status:
+        report = quantized_export.onnx(
+            network,
+            args.dst,
+            parse_shape(args.size),
+            dynamic=sources.words(args.dynamic),
+            opset=args.opset,
+            check=args.check,
+            told=lambda text: status.update(escape(text)),
+        )
+    console = Console(highlight=False)
+    console.print(
+        _table(args, report, f"{network.spec.name}, {network.dtype}", "int8, fp32 outside")
+    )
+    if not report.checks:
+        console.print("[bold]Not compared with the integers[/] (--no-check).")
+        return
+    table = _checks("onnxruntime against the integers", "dB", "steps", "optimised, dB")
+    for check in report.checks:
+        table.add_row(
+            "x".join(map(str, check.size)), check.feature,
+            f"{check.sqnr:.1f}", f"{check.steps:.2f}",
+            f"{check.optimised:.1f}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"Given the same inputs no activation differs by more than {report.steps:.3g} steps. What "
+        "is above is carried on from layer to layer; optimised is onnxruntime's default."
+    )
+
+
 def _source(args: argparse.Namespace) -> tuple[VoVNet | FrozenVoVNet, str]:
     """The network, and what is said of it."""
     if sources.kind(args.source) != file.KIND:
@@ -121,23 +169,14 @@ def _source(args: argparse.Namespace) -> tuple[VoVNet | FrozenVoVNet, str]:
 
 def _print_report(args: argparse.Namespace, report: export.Report, what: str) -> None:
     console = Console(highlight=False)
-    table = Table(title=str(args.dst), title_justify="left", show_header=False)
-    table.add_row("network", escape(what))
-    table.add_row("nodes", ", ".join(f"{n} {kind}" for kind, n in report.nodes.items()))
-    table.add_row("opset", str(report.opset))
     dtype = args.dtype if args.io in (None, args.dtype) else f"{args.dtype}, {args.io} outside"
-    table.add_row("dtype", dtype)
-    table.add_row("dynamic", args.dynamic or "nothing")
-    table.add_row("size", f"{report.nbytes / 1e6:.1f} MB")
-    console.print(table)
+    console.print(_table(args, report, what, dtype))
     if not report.checks:
         console.print("[bold]Not compared with PyTorch[/] (--no-check).")
         return
-    table = Table(title="onnxruntime against PyTorch", box=box.SIMPLE_HEAD)
-    for heading in ("images", "feature"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("largest error", "of the largest value", "allowed"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = _checks(
+        "onnxruntime against PyTorch", "largest error", "of the largest value", "allowed"
+    )
     for check in report.checks:
         table.add_row(
             "x".join(map(str, check.size)),
@@ -149,3 +188,28 @@ def _print_report(args: argparse.Namespace, report: export.Report, what: str) ->
     console.print(table)
     if report.largest is not None:
         console.print(f"The largest value on the way was {report.largest:.4g}; fp16 ends at 65504.")
+
+
+def _table(
+    args: argparse.Namespace,
+    report: export.Report | quantized_export.Report,
+    what: str,
+    dtype: str,
+) -> Table:
+    table = Table(title=str(args.dst), title_justify="left", show_header=False)
+    table.add_row("network", escape(what))
+    table.add_row("nodes", ", ".join(f"{n} {kind}" for kind, n in report.nodes.items()))
+    table.add_row("opset", str(report.opset))
+    table.add_row("dtype", dtype)
+    table.add_row("dynamic", args.dynamic or "nothing")
+    table.add_row("size", f"{report.nbytes / 1e6:.1f} MB")
+    return table
+
+
+def _checks(title: str, *numbers: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for heading in ("images", "feature"):
+        table.add_column(heading, no_wrap=True)
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table

@@ -75,7 +75,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         choices=STEMS,
         default="auto",
         help="of images and the first layer's weights: eight bits, or more where that is better "
-        "(default: %(default)s; an export to ONNX wants int8)",
+        "(default: %(default)s; more is fp32 in an ONNX file)",
     )
     command.add_argument(
         "--equalize", action="store_true", help="give the channels of activations like ranges first"

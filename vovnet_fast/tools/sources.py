@@ -15,6 +15,7 @@ from .. import checkpoints, specs
 from ..checkpoints import LAYOUTS, CheckpointError
 from ..deploy import file, header
 from ..network.model import STAGE_NAMES, VoVNet
+from ..quantization import file as quantized_file
 
 CHECKPOINT = "a file or an http(s) address of any layout"
 SPEC = (
@@ -104,7 +105,8 @@ def kind(source: str) -> header.Kind | None:
     """Which kind of network, made already, a file holds; None for all else."""
     if _is_address(source):
         return None
-    return file.KIND if header.holds(source, file.KIND) else None
+    kinds = (file.KIND, quantized_file.KIND)
+    return next((each for each in kinds if header.holds(source, each)), None)
 
 
 def refuse_options(args: argparse.Namespace, what: str, remedy: str) -> None:
