@@ -6,10 +6,10 @@ In a config::
 
 This name stays. The class, and its registration, which importing it does once, are in
 :mod:`vovnet_fast.integrations.mmdet`; ``VoVNetFastQuantized``, a backbone in eight bits, in
-:mod:`vovnet_fast.integrations.mmdet_quantized`.
+:mod:`vovnet_fast.integrations.quantized`.
 """
 
 from .integrations.mmdet import VoVNetFast
-from .integrations.mmdet_quantized import VoVNetFastQuantized
+from .integrations.quantized import VoVNetFastQuantized
 
 __all__ = ["VoVNetFast", "VoVNetFastQuantized"]

@@ -149,10 +149,10 @@ def test_rounding_is_not_taken_for_other_weights(name, dtype, tmp_path):
     )
     made.save(tmp_path / "a.safetensors")
     backbone = vovnet_fast.mmdet.VoVNetFastQuantized(tmp_path / "a.safetensors", init_cfg=None)
-    backbone._require_same(model.state_dict(), "")
+    backbone.require_same(model.state_dict(), "")
     torch.manual_seed(5)
     with pytest.raises(checkpoints.CheckpointError, match="point elsewhere"):
-        backbone._require_same(
+        backbone.require_same(
             straight_line.randomise(vovnet_fast.VoVNet(TINY[name])).state_dict(), ""
         )
 

@@ -60,7 +60,7 @@ def asked(monkeypatch):
             return Report([Row("stage5", "feature", 30.04, 1.0, 0.0)])
 
     def note(model, batches, *args, **options):
-        found.update(options, model=model, args=args, batches=list(batches))
+        found.update(options, model=model, args=args, batches=list(batches), length=len(batches))
         return Quantized()
 
     monkeypatch.setattr(command, "quantize", note)
@@ -123,6 +123,7 @@ def test_images_are_those_of_the_folder(folder, out, asked):
     assert [list(batch.shape) for batch in batches] == [
         [2, 3, 33, 40], [1, 3, 50, 37], [1, 3, 64, 64],
     ]  # fmt: skip
+    assert asked["length"] == 3  # Of the bar.
     mean = torch.tensor([103.53, 116.28, 123.675])
     for x, seed, size in ((batches[0][1], 1, (33, 40)), (batches[1][0], 2, (50, 37))):
         wanted = picture(*size, seed=seed).flip(2).float() - mean

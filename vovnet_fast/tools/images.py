@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,9 @@ ENDINGS = (".jpg", ".jpeg", ".png")
 """Of the files of a folder that are images."""
 
 CHANNELS = 3
+
+_ORIENTATION = 0x0112
+"""EXIF's tag of how the camera was held."""
 
 
 class Normalisation(NamedTuple):
@@ -237,30 +241,41 @@ class Images:
         count = min(args.count, len(files))
         self.files = [files[i * len(files) // count] for i in range(count)]
         self.there = len(files)
-        self._size, self._batch = _size(args.size), args.batch
-        self._model, self._how = model, how
+        self._size, self._model, self._how = _size(args.size), model, how
+        self._batches = self._grouped(args.batch)
+
+    def __len__(self) -> int:
+        """Batches there are."""
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[Tensor]:
         """``[N, 3, H, W]``, of images that have one size and follow one another."""
-        batch: list[Tensor] = []
+        for files in self._batches:
+            yield torch.stack([self._image(file) for file in files])
+
+    def _grouped(self, batch: int) -> list[list[Path]]:
+        """Files by batches. All are opened, so that what cannot be is found out at once."""
+        found: list[list[Path]] = []
+        last: tuple[int, int] | None = None
         for file in self.files:
-            image = self._image(file)
-            if batch and (len(batch) == self._batch or image.shape != batch[0].shape):
-                yield torch.stack(batch)
-                batch = []
-            batch.append(image)
-        yield torch.stack(batch)
+            with _opened(file) as image:
+                size = self._size or (image.height, image.width)
+            try:
+                check_size(self._model.spec, self._model.out_features, *size)
+            except ValueError as error:
+                raise ValueError(f"{file}: {error}; --size takes another") from error
+            if size != last or len(found[-1]) == batch:
+                found.append([])
+            found[-1].append(file)
+            last = size
+        return found
 
     def _image(self, file: Path) -> Tensor:
         pixels = read(file)
-        height, width = self._size or pixels.shape[1:]
-        try:
-            check_size(self._model.spec, self._model.out_features, height, width)
-        except ValueError as error:
-            raise ValueError(f"{file}: {error}; --size takes another") from error
-        if self._size is not None:
-            pixels = _fitted(pixels, height, width)
-        x = self._how.apply(pixels)
+        if self._size is None:
+            return self._how.apply(pixels)
+        height, width = self._size
+        x = self._how.apply(_fitted(pixels, height, width))
         return F.pad(x, (0, width - x.shape[2], 0, height - x.shape[1]))
 
 
@@ -270,6 +285,14 @@ def read(file: Path) -> Tensor:
     Raises:
         ValueError: it cannot be read.
     """
+    with _opened(file) as image:
+        raw = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
+        return raw.view(image.height, image.width, CHANNELS).permute(2, 0, 1)
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """An image of Pillow's, turned as its camera says, whose pixels may not yet have been read."""
     import PIL.Image
     import PIL.ImageOps
 
@@ -277,14 +300,12 @@ def read(file: Path) -> Tensor:
         with PIL.Image.open(file) as opened:
             if opened.mode.startswith(("I", "F")):
                 raise ValueError(f"its pixels are of mode {opened.mode}, not of eight bits")
-            image: Any = PIL.ImageOps.exif_transpose(opened).convert("RGB")
-            width, height = image.size
-            raw = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+            turned = opened.getexif().get(_ORIENTATION, 1) != 1
+            yield PIL.ImageOps.exif_transpose(opened) if turned else opened
     except Exception as error:  # Damaged ones raise almost anything.
         raise ValueError(
             f"{file} cannot be read as an image: {error}. Mend it, or take it out of the folder"
         ) from error
-    return raw.view(height, width, CHANNELS).permute(2, 0, 1)
 
 
 def _fitted(pixels: Tensor, height: int, width: int) -> Tensor:

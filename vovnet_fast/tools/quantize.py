@@ -114,17 +114,27 @@ def _run(args: argparse.Namespace) -> None:
             "dozens are better.",
             file=sys.stderr,
         )
-    quantized = quantize(
-        found.model.to(device).eval(),
-        folder,
-        args.dtype,
-        args.calibrator,
-        levels=args.levels,
-        percentile=args.percentile,
-        stem=args.stem,
-        equalize=args.equalize,
-        bias_correction=args.bias_correction,
-    )
+    status = Console(stderr=True).status("")
+
+    def told(text: str) -> None:
+        status.update(text)
+        status.start()  # Not before the bar of the images has ended: there is one at a time.
+
+    try:
+        quantized = quantize(
+            found.model.to(device).eval(),
+            folder,
+            args.dtype,
+            args.calibrator,
+            levels=args.levels,
+            percentile=args.percentile,
+            stem=args.stem,
+            equalize=args.equalize,
+            bias_correction=args.bias_correction,
+            told=told,
+        )
+    finally:
+        status.stop()
     quantized.save(args.dst)
     report = quantized.report()
     if args.report is not None:

@@ -6,6 +6,7 @@ In a config that has a ``VoVNetFast``, another type and a file::
 
 The file is what ``vovnet-fast quantize`` wrote, or :meth:`QuantizedVoVNet.save`. The detector's
 checkpoint stays the same: its backbone in floating point is held against the file, and left out.
+:mod:`.mmdet` registers it.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from ..quantization.network import QuantizedVoVNet
 from ..quantization.straight_through import dequantized
 from ..quantization.walking import layer_names
 from ..specs import FIRST_STAGE, VoVNetSpec
-from .openmmlab import REGISTRIES
 
 OF_TRAINING = ("frozen_stages", "norm_eval", "norm_cfg", "with_cp", "pretrained", "init_cfg")
 """Arguments of ``VoVNetFast`` that are taken and not looked at: they are about training, and a
@@ -115,11 +115,21 @@ class VoVNetFastQuantized(QuantizedVoVNet):
         if any(prefix + name in state_dict for name, _ in self.named_buffers()):
             super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
         elif any(key.startswith(prefix) for key in state_dict):
-            self._require_same(state_dict, prefix)
+            self.require_same(state_dict, prefix)
 
-    def _require_same(self, state_dict: Mapping[str, Any], prefix: str) -> None:
-        """Hold the last 1x1 in floating point against the file's: directions of its rows, over the
-        channels that no equalisation has touched."""
+    def require_same(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Hold a checkpoint's backbone in floating point against the file.
+
+        Of the last 1x1 the directions of rows are compared, over the channels that no equalisation
+        has touched.
+
+        Args:
+            state_dict: of the checkpoint.
+            prefix: what stands before the backbone's keys.
+
+        Raises:
+            CheckpointError: it is another one.
+        """
         last = self.out_features[-1]
         if last not in STAGE_NAMES:
             return
@@ -155,7 +165,3 @@ def _features(
     features = STAGE_NAMES if out_features is None else out_features
     with torch.device("meta"):
         return VoVNet(spec, out_features=features, out_indices=out_indices).out_features
-
-
-for _registry in REGISTRIES:
-    _registry.register_module(name="VoVNetFastQuantized", module=VoVNetFastQuantized)
