@@ -68,7 +68,7 @@ def add(commands: argparse._SubParsersAction) -> None:
         type=int,
         choices=LEVELS,
         help="the largest activation of int8 (default: 127, which every processor multiplies "
-        "exactly, and TensorRT reads; 255 halves the error)",
+        "exactly, and TensorRT wants; 255 halves the error)",
     )
     command.add_argument(
         "--stem",
