@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 _REMEDIES = {
+    "PIL": "pip install pillow",
     "cudnn": 'pip install "vovnet-fast[cudnn]"',
     "matplotlib": 'pip install "vovnet-fast[bench]"',
     "mmcv": 'pip install "vovnet-fast[onedl]"',

@@ -305,10 +305,10 @@ def newer_spec():
 HEADERS = {
     "a newer format": (
         dict(format=2, version="9.1"),
-        r"was written by vovnet_fast 9\.1 and has format 2, which this one, .* install vovnet_fast "
-        r"9\.1 or newer, or save the network again",
+        r"was written by vovnet_fast 9\.1 and has format 2, where this one, .* knows 1: install "
+        r"vovnet_fast 9\.1, or make the frozen network again",
     ),
-    "a format before all": (dict(format=0), "has format 0, which this one"),
+    "a format before all": (dict(format=0), "has format 0, where this one"),
     "a format that is no number": (dict(format="1"), "it has no number of a format"),
     "no format": (dict(format=None), "it has no number of a format"),
     "an architecture of a newer version": (

@@ -37,6 +37,11 @@ GOOD = cases.images()
         ([*[GOOD] * 5, with_value(GOOD, float("-inf"))], ValueError, "batch 5 .* NaN or Inf"),
         ([torch.zeros(2, 3, 40, 40)], ValueError, "all images are 0 throughout"),
         ([torch.full((1, 3, 40, 40), 2.5)] * 2, ValueError, "all images are 2.5 throughout"),
+        (
+            [torch.tensor([1.0, -2.0, 1.0])[:, None, None].expand(2, 3, 40, 40)],
+            ValueError,
+            "all images are 1, -2 throughout",
+        ),
         ([GOOD[..., :4, :4]], ValueError, "too small"),
         ([GOOD * 5e37], ValueError, "holds NaN or Inf on these images in fp32"),
     ],

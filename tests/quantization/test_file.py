@@ -1,6 +1,7 @@
 """A quantised network that was written to a file and read again is the same network."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -25,13 +26,21 @@ def rewrite(path, tensors=None, **fields):
     """The file with other tensors, or other fields of its header."""
     held = load_file(path)
     with safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()[quantized_file.KEY])
+        header = json.loads(file.metadata()[quantized_file.KIND.key])
     header.update(fields)
     for name in [name for name, value in header.items() if value is ...]:
         del header[name]
     held.update(tensors or {})
     held = {name: tensor for name, tensor in held.items() if tensor is not None}
-    save_file(held, path, {quantized_file.KEY: json.dumps(header)})
+    save_file(held, path, {quantized_file.KIND.key: json.dumps(header)})
+
+
+def spec(**changes):
+    return replace(TINY["detectron2"], **changes).encode()
+
+
+def newer_spec():
+    return json.dumps({**json.loads(spec()), "attention": True})
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES)
@@ -115,6 +124,10 @@ def test_the_header_can_be_read_by_anybody(path):
         (dict(out_dtype="int8"), "one of float"),
         (dict(input_ch=0), "0 channels"),
         (dict(input_ch=4), r"tensors that differ: weight_0"),
+        (dict(spec=spec(layers_per_block=10**9)), r"there are \d+ tensors, .* more were expected"),
+        (dict(spec=spec(blocks_per_stage=(1, 2, 1, 10**9))), "or such depth"),
+        (dict(spec=newer_spec(), version="9.1"), r"written by vovnet_fast 9\.1 .*'attention'"),
+        (dict(spec=newer_spec()), "its architecture is none"),
         (dict(wide_stem=7), "other fields"),
         (dict(report=[["image", "activation", 1, 2]]), "a row"),
         (dict(levels=...), "other fields"),

@@ -267,3 +267,12 @@ def test_a_published_architecture():
     quantized = vovnet_fast.quantize(model, cases.images(1, 4), calibrator="minmax")
     assert quantized.spec.name == "vovnet-19-slim-dw1"
     assert len(quantized(cases.images(1, 4))) == 4
+
+
+def test_it_tells_what_is_done_next():
+    told = []
+    model, images = cases.model(), [cases.images(2)]
+    vovnet_fast.quantize(model, images, stem="auto", told=told.append, **cases.QUICK)
+    assert told == [
+        "correcting biases", "comparing a narrow stem and a wide one", "measuring what it costs",
+    ]  # fmt: skip

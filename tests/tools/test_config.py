@@ -8,7 +8,9 @@ import torch
 pytest.importorskip("mmengine.config", exc_type=Exception)
 
 from tests import straight_line
-from vovnet_fast import checkpoints
+from tests.quantization import cases
+from tests.tiny import TINY
+from vovnet_fast import VoVNet, checkpoints
 from vovnet_fast.tools import cli, config
 
 NAME = "V-19-slim-dw-eSE"
@@ -130,6 +132,35 @@ def test_files_that_do_not(net, tmp_path, write):
     found = config.examine(write(small(**options)))
     assert not wrong(found)
     assert "It keeps the weights that it has" in found[-1].value
+
+
+def test_a_backbone_in_eight_bits(write, tmp_path):
+    """Its neck, and whether the detector's checkpoint is of the backbone that was quantised."""
+    cases.quantized().save(tmp_path / "int8.safetensors")
+    torch.manual_seed(1)
+    other = straight_line.randomise(VoVNet(TINY["detectron2"]))
+    for model, file in ((cases.model(), "same.pth"), (other, "other.pth")):
+        state = {f"backbone.{k}": v for k, v in model.state_dict().items()}
+        torch.save(state, tmp_path / file)
+    backbone = dict(
+        type="VoVNetFastQuantized", quantized=str(tmp_path / "int8.safetensors"),
+        init_cfg=dict(type="Pretrained", checkpoint="not looked at"),
+    )  # fmt: skip
+    for channels, load_from, words in (
+        ([16, 24, 32, 40], "same.pth", None),
+        ([16, 24, 32, 40], "other.pth", "point elsewhere"),
+        ([256, 512, 1024, 2048], "same.pth", r"write in_channels=[16, 24, 32, 40]"),
+    ):
+        model = dict(backbone=backbone, neck=dict(type="FPN", in_channels=channels))
+        text = f"model = {model!r}\nload_from = {str(tmp_path / load_from)!r}\n"
+        found = config.examine(write(text))
+        assert [words in f.value for f in wrong(found)] == ([] if words is None else [True])
+        assert "tiny-detectron2" in found[0].value
+    assert any("the one that was quantised" in f.value for f in found)
+    backbone["quantized"] = str(tmp_path / "none.safetensors")
+    (found,) = config.examine(write(f"model = dict(backbone={backbone!r})"))
+    assert found.wrong
+    assert "no quantised network at" in found.value
 
 
 def test_the_command(write, capsys, monkeypatch):

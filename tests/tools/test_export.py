@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests import straight_line
+from tests.quantization import cases
 from vovnet_fast import VoVNet, _optional, checkpoints, freeze
 from vovnet_fast.compat import zip
 from vovnet_fast.deploy import export
@@ -97,6 +98,36 @@ def test_a_frozen_network(path, tmp_path, exported, capsys):
     for words in ("--features stage2", "--spec V-39-eSE"):
         assert run(tmp_path / "frozen.safetensors", path, f"--size 1x32x32 --force {words}") == 1
         assert f"{words.split()[0]} is about a checkpoint" in capsys.readouterr().err
+
+
+def test_a_quantised_network(path, tmp_path, capsys):
+    quantized = cases.quantized("depthwise", stem="int8")
+    file = tmp_path / "int8.safetensors"
+    quantized.save(file)
+    assert run(file, path, "--size 2x64x65 --dynamic batch") == 0
+    out = capsys.readouterr().out
+    for words in ("tiny-depthwise, int8", "QuantizeLinear", "onnxruntime against the integers"):
+        assert words in out
+    assert "Given the same inputs no activation differs by more than" in " ".join(out.split())
+    assert "1x65x65" not in out
+    assert "1x64x65" in out
+    assert run(file, path, "--size 2x64x65 --no-check --force") == 0
+    assert "Not compared with the integers" in capsys.readouterr().out
+    before = path.read_bytes()
+    for words, message in (
+        ("--features stage2", "--features is about a checkpoint, and"),
+        ("--input-ch 3", "--input-ch is for a SPEC"),
+        ("--dtype fp16", "--dtype and --io are of networks in floating point"),
+        ("--io fp32", "--dtype and --io are of networks in floating point"),
+        ("--opset 12", "opset must be 13 or newer"),
+    ):
+        assert run(file, path, f"--size 2x64x65 --force {words}") == 1
+        assert message in capsys.readouterr().err
+    assert path.read_bytes() == before
+    if "fp8" in cases.DTYPES:
+        cases.quantized("detectron2", "fp8").save(file)
+        assert run(file, path, "--size 2x64x65 --force") == 1
+        assert "a network in fp8 has no ONNX file yet" in capsys.readouterr().err
 
 
 BAD = {

@@ -5,6 +5,7 @@
 :mod:`.frozen`       the module that it makes, and the ways in which that runs
 :mod:`.folded`       the same network of plain PyTorch's convolutions
 :mod:`.file`         that module as a file
+:mod:`.header`       what that and files of quantised networks have in common
 :mod:`.layout`       its buffers, by its architecture alone
 :mod:`.export`       the network as an ONNX file
 :mod:`.onnx_graph`   the nodes of that

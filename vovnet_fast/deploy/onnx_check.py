@@ -17,7 +17,7 @@ from ..ops import NetworkParams
 from ..ops.features import check_size, rebuild
 from .folded import folded_forward
 from .freeze import FrozenVoVNet
-from .onnx_graph import AXES, IMAGE, Graph
+from .onnx_graph import AXES, IMAGE, Graph, Nodes
 
 ALLOWED = {torch.float32: 1e-5, torch.float16: 2e-3}
 """An error of a feature that is always let pass, relative to its largest value, by dtype."""
@@ -56,21 +56,21 @@ class Check(NamedTuple):
     allowed: float
 
 
-def sizes(graph: Graph, size: Size, dynamic: frozenset[str]) -> Iterator[Size]:
+def sizes(graph: Nodes, size: Size, dynamic: frozenset[str]) -> Iterator[Size]:
     """What is compared: ``size``, and with other lengths for what is dynamic."""
     yield size
     if not dynamic:
         return
     n, h, w = (axis in dynamic for axis in AXES)
-    smallest = _smallest(graph)
+    least = smallest(graph)
     batch = (2 if size[0] == 1 else 1) if n else size[0]
-    half = [max(length // 2, smallest) | 1 for length in size[1:]]
+    half = [max(length // 2, least) | 1 for length in size[1:]]
     yield batch, half[0] if h else size[1], half[1] if w else size[2]
     if h or w:
-        yield batch, smallest if h else size[1], smallest if w else size[2]
+        yield batch, least if h else size[1], least if w else size[2]
 
 
-def _smallest(graph: Graph) -> int:
+def smallest(graph: Nodes) -> int:
     """Height and width of the smallest square image."""
     length = 1
     while True:
@@ -101,7 +101,7 @@ class Comparison:
         self.checks: list[Check] = []
         self.largest: float | None = 0.0 if graph.dtype == torch.float16 else None
         self._params, self._graph, self._told = params, graph, told
-        self._session = _session(path)
+        self._session = session(path)
         self._twin: VoVNet | None = None
         if isinstance(model, VoVNet):
             self._twin = copy.deepcopy(model).cpu().float().eval()
@@ -188,12 +188,23 @@ class Comparison:
         return [torch.from_numpy(feature).float() for feature in found]
 
 
-def _session(path: str) -> Any:
+def session(path: str | bytes, *, optimised: bool = True) -> Any:
+    """A file in onnxruntime, on a CPU.
+
+    Args:
+        path: the file, or what is in it.
+        optimised: nodes may be put together; otherwise each runs as it is written.
+
+    Raises:
+        ExportError: it cannot read it.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # Errors; it warns of what it optimises.
     options.intra_op_num_threads = torch.get_num_threads()
+    if not optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     except Exception as error:

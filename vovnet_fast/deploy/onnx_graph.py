@@ -36,7 +36,7 @@ from ..compat import zip
 from ..network.model import STAGE_NAMES
 from ..ops import BlockParams, ConvParams, NetworkParams
 from ..ops.features import sizes
-from ..specs import FIRST_STAGE, BlockPlan, Pool
+from ..specs import FIRST_STAGE, BlockPlan, Gate, Pool, VoVNetSpec
 
 IMAGE = "image"
 """Name of the input."""
@@ -58,33 +58,31 @@ class Node(NamedTuple):
     attributes: dict[str, Any]
 
 
-class Graph:
+class Nodes:
     """Nodes in the order in which they run, and what they read.
 
     Args:
-        params: of the network, with scales of one: they are in the weights.
+        spec: the architecture.
         out_features: names of the features, which become those of the outputs.
-        dtype: of weights and activations.
+        channels: of the images.
         io_dtype: of images and features.
 
     Attributes:
         nodes: in order.
-        weights: by name, in ``dtype``, as ONNX lays them: ``[C_out, C_in, K, K]``.
+        weights: by name, as ONNX lays them: ``[C_out, C_in, K, K]``.
     """
 
     def __init__(
         self,
-        params: NetworkParams,
+        spec: VoVNetSpec,
         out_features: tuple[str, ...],
-        dtype: torch.dtype,
+        channels: int,
         io_dtype: torch.dtype,
     ) -> None:
         self.nodes: list[Node] = []
         self.weights: dict[str, Tensor] = {}
-        self.spec, self.out_features = params.spec, out_features
-        self.channels = params.stem[0].weight.shape[3]
-        self.dtype, self.io_dtype = dtype, io_dtype
-        self._network(params)
+        self.spec, self.out_features = spec, out_features
+        self.channels, self.io_dtype = channels, io_dtype
 
     def counts(self) -> dict[str, int]:
         """How many nodes there are of each kind."""
@@ -94,6 +92,57 @@ class Graph:
     def nbytes(self) -> int:
         """Of the weights."""
         return sum(weight.numel() * weight.element_size() for weight in self.weights.values())
+
+    def add(self, kind: str, name: str, *inputs: str, **attributes: Any) -> str:
+        """A node whose output is called as it is."""
+        self.nodes.append(Node(kind, name, inputs, name, attributes))
+        return name
+
+    def add_conv(
+        self, name: str, *inputs: str, kernel: list[int], stride: int = 1, group: int = 1
+    ) -> str:
+        """A convolution whose padding is half its kernel."""
+        return self.add(
+            "Conv", name, *inputs, kernel_shape=kernel, strides=[stride] * 2,
+            pads=[k // 2 for k in kernel] * 2, dilations=[1, 1], group=group,
+        )  # fmt: skip
+
+    def add_max_pool(self, x: str, name: str, mode: Pool) -> str:
+        """See :func:`vovnet_fast.reference.max_pool`."""
+        if mode == "ceil":
+            options: dict[str, Any] = dict(ceil_mode=1)
+        else:
+            options = dict(pads=[1, 1, 1, 1])
+        return self.add("MaxPool", name, x, kernel_shape=[3, 3], strides=[2, 2], **options)
+
+    def add_gate(self, x: str, name: str, kind: Gate) -> str:
+        """Of logits."""
+        if kind == "hard_sigmoid":
+            return self.add("HardSigmoid", name, x, alpha=1 / 6, beta=0.5)
+        return self.add("Sigmoid", name, x)
+
+
+class Graph(Nodes):
+    """That of a network in floating point.
+
+    Args:
+        params: of the network, with scales of one: they are in the weights.
+        out_features: names of the features, which become those of the outputs.
+        dtype: of weights and activations.
+        io_dtype: of images and features.
+    """
+
+    def __init__(
+        self,
+        params: NetworkParams,
+        out_features: tuple[str, ...],
+        dtype: torch.dtype,
+        io_dtype: torch.dtype,
+    ) -> None:
+        channels = params.stem[0].weight.shape[3]
+        super().__init__(params.spec, out_features, channels, io_dtype)
+        self.dtype = dtype
+        self._network(params)
 
     # ----------------------------------------------------------------------------------
     # The network
@@ -112,7 +161,7 @@ class Graph:
         blocks = list(zip(spec.blocks(), params.blocks, strict=True))
         for number, name in enumerate(STAGE_NAMES, start=FIRST_STAGE):
             if number >= spec.first_pooled_stage:
-                x = self._max_pool(x, f"{name}/pool", spec.pool)
+                x = self.add_max_pool(x, f"{name}/pool", spec.pool)
             for plan, block in blocks:
                 if plan.stage == number:
                     x = self._block(x, plan, block)
@@ -139,26 +188,15 @@ class Graph:
         for i, layer in enumerate(block.layers):
             y = self._conv_relu(y, f"{module}.layers.{i}", layer)
             slots.append(y)
-        y = self._add("Concat", f"{module}/concat", *slots, axis=1)
+        y = self.add("Concat", f"{module}/concat", *slots, axis=1)
         y = self._conv_relu(y, f"{module}.concat", block.concat)
         if block.fc_weight is not None and block.fc_bias is not None:
-            gate = self._add("GlobalAveragePool", f"{module}.ese/pool", y)
+            gate = self.add("GlobalAveragePool", f"{module}.ese/pool", y)
             weight = block.fc_weight[:, :, None, None]
             gate = self._conv(gate, f"{module}.ese.fc", weight, block.fc_bias)
-            if block.gate == "hard_sigmoid":
-                gate = self._add("HardSigmoid", f"{module}.ese/gate", gate, alpha=1 / 6, beta=0.5)
-            else:
-                gate = self._add("Sigmoid", f"{module}.ese/gate", gate)
-            y = self._add("Mul", f"{module}.ese/mul", y, gate)
-        return self._add("Add", f"{module}/add", y, x) if block.identity else y
-
-    def _max_pool(self, x: str, name: str, mode: Pool) -> str:
-        """See :func:`vovnet_fast.reference.max_pool`."""
-        if mode == "ceil":
-            options: dict[str, Any] = dict(ceil_mode=1)
-        else:
-            options = dict(pads=[1, 1, 1, 1])
-        return self._add("MaxPool", name, x, kernel_shape=[3, 3], strides=[2, 2], **options)
+            gate = self.add_gate(gate, f"{module}.ese/gate", block.gate)
+            y = self.add("Mul", f"{module}.ese/mul", y, gate)
+        return self.add("Add", f"{module}/add", y, x) if block.identity else y
 
     def _conv_relu(self, x: str, module: str, layer: ConvParams) -> str:
         stride, weight = layer.stride, layer.weight.permute(0, 3, 1, 2)
@@ -166,7 +204,7 @@ class Graph:
             spatial = layer.depthwise.permute(2, 0, 1).unsqueeze(1)  # [C, 1, 3, 3]
             x = self._conv(x, f"{module}.dw_conv3x3", spatial, None, stride, spatial.shape[0])
             module, stride = f"{module}.pw_conv1x1", 1
-        return self._add(
+        return self.add(
             "Relu", f"{module}/relu", self._conv(x, module, weight, layer.shift, stride)
         )
 
@@ -189,21 +227,14 @@ class Graph:
             names.append(f"{module}.bias")
             self.weights[names[1]] = bias.to(self.dtype)
         kernel = list(weight.shape[2:])
-        return self._add(
-            "Conv", f"{module}/conv", x, *names, kernel_shape=kernel, strides=[stride] * 2,
-            pads=[k // 2 for k in kernel] * 2, dilations=[1, 1], group=group,
-        )  # fmt: skip
+        return self.add_conv(f"{module}/conv", x, *names, kernel=kernel, stride=stride, group=group)
 
     def _cast(self, x: str, output: str, dtype: torch.dtype) -> str:
         self.nodes.append(Node("Cast", f"{output}/cast", (x,), output, dict(to=dtype)))
         return output
 
-    def _add(self, kind: str, name: str, *inputs: str, **attributes: Any) -> str:
-        self.nodes.append(Node(kind, name, inputs, name, attributes))
-        return name
 
-
-def to_proto(graph: Graph, size: tuple[int, int, int], dynamic: frozenset[str], opset: int) -> Any:
+def to_proto(graph: Nodes, size: tuple[int, int, int], dynamic: frozenset[str], opset: int) -> Any:
     """An ``onnx.ModelProto``.
 
     Args:
@@ -248,7 +279,7 @@ def to_proto(graph: Graph, size: tuple[int, int, int], dynamic: frozenset[str], 
 
 
 def _dimensions(
-    graph: Graph, size: tuple[int, int, int], dynamic: frozenset[str]
+    graph: Nodes, size: tuple[int, int, int], dynamic: frozenset[str]
 ) -> list[list[int | str]]:
     """Of the images, and of every feature: numbers, and names of what is free."""
     n, h, w = (axis if axis in dynamic else length for axis, length in zip(AXES, size, strict=True))

@@ -5,9 +5,9 @@ In a config::
     custom_imports = dict(imports=["vovnet_fast.mmdet"], allow_failed_imports=False)
     model = dict(backbone=dict(_delete_=True, type="VoVNetFast", spec_name="V-39-eSE"))
 
-The class is registered in mmdet's ``MODELS`` and in the root registry of mmengine,
-or of mmcv 1.x (mmdet 2.x), so that it is found from the scope of any code base that
-builds on them.
+The class, and :class:`.quantized.VoVNetFastQuantized`, is registered in mmdet's ``MODELS``
+and in the root registry of mmengine, or of mmcv 1.x (mmdet 2.x), so that it is found from
+the scope of any code base that builds on them.
 Nothing else in this package imports mmdet.
 """
 
@@ -21,6 +21,7 @@ from ..network.model import STAGE_NAMES
 from ..network.norms import NormCfg
 from ..specs import VoVNetSpec
 from .openmmlab import REGISTRIES, BaseModule, PretrainedInit, update_init_info
+from .quantized import VoVNetFastQuantized
 from .whole import Guarded, refuse_others
 
 
@@ -114,4 +115,5 @@ class VoVNetFast(Guarded, BaseModule):
 
 
 for _registry in REGISTRIES:
-    _registry.register_module(name="VoVNetFast", module=VoVNetFast)
+    for _class in (VoVNetFast, VoVNetFastQuantized):
+        _registry.register_module(name=_class.__name__, module=_class)

@@ -16,6 +16,9 @@
 :mod:`.report`             what quantisation costs, by activation
 :mod:`.layout`             a network as tensors by name
 :mod:`.file`               that as a file
+:mod:`.export`             the network as an ONNX file, in QDQ
+:mod:`.onnx_graph`         the nodes of that
+:mod:`.onnx_check`         what onnxruntime makes of it, and the integers
 =========================  ============================================================
 
 What is computed is in :mod:`vovnet_fast.arithmetic`, and in docs/quantization.md.

@@ -120,10 +120,10 @@ def calibrate(
         percentile: of that calibrator.
 
     Raises:
-        ValueError: all images are one value throughout; an activation is not finite.
+        ValueError: each channel of all images is one value throughout; an activation is not finite.
     """
     histograms: dict[str, Histogram] = {}
-    least, largest = float("inf"), -float("inf")
+    ends: list[Tensor] = []  # The least and the largest value of each channel of a batch.
 
     def observe(name: str, x: Tensor) -> None:
         if not x.isfinite().all():
@@ -138,12 +138,14 @@ def calibrate(
 
     network = Floating(folded, observe)
     for batch in _shown(images):
-        least, largest = min(least, batch.min().item()), max(largest, batch.max().item())
+        ends.append(torch.stack([batch.amin((0, 2, 3)), batch.amax((0, 2, 3))]))
         observe(IMAGE, batch)
         network.run(batch, out_features)
-    if least == largest:
+    least, largest = torch.stack(ends)[:, 0].amin(0), torch.stack(ends)[:, 1].amax(0)
+    if torch.equal(least, largest):
+        values = ", ".join(f"{value:g}" for value in dict.fromkeys(least.tolist()))
         raise ValueError(
-            f"quantize: all images are {least:g} throughout, and what is measured on them holds "
+            f"quantize: all images are {values} throughout, and what is measured on them holds "
             "for no others: give some dozens of those that the network is for"
         )
     found = {}

@@ -10,7 +10,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +52,7 @@ def quantize(
     report: bool = True,
     out_dtype: torch.dtype = torch.float32,
     memory_format: torch.memory_format = torch.channels_last,
+    told: Callable[[str], None] = lambda text: None,
 ) -> QuantizedVoVNet:
     """Make an inference module in eight bits of a VoVNet, which is left as it is.
 
@@ -79,6 +80,7 @@ def quantize(
             :meth:`QuantizedVoVNet.report`.
         out_dtype: of the returned features.
         memory_format: of the returned features.
+        told: is called with what is done next, once the images have been gone through.
 
     Returns:
         a :class:`QuantizedVoVNet` on the device of the model.
@@ -96,8 +98,10 @@ def quantize(
     form = _require(model, dtype, levels, calibrator, percentile, stem)
     with torch.inference_mode(False), torch.no_grad():
         made = _prepare(
-            model, images, form, calibrator, percentile, stem, equalize, bias_correction
+            model, images, form, calibrator, percentile, stem, equalize, bias_correction, told
         )
+        if report:
+            told("measuring what it costs")
         rows = made.rows(made.network()) if report else []
         return QuantizedVoVNet(made.network(), rows, out_dtype, memory_format)
 
@@ -167,6 +171,7 @@ def _prepare(
     stem: str,
     equalize: bool,
     bias_correction: bool,
+    told: Callable[[str], None] = lambda text: None,
 ) -> _Prepared:
     wanted = model.out_features
     batches = Images(images, model)
@@ -179,11 +184,13 @@ def _prepare(
     forms = [form, form._replace(wide_stem=True)] if stem == "auto" else [form]
     weights = [exact] * len(forms)
     if bias_correction:
+        told("correcting biases")
         weights = [
             adjusting.correct_biases(exact, ranges, each, batches.kept, wanted) for each in forms
         ]
     chosen = 0
     if stem == "auto":
+        told("comparing a narrow stem and a wide one")
         networks = [build(*each, wanted) for each in zip(weights, [ranges] * 2, forms, strict=True)]
         narrow, wide = least_sqnr(networks, exact, batches.kept)
         chosen = int(wide >= narrow + GAIN)

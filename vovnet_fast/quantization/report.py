@@ -6,12 +6,14 @@ import io
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _optional
+from .._files import replacing
 from ..arithmetic.layers import QuantizedNetwork
 from ..compat import zip
 from .floating import Floating, Folded
@@ -55,9 +57,14 @@ class Report:
         self.rows = list(rows)
 
     @property
+    def features(self) -> list[Row]:
+        """Rows of the features as they are returned, in network order."""
+        return [row for row in self.rows if row.kind == FEATURE]
+
+    @property
     def least(self) -> float:
         """The least SQNR of a feature, in dB: how far the worst one is from the network in fp32."""
-        return min(row.sqnr for row in self.rows if row.kind == FEATURE)
+        return min(row.sqnr for row in self.features)
 
     def worst(self, count: int = 5) -> list[Row]:
         """Activations of the least SQNR: which layers to look at."""
@@ -80,13 +87,15 @@ class Report:
         return text.getvalue() + f"least SQNR of a feature: {self.least:.1f} dB\n"
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw the SQNR of every activation.
+        """Draw the SQNR of every activation; the picture is there whole or not at all.
 
         Args:
             path: of the picture; its ending chooses the format.
 
         Raises:
             RuntimeError: there is no matplotlib.
+            ValueError: matplotlib knows no such format.
+            OSError: there is no such folder, the disk is full, or may not be written.
         """
         reason = _optional.why_not("matplotlib")
         if reason is not None:
@@ -104,7 +113,8 @@ class Report:
         axes.set_xticks(range(len(names)), names, rotation=90, fontsize=6)
         axes.set_ylabel("SQNR against fp32 (dB)")
         axes.legend()
-        figure.savefig(path, dpi=150)
+        with replacing(Path(path)) as temporary:
+            figure.savefig(temporary, dpi=150, format=Path(path).suffix[1:] or None)
 
 
 class _Tally:

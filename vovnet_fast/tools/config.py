@@ -19,10 +19,12 @@ import torch
 from .. import checkpoints
 from ..checkpoints import CheckpointError
 from ..checkpoints.files import read_whole
+from ..integrations.quantized import VoVNetFastQuantized
 from ..integrations.whole import Guarded, refuse_others, refuse_partial_load
 from ..network.model import VoVNet
 from ..specs import UnknownSpecError
 
+_TYPES = ("VoVNetFast", "VoVNetFastQuantized")
 _NOT_OURS = ("type", "init_cfg", "pretrained", "_delete_", "_scope_")
 
 
@@ -41,7 +43,8 @@ class Finding(NamedTuple):
 
 
 def examine(path: str | os.PathLike[str]) -> list[Finding]:
-    """Look at every backbone of type ``VoVNetFast``, its neck, and the files that fill it.
+    """Look at every backbone of type ``VoVNetFast`` or ``VoVNetFastQuantized``, its neck, and the
+    files that fill it.
 
     Args:
         path: a config of mmengine's or mmcv 1.x's. It is Python, and run as these run it; what it
@@ -81,21 +84,29 @@ def _backbones(config: Any, where: str = "") -> Iterator[tuple[str, Mapping[str,
     for key, value in items:
         if not isinstance(value, Mapping):
             continue
-        kind = value.get("type")
-        if getattr(kind, "__name__", kind) == "VoVNetFast":
+        if _type(value) in _TYPES:
             yield where + key, config, key
         else:
             yield from _backbones(value, f"{where}{key}.")
 
 
+def _type(section: Mapping[str, Any]) -> Any:
+    kind = section.get("type")
+    return getattr(kind, "__name__", kind)  # Lazy configs hold the class.
+
+
 def _look(config: Any, where: str, holder: Mapping[str, Any], key: str) -> Iterator[Finding]:
     section = holder[key]
     options = {name: value for name, value in section.items() if name not in _NOT_OURS}
+    backbone: Guarded | VoVNetFastQuantized
     try:
-        refuse_others(options)
-        with torch.device("meta"):
-            backbone = Guarded(**options)
-    except (UnknownSpecError, ValueError, TypeError) as error:
+        if _type(section) == "VoVNetFastQuantized":
+            backbone = VoVNetFastQuantized(**options)
+        else:
+            refuse_others(options)
+            with torch.device("meta"):
+                backbone = Guarded(**options)
+    except (UnknownSpecError, ValueError, TypeError, OSError, RuntimeError) as error:
         yield Finding(where, str(error), wrong=True)
         return
     channels = list(backbone.feature_channels)
@@ -103,7 +114,8 @@ def _look(config: Any, where: str, holder: Mapping[str, Any], key: str) -> Itera
     names = ", ".join(backbone.out_features)
     yield Finding(where, f"{backbone.spec.name}: {names} of strides {strides}, {channels} channels")
     yield from _neck(where, holder, key, channels)
-    yield from _init(where, section, backbone)
+    if isinstance(backbone, Guarded):
+        yield from _init(where, section, backbone)
     prefix = f"{key}."  # Detectors are built from "model", whose parts have their keys' names.
     for name in ("load_from", "resume_from"):
         if where == f"model.{key}" and config.get(name):
@@ -158,7 +170,7 @@ def _init(where: str, section: Mapping[str, Any], backbone: Guarded) -> Iterator
             yield Finding(name, f"{file} fills all {report.tensors} tensors{others}")
 
 
-def _whole(name: str, file: str, backbone: Guarded, prefix: str) -> Finding:
+def _whole(name: str, file: str, backbone: Guarded | VoVNetFastQuantized, prefix: str) -> Finding:
     """A file for the whole detector."""
     state = _state(name, file)
     if isinstance(state, Finding):
@@ -168,6 +180,9 @@ def _whole(name: str, file: str, backbone: Guarded, prefix: str) -> Finding:
     try:
         with warnings.catch_warnings(record=True) as warned:
             warnings.simplefilter("always")
+            if isinstance(backbone, VoVNetFastQuantized):
+                backbone.require_same(state, prefix)
+                return Finding(name, f"{file}: its backbone is the one that was quantised")
             refuse_partial_load(backbone, state, prefix)
     except CheckpointError as error:
         return Finding(name, f"{file}: {error}", wrong=True)

@@ -20,6 +20,7 @@ from ..network.decision import NO_BACKEND, Decision
 from ..network.model import STAGE_NAMES, VoVNet
 from ..ops.features import check_size, sizes
 from ..specs import VoVNetSpec
+from . import sources
 from .bench.command import parse_shape
 from .plan import DTYPES, IMAGE_CHANNELS, check_input
 
@@ -163,11 +164,7 @@ def run(args: argparse.Namespace) -> None:
         BackendError, UnknownSpecError, ValueError: as :func:`explain`.
     """
     name = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    device = sources.device(name)
     dtype = args.dtype or ("bf16" if device.type == "cuda" else "fp32")
     rows = explain(
         args.spec,

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import re
-import urllib.parse
 from pathlib import Path
 
 import torch
@@ -13,19 +11,18 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .. import checkpoints, specs
-from ..checkpoints import LAYOUTS, CheckpointError
-from ..deploy import export
-from ..deploy.file import is_frozen, load_frozen
+from ..deploy import export, file
+from ..deploy.file import load_frozen
 from ..deploy.freeze import FrozenVoVNet
 from ..deploy.onnx_graph import AXES
-from ..network.model import STAGE_NAMES, VoVNet
+from ..network.model import VoVNet
+from ..quantization import export as quantized_export
+from ..quantization import file as quantized_file
+from ..quantization.file import load_quantized
+from . import sources
 from .bench.command import parse_shape
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
-
-_CALIBRATION = (2, 128, 128)
-"""N, H, W of the noise that an untrained network's norms are set by."""
 
 
 def add(commands: argparse._SubParsersAction) -> None:
@@ -38,7 +35,9 @@ def add(commands: argparse._SubParsersAction) -> None:
             "norms folded into the convolutions, one node for each thing the network does, no "
             "others. The input is called image, [N, C, H, W]; the outputs are called stage2 to "
             "stage5, or as --features says. onnxruntime runs it before it is put in place, and its "
-            "features are compared with PyTorch's: a file that differs is not left behind."
+            "features are compared with PyTorch's: a file that differs is not left behind. Of a "
+            "network in int8 (vovnet-fast quantize) it has QuantizeLinear and DequantizeLinear "
+            "nodes, and is compared with the integers."
         ),
         epilog=(
             "examples: vovnet-fast export v99.pth v99.onnx --size 6x640x1600 --features "
@@ -50,9 +49,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "source",
         metavar="SPEC|CHECKPOINT",
-        help="a file or an http(s) address of any layout, or what FrozenVoVNet.save wrote; or an "
-        "architecture's name (see: vovnet-fast specs), for one with random weights, to measure "
-        "the speed of",
+        help=f"{sources.CHECKPOINT}, or what FrozenVoVNet.save or vovnet-fast "
+        f"quantize wrote; or {sources.SPEC}",
     )
     command.add_argument("dst", metavar="OUT", type=Path, help="file to write (.onnx)")
     command.add_argument(
@@ -83,18 +81,7 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--io", choices=DTYPES, help="dtype of images and features (default: that of --dtype)"
     )
-    command.add_argument(
-        "--features",
-        metavar="NAMES",
-        help="features to return, with commas, as in stage4,stage5 (default: stage2 to stage5, of "
-        "a frozen network those that it has); stages after the last are left out",
-    )
-    command.add_argument(
-        "--input-ch", type=int, help="channels of the image, of a SPEC (default: 3)"
-    )
-    command.add_argument("--spec", help="architecture of CHECKPOINT (default: recognised)")
-    command.add_argument("--from", dest="layout", choices=LAYOUTS, help="layout of CHECKPOINT")
-    command.add_argument("--prefix", help="what stands before the backbone's keys in CHECKPOINT")
+    sources.add_options(command, "of a frozen or quantised network those that it has")
     command.add_argument(
         "--no-check", dest="check", action="store_false", help="do not compare with onnxruntime"
     )
@@ -103,11 +90,11 @@ def add(commands: argparse._SubParsersAction) -> None:
 
 
 def _export(args: argparse.Namespace) -> None:
-    if args.dst.suffix != ".onnx":
-        raise ValueError(f"OUT must end in .onnx, got {args.dst}")
-    if args.dst.exists() and not args.force:
-        raise ValueError(f"{args.dst} exists; --force replaces it")
-    size, dynamic = parse_shape(args.size), _words(args.dynamic)
+    sources.require_target(args, ".onnx")
+    if sources.kind(args.source) == quantized_file.KIND:
+        _export_quantized(args)
+        return
+    size, dynamic = parse_shape(args.size), sources.words(args.dynamic)
     io = None if args.io is None else DTYPES[args.io]
     export.require(size, dynamic, args.opset, DTYPES[args.dtype], io, check=args.check)
     with Console(stderr=True).status("reading the weights") as status:
@@ -126,93 +113,53 @@ def _export(args: argparse.Namespace) -> None:
     _print_report(args, report, what)
 
 
-def _words(text: str) -> tuple[str, ...]:
-    return tuple(word for word in re.split(r"[,\s]+", text) if word)
-
-
-# --------------------------------------------------------------------------------------
-# What is exported
-# --------------------------------------------------------------------------------------
+def _export_quantized(args: argparse.Namespace) -> None:
+    sources.refuse_options(args, "a quantised network", "quantise the model again")
+    if args.dtype != "fp32" or args.io is not None:
+        raise ValueError(
+            f"--dtype and --io are of networks in floating point, and {args.source} holds one in "
+            "eight bits, whose images and features are fp32"
+        )
+    network = load_quantized(args.source)
+    with Console(stderr=True).status("reading the weights") as status:
+        report = quantized_export.onnx(
+            network,
+            args.dst,
+            parse_shape(args.size),
+            dynamic=sources.words(args.dynamic),
+            opset=args.opset,
+            check=args.check,
+            told=lambda text: status.update(escape(text)),
+        )
+    console = Console(highlight=False)
+    console.print(
+        _table(args, report, f"{network.spec.name}, {network.dtype}", "int8, fp32 outside")
+    )
+    if not report.checks:
+        console.print("[bold]Not compared with the integers[/] (--no-check).")
+        return
+    table = _checks("onnxruntime against the integers", "dB", "steps", "optimised, dB")
+    for check in report.checks:
+        table.add_row(
+            "x".join(map(str, check.size)), check.feature,
+            f"{check.sqnr:.1f}", f"{check.steps:.2f}",
+            f"{check.optimised:.1f}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"Given the same inputs no activation differs by more than {report.steps:.3g} steps. What "
+        "is above is carried on from layer to layer; optimised is onnxruntime's default."
+    )
 
 
 def _source(args: argparse.Namespace) -> tuple[VoVNet | FrozenVoVNet, str]:
     """The network, and what is said of it."""
-    is_address = urllib.parse.urlparse(args.source).scheme in ("http", "https")
-    is_file = is_address or Path(args.source).exists()
-    of_checkpoint = [f"--{n}" for n in ("spec", "from", "prefix") if _given(args, n)]
-    if not is_file:
-        if of_checkpoint:
-            raise ValueError(
-                f"{of_checkpoint[0]} is about a CHECKPOINT, and there is no file {args.source}"
-            )
-        return _untrained(args)
-    if args.input_ch is not None:
-        raise ValueError("--input-ch is for a SPEC: a CHECKPOINT has the channels of its images")
-    if not is_address and is_frozen(args.source):
-        if args.features is not None or of_checkpoint:
-            raise ValueError(
-                f"{of_checkpoint[0] if of_checkpoint else '--features'} is about a checkpoint, and "
-                f"{args.source} holds a frozen network, which has been decided on: freeze the "
-                "model again"
-            )
-        frozen = load_frozen(args.source, graph=False)
-        return frozen, f"{frozen.spec.name}, frozen in {frozen.dtype}"
-    return _filled(args)
-
-
-def _given(args: argparse.Namespace, name: str) -> bool:
-    return getattr(args, {"from": "layout"}.get(name, name)) is not None
-
-
-def _features(args: argparse.Namespace) -> tuple[str, ...]:
-    return STAGE_NAMES if args.features is None else _words(args.features)
-
-
-def _filled(args: argparse.Namespace) -> tuple[VoVNet, str]:
-    state_dict = checkpoints.read(args.source, mmap=True)
-    options = dict(layout=args.layout, prefix=args.prefix)
-    spec = args.spec
-    if spec is None:
-        fitting = checkpoints.identify(state_dict, **options)
-        if not fitting:
-            raise CheckpointError(
-                f"{args.source} fits none of the published architectures; --spec NAME says what "
-                "is amiss with one of them"
-            )
-        spec = fitting[0]
-    native, report = checkpoints.convert_with_report(state_dict, spec, "native", **options)
-    first = native["stem.stem_1/conv.weight"]
-    model = VoVNet(spec, input_ch=first.shape[1], out_features=_features(args))
-    checkpoints.load(model, native, layout="native", prefix="")
-    return model, f"{report.spec}, {report.layout} keys, prefix {report.prefix or 'none'}"
-
-
-def _untrained(args: argparse.Namespace) -> tuple[VoVNet, str]:
-    try:
-        spec = specs.get(args.source)
-    except specs.UnknownSpecError as error:
-        raise ValueError(f"there is no file {args.source}, and {error}") from error
-    torch.manual_seed(0)
-    channels = 3 if args.input_ch is None else args.input_ch
-    model = VoVNet(spec, input_ch=channels, out_features=_features(args), norm_eval=False)
-    _calibrate(model, channels)
-    return model, f"{spec.name}, with RANDOM weights"
-
-
-def _calibrate(model: VoVNet, channels: int) -> None:
-    """Let norms normalise, and leave most of what they give positive.
-
-    Of a network that was never trained, values grow from block to block beyond fp16; and with
-    norms alone a rounding does, as ReLUs cut half of everything.
-    """
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.momentum = None  # An average over all batches, of which there will be one.
-            torch.nn.init.ones_(module.bias)
-    n, h, w = _CALIBRATION
-    with torch.no_grad():
-        model.train()(torch.randn(n, channels, h, w))
-    model.eval()
+    if sources.kind(args.source) != file.KIND:
+        found = sources.model(args)
+        return found.model, found.what
+    sources.refuse_options(args, "a frozen network", "freeze the model again")
+    frozen = load_frozen(args.source, graph=False)
+    return frozen, f"{frozen.spec.name}, frozen in {frozen.dtype}"
 
 
 # --------------------------------------------------------------------------------------
@@ -222,23 +169,14 @@ def _calibrate(model: VoVNet, channels: int) -> None:
 
 def _print_report(args: argparse.Namespace, report: export.Report, what: str) -> None:
     console = Console(highlight=False)
-    table = Table(title=str(args.dst), title_justify="left", show_header=False)
-    table.add_row("network", escape(what))
-    table.add_row("nodes", ", ".join(f"{n} {kind}" for kind, n in report.nodes.items()))
-    table.add_row("opset", str(report.opset))
     dtype = args.dtype if args.io in (None, args.dtype) else f"{args.dtype}, {args.io} outside"
-    table.add_row("dtype", dtype)
-    table.add_row("dynamic", args.dynamic or "nothing")
-    table.add_row("size", f"{report.nbytes / 1e6:.1f} MB")
-    console.print(table)
+    console.print(_table(args, report, what, dtype))
     if not report.checks:
         console.print("[bold]Not compared with PyTorch[/] (--no-check).")
         return
-    table = Table(title="onnxruntime against PyTorch", box=box.SIMPLE_HEAD)
-    for heading in ("images", "feature"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("largest error", "of the largest value", "allowed"):
-        table.add_column(heading, justify="right", no_wrap=True)
+    table = _checks(
+        "onnxruntime against PyTorch", "largest error", "of the largest value", "allowed"
+    )
     for check in report.checks:
         table.add_row(
             "x".join(map(str, check.size)),
@@ -250,3 +188,28 @@ def _print_report(args: argparse.Namespace, report: export.Report, what: str) ->
     console.print(table)
     if report.largest is not None:
         console.print(f"The largest value on the way was {report.largest:.4g}; fp16 ends at 65504.")
+
+
+def _table(
+    args: argparse.Namespace,
+    report: export.Report | quantized_export.Report,
+    what: str,
+    dtype: str,
+) -> Table:
+    table = Table(title=str(args.dst), title_justify="left", show_header=False)
+    table.add_row("network", escape(what))
+    table.add_row("nodes", ", ".join(f"{n} {kind}" for kind, n in report.nodes.items()))
+    table.add_row("opset", str(report.opset))
+    table.add_row("dtype", dtype)
+    table.add_row("dynamic", args.dynamic or "nothing")
+    table.add_row("size", f"{report.nbytes / 1e6:.1f} MB")
+    return table
+
+
+def _checks(title: str, *numbers: str) -> Table:
+    table = Table(title=title, box=box.SIMPLE_HEAD)
+    for heading in ("images", "feature"):
+        table.add_column(heading, no_wrap=True)
+    for heading in numbers:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
