@@ -18,7 +18,7 @@ import torch
 from tests.extension_cases import CASES, Tensors, require
 from vovnet_fast.backends import _extension
 from vovnet_fast.backends._extension import halves
-from vovnet_fast.backends.cpu import convolution, weight_grad
+from vovnet_fast.backends.cpu import convolution, weight_grad, winograd
 
 CPU = torch.device("cpu")
 REFUSALS = (TypeError, ValueError, OverflowError)
@@ -37,7 +37,7 @@ SIZES |= {"height", "width", "out_height", "out_width", "parts", "groups"}
 SIZES |= {"stride_o", "stride_h", "stride_w", "stride_i"}
 
 OF_SIZES = {"conv_parts", "conv_pack_bytes", "conv_weight_grad_parts"}
-OF_SIZES |= {"reduction_parts", "merge_groups"}
+OF_SIZES |= {"reduction_parts", "merge_groups", "conv_winograd_pack_bytes"}
 """Functions of sizes alone."""
 
 
@@ -79,7 +79,7 @@ def spoil(rng, function, name, value):
 
 
 def is_address(function, name):
-    return name not in SIZES or (function, name) == ("conv", "tiles")
+    return name not in SIZES or (name == "tiles" and function in ("conv", "conv_winograd"))
 
 
 class Spoiling:
@@ -93,7 +93,7 @@ class Spoiling:
         found = getattr(self._half, name)
         if name in OF_SIZES:
             return lambda *given: self._sizes(name, found, given)
-        if name in ("conv_engines", "conv_weight_grad_engines"):
+        if name in ("conv_engines", "conv_weight_grad_engines", "conv_winograd_runs"):
             return found
         return lambda *given, **fields: self._fields(name, found, given, fields)
 
@@ -179,6 +179,12 @@ def fuzz(seed, path):
                 for _ in range(8):
                     convolution.run_engine(engine, x, weight, scale, scale, out, **options)
                     convolution.forget([weight])
+    for engine in winograd.SIDES if spoiling.conv_winograd_runs() else ():
+        x, weight, scale = torch.rand(1, 5, 7, 8), torch.rand(24, 3, 3, 8), torch.rand(24)
+        for _ in range(8):
+            out, options = torch.empty(1, 5, 7, 24), dict(stride=1, relu=True, pool=False)
+            convolution.run_engine(engine, x, weight, scale, scale, out, **options)
+            convolution.forget([weight])
     for engine in spoiling.conv_weight_grad_engines():
         for kernel in (1, 3):
             for dtype in (torch.float32, torch.bfloat16) if engine == "fma" else (torch.bfloat16,):
@@ -196,6 +202,7 @@ def fuzz(seed, path):
 OTHERS = {
     "Recording",
     "conv_engines",
+    "conv_winograd_runs",
     "fingerprint",
     "conv_weight_grad_engines",
     "isa",
