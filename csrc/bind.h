@@ -16,6 +16,7 @@
 
 #include "conditions.h"
 #include "cpu/conv_engines.h"
+#include "cpu/conv_winograd.h"
 #include "cpu/fingerprint.h"
 #include "cpu/int8_conv_engines.h"
 #include "cpu/recording.h"
@@ -233,6 +234,26 @@ inline void bind_cpu_int8_conv(py::module_ m) {
     const auto params = read<Int8ConvPackParams>("int8_conv_pack", fields);
     const py::gil_scoped_release released;
     cpu::int8_conv_pack(params, engine, threads);
+  });
+}
+
+// `name(threads, side, **fields)`.
+inline void bind_cpu_conv_winograd(py::module_ m) {
+  m.def("conv_winograd_runs", &cpu::conv_winograd_runs);
+  m.def("conv_winograd_pack_bytes", [](int64_t side, int64_t c_out, int64_t c_in) {
+    checks::filter_extents(c_out, 3, c_in);
+    return cpu::conv_winograd_pack_bytes(side, c_out, c_in);
+  });
+  m.def("conv_winograd", [](int threads, int64_t side, const py::kwargs& fields) {
+    run<ConvParams>("conv_winograd", fields, threads, [side](const ConvParams& params, int count) {
+      cpu::conv_winograd(params, side, count);
+    });
+  });
+  m.def("conv_winograd_pack", [](int threads, int64_t side, const py::kwargs& fields) {
+    checks::threads(threads);
+    const auto params = read<ConvPackParams>("conv_winograd_pack", fields);
+    const py::gil_scoped_release released;
+    cpu::conv_winograd_pack(params, side, threads);
   });
 }
 

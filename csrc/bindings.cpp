@@ -53,6 +53,7 @@ PYBIND11_MODULE(_C, m) {
   vovnet_fast::cpu::choose_isa();
   vovnet_fast::bind::bind_cpu(cpu);
   vovnet_fast::bind::bind_cpu_conv(cpu);
+  vovnet_fast::bind::bind_cpu_conv_winograd(cpu);
   vovnet_fast::bind::bind_cpu_conv_weight_grad(cpu);
   vovnet_fast::bind::bind_cpu_int8_conv(cpu);
   vovnet_fast::bind::bind_recording(cpu);

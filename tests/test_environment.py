@@ -20,6 +20,7 @@ WRONG = {
     "CHECK": ["yes", "2"],
     "KEEP_WEIGHTS": ["no", "2"],
     "CONV_SM90": ["true", "-1"],
+    "WINOGRAD": ["1", "off"],
     "TUNE": ["2", "none"],
     "TUNING_TABLE": ["/nowhere/table.json", "/"],
     "COMPILE_WORKERS": ["many", "-1", "1.5"],

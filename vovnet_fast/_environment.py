@@ -34,6 +34,7 @@ VARIABLES = {
     "CHECK": _one_of("0", "1"),
     "KEEP_WEIGHTS": _one_of("0", "1"),
     "CONV_SM90": _one_of("0", "1"),
+    "WINOGRAD": _one_of("0", "2", "4"),
     "TUNE": _one_of("0", "1", "all"),
     "TUNING_TABLE": Variable(
         "a file that `vovnet-fast tuning export` wrote", lambda value: Path(value).is_file()
@@ -83,7 +84,24 @@ def flag(name: str, default: str = "0") -> bool:
     Raises:
         ValueError: it is something else.
     """
+    return _value(name, default) == "1"
+
+
+def number(name: str, default: str) -> int:
+    """What a variable says that is one of several numbers.
+
+    Args:
+        name: of the variable, without :data:`PREFIX`.
+        default: what it says where it is not set.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    return int(_value(name, default))
+
+
+def _value(name: str, default: str) -> str:
     value = os.environ.get(PREFIX + name) or default
     if not VARIABLES[name].allows(value):
         raise ValueError(f"{PREFIX}{name} must be {VARIABLES[name].expected}, got {value!r}")
-    return value == "1"
+    return value

@@ -10,9 +10,7 @@
 #include <utility>
 
 #include "conv_strips.h"
-#ifndef __aarch64__
 #include "fma.h"
-#endif
 
 namespace vovnet_fast {
 inline namespace VF_ISA {

@@ -168,6 +168,37 @@ void check_convolutions(Report& report) {
   }
 }
 
+void check_winograd(Report& report) {
+  const std::vector<ConvCase> cases = {
+      {{1, 1, 1, 1}, 1, 3, 1, 1},    {{2, 5, 3, 33}, 17, 3, 1, 1},  {{1, 9, 22, 70}, 40, 3, 1, 0},
+      {{1, 4, 8, 16}, 16, 3, 1, 1},  {{3, 13, 6, 48}, 96, 3, 1, 1}, {{1, 2, 33, 100}, 50, 3, 1, 0},
+      {{1, 31, 29, 32}, 32, 3, 1, 1}};
+  for (const int64_t side : {2, 4}) {
+    for (const ConvCase& t : cases) {
+      const Shape shape{t.x.n, t.x.h, t.x.w, t.c_out};
+      Tensor x = Tensor::slot(kSingle, t.x).random(), out = Tensor::slot(kSingle, shape);
+      Tensor weight = Tensor::packed(kSingle, t.c_out * 9 * t.x.c).random();
+      Tensor scale = Tensor::packed(kSingle, t.c_out).random(0.5, 2);
+      Tensor shift = Tensor::packed(kSingle, t.c_out).random();
+      void* tiles = std::aligned_alloc(64, cpu::conv_winograd_pack_bytes(side, t.c_out, t.x.c));
+      cpu::conv_winograd_pack({weight.array(), Array{}, tiles, t.c_out, 3, t.x.c, 9 * t.x.c,
+                               3 * t.x.c, t.x.c, 1, 0, kSingle},
+                              side, report.threads);
+      ConvParams params{};
+      params.x = x.view(), params.out = out.view(), params.tiles = tiles;
+      params.scale = scale.data(), params.shift = shift.data();
+      params.n = t.x.n, params.height = params.out_height = t.x.h, params.c_in = t.x.c;
+      params.width = params.out_width = t.x.w, params.c_out = t.c_out;
+      params.kernel = 3, params.stride = 1, params.relu = t.relu, params.dtype = kSingle;
+      cpu::conv_winograd(params, side, report.threads);
+      std::free(tiles);
+      report.compare("Winograd " + words(t.x) + " to " + std::to_string(t.c_out) + ", side " +
+                         std::to_string(side),
+                     out, convolved(t, x, weight, scale, shift, shape));
+    }
+  }
+}
+
 // ---- Depthwise ---------------------------------------------------------------------------------
 
 // each(output, input, tap): places of a channel, as indices of pixels.
@@ -285,6 +316,7 @@ void check_conversions(Report& report, int32_t dtype) {
 
 void check_all(Report& report) {
   check_convolutions(report);
+  if (cpu::conv_winograd_runs()) check_winograd(report);
   for (const int32_t dtype : kAll) {
     for (const Shape& s : kShapes) {
       for (const int32_t stride : {1, 2}) check_depthwise(report, s, stride, dtype);

@@ -24,7 +24,7 @@ from vovnet_fast.arithmetic.layers import (
 )
 from vovnet_fast.backends import _extension
 from vovnet_fast.backends._extension import halves
-from vovnet_fast.backends.cpu import convolution, int8, weight_grad
+from vovnet_fast.backends.cpu import convolution, int8, weight_grad, winograd
 
 CPU = torch.device("cpu")
 REFUSALS = (TypeError, ValueError, OverflowError)
@@ -49,7 +49,8 @@ SIZES |= {"height", "width", "out_height", "out_width", "parts", "groups"}
 SIZES |= {"stride_o", "stride_h", "stride_w", "stride_i", "x_stride_c"}
 
 OF_SIZES = {"conv_parts", "conv_pack_bytes", "conv_weight_grad_parts"}
-OF_SIZES |= {"reduction_parts", "merge_groups", "int8_conv_parts", "int8_conv_pack_bytes"}
+OF_SIZES |= {"reduction_parts", "merge_groups", "conv_winograd_pack_bytes"}
+OF_SIZES |= {"int8_conv_parts", "int8_conv_pack_bytes"}
 """Functions of sizes alone."""
 
 
@@ -95,7 +96,7 @@ def spoil(rng, function, name, value):
 
 def is_address(function, name):
     if name == "tiles":
-        return function in ("conv", "int8_conv")
+        return function in ("conv", "conv_winograd", "int8_conv")
     return name not in SIZES | RANGES | FACTORS
 
 
@@ -110,7 +111,7 @@ class Spoiling:
         found = getattr(self._half, name)
         if name in OF_SIZES:
             return lambda *given: self._sizes(name, found, given)
-        if name.endswith("_engines"):
+        if name.endswith("_engines") or name == "conv_winograd_runs":
             return found
         return lambda *given, **fields: self._fields(name, found, given, fields)
 
@@ -196,6 +197,12 @@ def fuzz(seed, path):
                 for _ in range(8):
                     convolution.run_engine(engine, x, weight, scale, scale, out, **options)
                     convolution.forget([weight])
+    for engine in winograd.SIDES if spoiling.conv_winograd_runs() else ():
+        x, weight, scale = torch.rand(1, 5, 7, 8), torch.rand(24, 3, 3, 8), torch.rand(24)
+        for _ in range(8):
+            out, options = torch.empty(1, 5, 7, 24), dict(stride=1, relu=True, pool=False)
+            convolution.run_engine(engine, x, weight, scale, scale, out, **options)
+            convolution.forget([weight])
     for engine in spoiling.conv_weight_grad_engines():
         for kernel in (1, 3):
             for dtype in (torch.float32, torch.bfloat16) if engine == "fma" else (torch.bfloat16,):
@@ -243,6 +250,7 @@ OTHERS = {
     "Recording",
     "conv_engines",
     "int8_conv_engines",
+    "conv_winograd_runs",
     "fingerprint",
     "conv_weight_grad_engines",
     "isa",

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import backends, compat, first_use
 from .._dtypes import accumulator
 from ..backends import cpu
-from ..backends.cpu import convolution
+from ..backends.cpu import convolution, winograd
 from ..network import decision
 from ..network.filling import AllOrNothing
 from ..network.watchers import watching
@@ -239,6 +239,7 @@ class FrozenVoVNet(AllOrNothing):
                 tensors = [t for layer in params.convs() for t in (layer.weight, layer.depthwise)]
                 held = [self.scale, self.shift, *params.fcs(), *tensors]
                 self._caches.tensors = [tensor for tensor in held if tensor is not None]
+                winograd.lasting(layer.weight for layer in params.convs())
                 self._caches.params = params
         return self._caches.params
 

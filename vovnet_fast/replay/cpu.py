@@ -19,7 +19,7 @@ from .. import _environment
 from .. import _pages as pages
 from ..backends import _extension
 from ..backends._extension.fields import pointer
-from ..backends.cpu import convolution
+from ..backends.cpu import convolution, winograd
 from ..compat import zip
 
 _ALLOCATING = {
@@ -86,9 +86,10 @@ def _stamp(image: Tensor, weights: Sequence[Tensor]) -> _Stamp | None:
         return None
     if _environment.flag("CHECK"):  # It looks at weights when they are used.
         return None
-    engine = convolution.choose_engine(image.dtype), _extension.load("cpu").isa()
+    dtype, isa = image.dtype, _extension.load("cpu").isa()
+    engine = convolution.choose_engine(dtype), isa, winograd.largest_side()
     versions = [(weight.data_ptr(), weight._version) for weight in weights]
-    return image.shape, image.stride(), image.dtype, engine, versions
+    return image.shape, image.stride(), dtype, engine, versions
 
 
 class _Recording(NamedTuple):

@@ -10,6 +10,8 @@ gradients of inputs, but for those of strided convolutions, which are oneDNN's:
 ``aten``    any                 oneDNN through ATen, then one pass into the slot
 ==========  ==================  =================================================
 
+In fp32, 3x3 layers of frozen networks are Winograd's where that is faster (:mod:`.winograd`).
+
 :data:`PREFERRED` is an order by dtype. The matrix unit is far ahead of the others. Between those
 the first call measures, unless deterministic algorithms are asked for: ``dpbf16`` makes twice as
 many products as ``fma`` on some processors, and no more on others. Engines differ in the last
@@ -33,6 +35,7 @@ from ... import _pages as pages
 from ...tuning import processor
 from .. import _extension
 from .._extension.fields import DTYPES, array, packed, pointer, view, weight_strides
+from . import winograd
 
 ATEN = "aten"
 
@@ -107,6 +110,20 @@ def _trial(dtype: torch.dtype) -> Callable[[str], None]:
     return run
 
 
+def _winograd_trial() -> Callable[[str], None]:
+    x, weight, out = layer(torch.float32)
+    tiles: dict[str, Tensor] = {}
+    ones = x.new_ones(out.shape[3])
+    address = pointer("scale", ones)
+
+    def run(engine: str) -> None:
+        if engine not in tiles:
+            tiles[engine] = _pack(engine, weight)
+        _launch(engine, x, tiles[engine], out, 3, scale=address, shift=address)
+
+    return run
+
+
 def conv(
     x: Tensor,
     weight: Tensor,
@@ -123,6 +140,8 @@ def conv(
     if out.numel() == 0 or engine == ATEN:
         options: dict[str, Any] = dict(stride=stride, relu=relu, pool=pool)
         return _extension.CPU.conv(x, weight, scale, shift, out, **options)
+    if not pool:
+        engine = winograd.choose(x, weight, stride, _winograd_trial, engine)
     return run_engine(engine, x, weight, scale, shift, out, stride=stride, relu=relu, pool=pool)
 
 
@@ -202,9 +221,12 @@ def _launch(
     n, height, width, c_in = x.shape
     _, out_height, out_width, c_out = out.shape
     add_c, mask_c = (0 if each is None else each.shape[3] for each in (add, mask))
-    _extension.load("cpu").conv(
+    cpu = _extension.load("cpu")
+    side = winograd.SIDES.get(engine)
+    function, by = (cpu.conv, engine) if side is None else (cpu.conv_winograd, side)
+    function(
         torch.get_num_threads(),
-        engine,
+        by,
         x=view("x", x, out, n, height, width, c_in),
         out=view("out", out, x, n, out_height, out_width, c_out),
         add=view("add", add, x, n, out_height, out_width, add_c),
@@ -242,7 +264,7 @@ class _Packed(NamedTuple):
 
 
 _kept = WeakTensorKeyDictionary()
-"""Packed forms by weight, for as long as that lives: a frozen network packs only once."""
+"""Packed forms by weight and engine, for as long as it lives: a frozen network packs only once."""
 
 _lock = threading.Lock()
 
@@ -262,7 +284,7 @@ def kept_tiles(engine: str, weight: Tensor, pack: Callable[[str, Tensor], Tensor
     if weight.is_inference():  # It does not count what is written to it.
         return pack(engine, weight)
     with _lock:
-        found: _Packed | None = _kept.get(weight)
+        found: _Packed | None = _kept.get(weight, {}).get(engine)
     now = (engine, weight.data_ptr(), weight._version)
     if found is not None and found[:3] == now and _environment.flag("CHECK"):
         if not torch.equal(found.tiles, pack(engine, weight)):
@@ -274,7 +296,7 @@ def kept_tiles(engine: str, weight: Tensor, pack: Callable[[str, Tensor], Tensor
     elif found is None or found[:3] != now:
         found = _Packed(*now, pack(engine, weight))
         with _lock:
-            _kept[weight] = found
+            _kept.setdefault(weight, {})[engine] = found
     return found.tiles
 
 
@@ -291,7 +313,7 @@ def stand_in(weight: Tensor) -> Tensor:
         alone = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
     packed_form = _Packed(engine, alone.data_ptr(), alone._version, _pack(engine, weight))
     with _lock:
-        _kept[alone] = packed_form
+        _kept[alone] = {engine: packed_form}
     return alone
 
 
@@ -321,12 +343,17 @@ def _pack(
     """
     c_out, kernel, _, c_in = weight.shape
     cpu = _extension.load("cpu")
-    channels = (c_in, kernel, c_out) if transposed else (c_out, kernel, c_in)
+    outputs, inputs = (c_in, c_out) if transposed else (c_out, c_in)
+    side = winograd.SIDES.get(engine)
+    if side is None:
+        size = cpu.conv_pack_bytes(engine, outputs, kernel, inputs)
+        pack = functools.partial(cpu.conv_pack, torch.get_num_threads(), engine)
+    else:
+        size = cpu.conv_winograd_pack_bytes(side, outputs, inputs)
+        pack = functools.partial(cpu.conv_winograd_pack, torch.get_num_threads(), side)
     with torch.inference_mode(False):
-        tiles = pages.together(cpu.conv_pack_bytes(engine, *channels))
-    cpu.conv_pack(
-        torch.get_num_threads(),
-        engine,
+        tiles = pages.together(size)
+    pack(
         weight=(pointer("weight", weight), DTYPES[weight.dtype]),
         scale=array("scale", scale, c_out),
         out=pointer("tiles", tiles),

@@ -1,0 +1,270 @@
+"""Winograd's convolution on a CPU, tiles of each size on each instruction set, and its choice."""
+
+import types
+
+import pytest
+import torch
+
+from tests import extension_cases
+from tests.backends.cpu_engines import instruction_set
+from tests.backends.test_cpu_backend import threads
+from tests.backends.test_cpu_conv import parameters, run
+from tests.extension_cases import Tensors, require
+from tests.tiny import TINY
+from vovnet_fast import VoVNet, _environment, freeze, tuning, use_backend
+from vovnet_fast.backends import _extension, reference
+from vovnet_fast.backends.cpu import convolution, winograd
+from vovnet_fast.selfcheck import calls, cases
+from vovnet_fast.tuning import processor
+
+CPU = torch.device("cpu")
+LAYERS = [
+    calls.Layer(3, 3, 5, (1, 1, 1)),
+    calls.Layer(3, 5, 17, (2, 1, 9)),
+    calls.Layer(3, 33, 50, (1, 1, 64)),
+    calls.Layer(3, 70, 112, (1, 33, 47)),
+    calls.Layer(3, 64, 48, (2, 30, 25)),  # Several tasks, of tiles of both images.
+    calls.Layer(3, 256, 160, (1, 9, 20)),
+    calls.Layer(3, 520, 40, (1, 35, 33)),  # Input that does not stay in a cache.
+]
+
+
+def combinations():
+    if _extension.why_not("cpu") is not None:
+        return [("winograd2", "baseline")]  # For tests that then skip.
+    extension, found = _extension.load("cpu"), []
+    for isa in extension.isas():
+        with instruction_set(isa):
+            found += [(name, isa) for name in winograd.SIDES if extension.conv_winograd_runs()]
+    return found
+
+
+@pytest.fixture(autouse=True)
+def _built():
+    require("cpu")
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=combinations(), ids="-".join)
+def engine(request):
+    name, isa = request.param
+    with instruction_set(isa):
+        yield name
+
+
+@torch.no_grad()
+def test_against_fp64(engine):
+    """In slots surrounded by NaN, from and into crops, and at odd offsets and strides."""
+
+    def conv(*tensors, stride=1, relu=True, pool=False):
+        return convolution.run_engine(engine, *tensors, stride=stride, relu=relu, pool=pool)
+
+    for case in cases.of_layers(calls.conv, *LAYERS, pool=False):
+        for layout in Tensors.LAYOUTS:
+            backend = types.SimpleNamespace(conv=conv)
+            wrong = extension_cases.check(case, backend, torch.float32, CPU, layout)
+            assert wrong is None, f"{case.words}, {layout}: {wrong}"
+
+
+@pytest.mark.parametrize("channels", [64, 192])
+def test_errors_are_not_those_of_the_usual_points(engine, channels):
+    """By mean squares: half as large with tiles of 4, and less than PyTorch's with those of 2."""
+    x = torch.randn(1, 24, 24, channels).relu()
+    weight, scale, shift = parameters(torch.float32, channels, 3, 3, channels)
+    found, _ = run(engine, x, weight, scale, shift, relu=False)
+    exact, eager = (torch.empty(found.shape, dtype=dtype) for dtype in (torch.float64, None))
+    reference.conv(x, weight, scale, shift, eager, relu=False)
+    reference.conv(*(t.double() for t in (x, weight, scale, shift)), exact, relu=False)
+    error, eager_error = ((t.double() - exact).square().mean().sqrt() for t in (found, eager))
+    assert error < eager_error * (1 if engine == "winograd2" else 2.5)
+    assert error > 0
+
+
+def test_without_a_relu(engine):
+    x, tensors = torch.randn(1, 7, 9, 48), parameters(torch.float32, 80, 3, 3, 48)
+    found, _ = run(engine, x, *tensors, relu=False)
+    exact = torch.empty_like(found, dtype=torch.float64)
+    reference.conv(*(t.double() for t in (x, *tensors)), exact, relu=False)
+    assert exact.min() < -1
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
+
+
+def test_the_number_of_threads_does_not_change_a_bit(engine):
+    for c_in, c_out, size in ((64, 96, (2, 40, 40)), (512, 224, (1, 20, 20))):
+        x, tensors = torch.randn(*size, c_in), parameters(torch.float32, c_out, 3, 3, c_in)
+        with threads(1):
+            alone, _ = run(engine, x, *tensors)
+        for number in (2, 3, 7):
+            with threads(number):
+                assert torch.equal(alone, run(engine, x, *tensors)[0])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_reaches_its_neighbours_and_stays_in_their_tiles(engine, value):
+    x = torch.randn(1, 19, 20, 40)
+    x[0, 9, 10, 39] = value
+    found, _ = run(engine, x, *parameters(torch.float32, 33, 3, 3, 40), relu=False)
+    wrong = ~found.isfinite().all(3)[0]
+    assert wrong[8:11, 9:12].all()
+    side = winograd.SIDES[engine]
+    for axis, place in ((0, 9), (1, 10)):
+        beyond = wrong.any(1 - axis).nonzero().flatten()
+        assert beyond.min() // side == (place - 1) // side
+        assert beyond.max() // side == (place + 1) // side
+
+
+def test_a_scaled_and_a_transposed_weight_are_packed_as_their_copies_are(engine):
+    weight, scale = torch.randn(24, 20, 3, 3).permute(0, 2, 3, 1), torch.rand(24)
+    exact = weight * scale[:, None, None, None]
+    for transposed in (False, True):
+        copy = exact.flip(1, 2).permute(3, 1, 2, 0) if transposed else exact
+        found = convolution._pack(engine, weight, scale, transposed=transposed)
+        assert torch.equal(found, convolution._pack(engine, copy.contiguous()))
+
+
+def test_what_it_does_not_compute_is_refused(engine):
+    x, tensors = torch.randn(1, 6, 6, 16), parameters(torch.float32, 16, 3, 3, 16)
+    with pytest.raises(ValueError, match="needs a kernel of 3 and a stride of 1"):
+        run(engine, x, *tensors, stride=2)
+    weight, scale, shift = tensors
+    out = torch.empty(1, 6, 6, 16, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="needs weights to be rounded to fp32"):
+        convolution.run_engine(
+            engine, x.bfloat16(), weight.bfloat16(), scale, shift, out,
+            stride=1, relu=True, pool=False,
+        )  # fmt: skip
+    with pytest.raises(ValueError, match="needs scale and shift"):
+        convolution._launch(engine, x, convolution._pack(engine, weight), torch.empty(x.shape), 3)
+    with pytest.raises(ValueError, match="tiles of 2 or 4 pixels"):
+        _extension.load("cpu").conv_winograd_pack_bytes(3, 16, 16)
+
+
+def test_empty(engine):
+    x, tensors = torch.empty(0, 5, 7, 16), parameters(torch.float32, 8, 3, 3, 16)
+    assert run(engine, x, *tensors)[0].shape == (0, 5, 7, 8)
+
+
+# --------------------------------------------------------------------------------------
+# The choice
+# --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def chosen(monkeypatch, tmp_path):
+    """The engines that layers are given, on a processor that knows nothing yet."""
+    if not _extension.load("cpu").conv_winograd_runs():
+        pytest.skip("no Winograd convolution on this processor")
+    monkeypatch.setenv("VOVNET_FAST_CACHE", str(tmp_path))
+    for cached in (tuning._table, winograd._fastest):
+        cached.cache_clear()
+    found, run_engine = [], convolution.run_engine
+
+    def note(engine, x, *args, **options):
+        found.append(engine)
+        return run_engine(engine, x, *args, **options)
+
+    monkeypatch.setattr(convolution, "run_engine", note)
+    yield found
+    for cached in (tuning._table, winograd._fastest):
+        cached.cache_clear()
+
+
+def layer(pixels, *, lasts=True, kernel=3, stride=1, channels=32, dtype=torch.float32, pool=False):
+    """Run one as the backend does."""
+    x = torch.randn(1, 1, pixels, channels).to(dtype)
+    tensors = parameters(dtype, channels, kernel, kernel, channels)
+    if lasts:
+        winograd.lasting(tensors[:1])
+    out = torch.empty(1, 1, (pixels - 1) // stride + 1, channels, dtype=dtype)
+    convolution.conv(x, *tensors, out, stride=stride, pool=pool)
+
+
+def test_large_maps_of_lasting_weights(monkeypatch, chosen):
+    monkeypatch.setenv("VOVNET_FAST_TUNE", "0")
+    layer(1024)
+    layer(1023)
+    layer(192)
+    layer(191)
+    assert chosen == ["winograd4", "winograd2", "winograd2", "fma"]
+    del chosen[:]
+    layer(1024, lasts=False)
+    layer(1024, kernel=1)
+    layer(1024, stride=2)
+    layer(1024, channels=31)
+    layer(1024, pool=True)
+    layer(1024, dtype=torch.float16)
+    with torch.inference_mode():  # Such a tensor does not count what is written to it.
+        layer(1024)
+    assert {*chosen} == {"fma"}
+
+
+def test_the_environment_limits_tiles(monkeypatch, chosen):
+    monkeypatch.setenv("VOVNET_FAST_TUNE", "0")
+    for value in ("0", "2", "4", ""):
+        monkeypatch.setenv("VOVNET_FAST_WINOGRAD", value)
+        layer(1024)
+    assert chosen == ["fma", "winograd2", "winograd4", "winograd4"]
+    monkeypatch.setenv("VOVNET_FAST_WINOGRAD", "3")
+    with pytest.raises(ValueError, match="VOVNET_FAST_WINOGRAD must be one of 0, 2, 4, got '3'"):
+        _environment.require()
+
+
+@pytest.mark.parametrize("fast", ["fma", "winograd2", "winograd4"])
+def test_the_fastest_is_measured_once(monkeypatch, chosen, fast):
+    """By the clock that is measured with, which has no other hands."""
+    monkeypatch.setenv("VOVNET_FAST_TUNE", "1")
+    now, launch, timed = [0.0], convolution._launch, []
+    monkeypatch.setattr(processor.time, "perf_counter", lambda: now[0])
+
+    def slow(engine, *args, **options):
+        timed.append(engine)
+        now[0] += 1 + (engine != fast)
+        launch(engine, *args, **options)
+
+    monkeypatch.setattr(convolution, "_launch", slow)
+    layer(1024)
+    assert {*timed} == {"fma", "winograd2", "winograd4"}
+    number = len(timed)
+    layer(1024)
+    layer(192)
+    assert len(timed) == number + 2
+    assert chosen[-3:] == [fast, fast, min(fast, "winograd2")]
+
+
+def test_maps_of_several_sizes_share_no_packed_form(monkeypatch, chosen):
+    """A network that meets both in turn packs for each of them once."""
+    monkeypatch.setenv("VOVNET_FAST_TUNE", "0")
+    packed, pack = [], convolution._pack
+    monkeypatch.setattr(convolution, "_pack", lambda *a: packed.append(a[0]) or pack(*a))
+    tensors = parameters(torch.float32, 32, 3, 3, 32)
+    winograd.lasting(tensors[:1])
+    for pixels in (1024, 300, 9) * 2:
+        x = torch.randn(1, 1, pixels, 32)
+        convolution.conv(x, *tensors, torch.empty_like(x))
+    assert packed == ["winograd4", "winograd2", "fma"]
+    tensors[0].neg_()
+    convolution.conv(x, *tensors, torch.empty_like(x))
+    assert packed[3:] == ["fma"]
+
+
+@torch.no_grad()
+def test_frozen_networks_take_it_and_others_do_not(monkeypatch, chosen):
+    monkeypatch.setenv("VOVNET_FAST_TUNE", "0")
+    monkeypatch.setattr(winograd, "_FEWEST", {"winograd2": 16, "winograd4": 64})
+    monkeypatch.setattr(winograd, "_CHANNELS", 8)
+    model = VoVNet(TINY["detectron2"]).eval()
+    image = torch.randn(2, 3, 64, 64)
+    with use_backend("cpu"):
+        model(image)
+        assert {*chosen} == {"fma"}
+        frozen = freeze(model)
+        del chosen[:]
+        found = [frozen(image) for _ in range(4)]
+    assert {*chosen} == {"fma", "winograd2", "winograd4"}
+    for again in found[1:]:  # Recorded, and repeated.
+        assert all(map(torch.equal, found[0], again))
+    with use_backend("reference"):
+        eager, exact = model(image), model.double()(image.double())
+    for ours, theirs, right in zip(found[0], eager, exact):
+        error, allowed = ((y.double() - right).abs().max() for y in (ours, theirs))
+        assert error <= 2 * allowed + 4 * torch.finfo(torch.float32).eps * right.abs().max()
