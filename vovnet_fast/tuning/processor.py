@@ -40,9 +40,12 @@ def choose(
         candidates: names of the ways; of two that are equally fast the first is taken.
         static: the one to take where nothing is known and nothing may be measured.
         prepare: called once before anything is timed, returns what runs one of them, in a thread
-            of its own: hooks on what autograd saves, as activation checkpointing has them, and
-            modes are the caller's. Context variables, as the backend that was chosen, are there.
-        steps: each runs a training step, so that it takes long, which is said.
+            of its own: modes are the caller's. Context variables, as the backend that was chosen,
+            are there.
+        steps: each runs a training step, so that it takes long, which is said. They run in the
+            caller's thread, and it is theirs to be seen by nobody there: beside a second set of
+            OpenMP threads, with a heap that is new, steps took twice as long, and their order was
+            another one.
 
     Returns:
         a name out of ``candidates``, or ``static``.
@@ -62,10 +65,7 @@ def choose(
     except Exception as error:  # What cannot be tried can still be run.
         _log.warning("not measured, and %s is taken: %s (%s)", static, error, problem)
         return static
-    # One thread for all: each has OpenMP threads to start.
-    with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        context = contextvars.copy_context()
-        times = executor.submit(context.run, _measure, candidates, run).result()
+    times = _measure(candidates, run) if steps else _measure_apart(candidates, run)
     if not times:
         return static
     best = min(times, key=lambda name: times[name])
@@ -85,6 +85,13 @@ def _announce(candidates: int) -> None:
         tuning.table().path or "memory",
         tuning.ENVIRONMENT,
     )
+
+
+def _measure_apart(candidates: Sequence[str], run: Callable[[str], None]) -> dict[str, float]:
+    """:func:`_measure` in one thread for all: each has OpenMP threads to start."""
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        context = contextvars.copy_context()
+        return executor.submit(context.run, _measure, candidates, run).result()
 
 
 def _measure(candidates: Sequence[str], run: Callable[[str], None]) -> dict[str, float]:
