@@ -29,12 +29,15 @@ def flatten(
 
 
 def new(tensor: Tensor) -> Tensor:
-    """Memory for the gradient of a tensor: of its dtype, and of its strides where these leave no
-    gaps."""
-    return torch.empty_like(tensor, memory_format=torch.preserve_format)
+    """Memory for the gradient of a tensor: of its dtype, and, of a weight of full convolutions, of
+    its strides where these leave no gaps; contiguous of anything else, which is small."""
+    format = torch.preserve_format if tensor.ndim == 4 else torch.contiguous_format
+    return torch.empty_like(tensor, memory_format=format)
 
 
 def _as(tensor: Tensor, g: Tensor) -> Tensor:
+    if tensor.ndim != 4:
+        return g.to(tensor.dtype).contiguous()
     if g.dtype == tensor.dtype and _lie_alike(g, tensor):
         return g
     found = new(tensor)
