@@ -257,7 +257,7 @@ inline void bind_cpu_conv_winograd(py::module_ m) {
   });
 }
 
-// `conv_weight_grad(threads, engine, **fields)`.
+// `name(threads, engine, **fields)`.
 inline void bind_cpu_conv_weight_grad(py::module_ m) {
   m.def("conv_weight_grad_engines", &cpu::conv_weight_grad_engines);
   m.def("conv_weight_grad_parts", [](int64_t n, int64_t out_height, int64_t out_width, int64_t c_in,
@@ -275,6 +275,13 @@ inline void bind_cpu_conv_weight_grad(py::module_ m) {
                               [engine](const ConvWeightGradParams& params, int count) {
                                 cpu::conv_weight_grad(params, engine, count);
                               });
+  });
+  m.def("conv_weight_grad_finish", [](int threads, const std::string& engine,
+                                      const py::kwargs& fields) {
+    run<ConvWeightGradFinishParams>("conv_weight_grad_finish", fields, threads,
+                                    [engine](const ConvWeightGradFinishParams& params, int count) {
+                                      cpu::conv_weight_grad_finish(params, engine, count);
+                                    });
   });
 }
 

@@ -91,6 +91,15 @@ inline void tensors(const ConvWeightGradParams& p) {
   packed("out", p.out, 4, {p.c_out, p.kernel, p.kernel, p.c_in});
 }
 
+inline void tensors(const ConvWeightGradFinishParams& p) {
+  choice("kernel", p.kernel, {1, 3});
+  packed("products", p.products, 4, {p.c_out, p.kernel, p.kernel, p.c_in});
+  filter("weight", p.weight, p);
+  filter("dweight", Array{p.dweight, kFloat32}, p);
+  packed("scale", p.scale, 4, {p.c_out});
+  packed("dscale", p.dscale, 4, {p.c_out});
+}
+
 inline void tensors(const AccumulateParams& p) {
   const int64_t bytes = bytes_of("dtype", p.dtype);
   if (p.add_c > p.c) refuse("add_c", "at most c", std::to_string(p.add_c));

@@ -30,6 +30,8 @@ VF_FIELDS(ConvPackParams, weight, scale, out, c_out, kernel, c_in, stride_o, str
           stride_i, transposed, dtype)
 VF_FIELDS(ConvWeightGradParams, x, g, partials, out, n, height, width, out_height, out_width, c_in,
           c_out, parts, kernel, stride, dtype)
+VF_FIELDS(ConvWeightGradFinishParams, products, weight, scale, dweight, dscale, c_out, kernel, c_in,
+          stride_o, stride_h, stride_w, stride_i)
 VF_FIELDS(AccumulateParams, z, out, add, mask, n, height, width, c, add_c, mask_c, dtype)
 VF_FIELDS(DepthwiseParams, x, out, weight, n, height, width, out_height, out_width, c, stride,
           dtype)

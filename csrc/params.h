@@ -86,6 +86,19 @@ struct ConvWeightGradParams {
   int32_t kernel, stride, dtype;  // kernel: 1 or 3, stride: 1 or 2
 };
 
+// Gradients of a convolution's weight and scale, from those of their product. The CPU half only.
+struct ConvWeightGradFinishParams {
+  const void*
+      products;       // [C_out, K, K, C_in] packed, fp32, as ConvWeightGradParams has them in out
+  Array weight;       // any dtype; not packed, its strides are below
+  const void* scale;  // [C_out] fp32
+  void* dweight;      // fp32, with the strides of weight
+  void* dscale;       // [C_out] fp32
+  int64_t c_out, kernel, c_in;
+  int64_t stride_o, stride_h, stride_w,
+      stride_i;  // of weight, no two of whose numbers share memory
+};
+
 // out = mask(z + add): after another library's input gradient.
 struct AccumulateParams {
   View z, out;  // [N, H, W, C]; out may be z

@@ -7,6 +7,7 @@ docs/compatibility.md, and is refused where it is asked for.
 from __future__ import annotations
 
 import builtins
+import contextlib
 import functools
 import sys
 from collections.abc import Callable, Iterator
@@ -148,6 +149,24 @@ def all_gather(out: Tensor, x: Tensor, group: Any) -> None:
         dist.all_gather(list(out.chunk(dist.get_world_size(group))), x, group)
     else:
         dist.all_gather_into_tensor(out, x, group)
+
+
+def unseen_by_hooks() -> contextlib.AbstractContextManager[Any]:
+    """A context in which hooks on what autograd saves, which this thread may have, see nothing.
+
+    Where there may be some, others that do nothing are set over them: an older torch does not tell
+    whether there are any.
+    """
+    state: Any = torch._C._autograd
+    top = getattr(state, "_top_saved_tensors_default_hooks", None)
+    there = state._saved_tensors_hooks_is_enabled() if top is None else top(False) is not None
+    if not there:
+        return contextlib.nullcontext()
+    return torch.autograd.graph.saved_tensors_hooks(_same, _same)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def is_batched(x: Tensor) -> bool:

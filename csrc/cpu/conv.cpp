@@ -9,11 +9,12 @@
 
 namespace vovnet_fast {
 
-#define VF_DECLARE(isa, name)                                                    \
-  namespace isa {                                                                \
-  void conv_##name(const ConvParams& params, int threads);                       \
-  void conv_pack_##name(const ConvPackParams& params, int threads);              \
-  void conv_weight_grad_##name(const ConvWeightGradParams& params, int threads); \
+#define VF_DECLARE(isa, name)                                                                 \
+  namespace isa {                                                                             \
+  void conv_##name(const ConvParams& params, int threads);                                    \
+  void conv_pack_##name(const ConvPackParams& params, int threads);                           \
+  void conv_weight_grad_##name(const ConvWeightGradParams& params, int threads);              \
+  void conv_weight_grad_finish_##name(const ConvWeightGradFinishParams& params, int threads); \
   }
 #ifdef __aarch64__
 VF_DECLARE(baseline, fma)
@@ -42,7 +43,8 @@ struct Engine {
   bool (*supported)();
   void (*run)(const ConvParams& params, int threads);
   void (*pack)(const ConvPackParams& params, int threads);
-  void (*weight_grad)(const ConvWeightGradParams& params, int threads);  // or null
+  void (*weight_grad)(const ConvWeightGradParams& params, int threads);   // or null
+  void (*finish)(const ConvWeightGradFinishParams& params, int threads);  // or null
   int64_t chunk;  // channels that make 64 bytes
   bool (*takes)(int32_t dtype);
 };
@@ -53,12 +55,14 @@ struct Engine {
 [[maybe_unused]] bool only_bf16(int32_t dtype) { return dtype == kBFloat16; }
 
 // An engine's functions, by the instruction set that they are compiled for.
-#define VF_FUNCTIONS(isa, name) \
-  isa::conv_##name, isa::conv_pack_##name, isa::conv_weight_grad_##name
+#define VF_FUNCTIONS(isa, name)                                          \
+  isa::conv_##name, isa::conv_pack_##name, isa::conv_weight_grad_##name, \
+      isa::conv_weight_grad_finish_##name
 
 constexpr Engine kEngines[] = {
 #ifdef __aarch64__
-    {"fma", "neon", always, baseline::conv_fma, baseline::conv_pack_fma, nullptr, 16, up_to_fp32},
+    {"fma", "neon", always, baseline::conv_fma, baseline::conv_pack_fma, nullptr, nullptr, 16,
+     up_to_fp32},
 #endif
 #ifdef VF_WITH_AVX2
     {"fma", "avx2", always, VF_FUNCTIONS(avx2, fma), 16, up_to_fp32},
@@ -72,7 +76,7 @@ constexpr Engine kEngines[] = {
 #ifdef VF_WITH_AMX
     {"amx", "avx512", has_amx_bf16, VF_FUNCTIONS(amx, amx), 32, only_bf16},
 #endif
-    {"", "", nullptr, nullptr, nullptr, nullptr, 0, nullptr},  // No array is empty.
+    {"", "", nullptr, nullptr, nullptr, nullptr, nullptr, 0, nullptr},  // No array is empty.
 };
 #undef VF_FUNCTIONS
 
@@ -90,6 +94,11 @@ const Engine& find(const std::string& name, int32_t dtype) {
   const Engine& engine = find(name);
   if (!engine.takes(dtype)) refuse_dtype(dtype);
   return engine;
+}
+
+[[noreturn]] void refuse_weight_grad(const std::string& engine) {
+  throw std::invalid_argument("convolution engine \"" + engine +
+                              "\" has no weight gradients on instruction set " + isa());
 }
 
 template <class Function>
@@ -131,16 +140,20 @@ int64_t conv_parts(const std::string& engine, int64_t out_height, int64_t out_wi
 
 void conv_weight_grad(const ConvWeightGradParams& params, const std::string& engine, int threads) {
   const Engine& found = find(engine, params.dtype);
-  if (found.weight_grad == nullptr) {
-    throw std::invalid_argument("convolution engine \"" + engine +
-                                "\" has no weight gradients on instruction set " + isa());
-  }
+  if (found.weight_grad == nullptr) refuse_weight_grad(engine);
   if (params.c_out == 0 || params.c_in == 0) return;
   if (params.n * params.out_height * params.out_width == 0) {
     const int64_t weights = params.c_out * params.kernel * params.kernel * params.c_in;
     return zero(static_cast<float*>(params.out), weights);
   }
   found.weight_grad(params, threads);
+}
+
+void conv_weight_grad_finish(const ConvWeightGradFinishParams& params, const std::string& engine,
+                             int threads) {
+  const Engine& found = find(engine);
+  if (found.finish == nullptr) refuse_weight_grad(engine);
+  found.finish(params, threads);
 }
 
 int64_t conv_weight_grad_parts(int64_t n, int64_t out_height, int64_t out_width, int64_t c_in,

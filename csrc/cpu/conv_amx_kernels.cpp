@@ -95,5 +95,9 @@ void conv_weight_grad_amx(const ConvWeightGradParams& p, int threads) {
   conv::run_weight_grad_pairs<AmxPairs>(p, threads);
 }
 
+void conv_weight_grad_finish_amx(const ConvWeightGradFinishParams& p, int threads) {
+  conv::finish_weight_grad(p, threads);
+}
+
 }  // namespace VF_ISA
 }  // namespace vovnet_fast

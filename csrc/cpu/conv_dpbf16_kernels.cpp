@@ -115,5 +115,9 @@ void conv_weight_grad_dpbf16(const ConvWeightGradParams& p, int threads) {
   conv::run_weight_grad_pairs<Dpbf16Pairs>(p, threads);
 }
 
+void conv_weight_grad_finish_dpbf16(const ConvWeightGradFinishParams& p, int threads) {
+  conv::finish_weight_grad(p, threads);
+}
+
 }  // namespace VF_ISA
 }  // namespace vovnet_fast

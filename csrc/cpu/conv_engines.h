@@ -24,6 +24,8 @@ std::vector<std::string> conv_weight_grad_engines();
 void conv(const ConvParams& params, const std::string& engine, int threads);
 void conv_pack(const ConvPackParams& params, const std::string& engine, int threads);
 void conv_weight_grad(const ConvWeightGradParams& params, const std::string& engine, int threads);
+void conv_weight_grad_finish(const ConvWeightGradFinishParams& params, const std::string& engine,
+                             int threads);
 
 // Size of a packed weight.
 int64_t conv_pack_bytes(const std::string& engine, int64_t c_out, int64_t kernel, int64_t c_in);

@@ -280,6 +280,10 @@ void conv_weight_grad_fma(const ConvWeightGradParams& p, int threads) {
   }
 }
 
+void conv_weight_grad_finish_fma(const ConvWeightGradFinishParams& p, int threads) {
+  conv::finish_weight_grad(p, threads);
+}
+
 }  // namespace VF_ISA
 }  // namespace vovnet_fast
 

@@ -18,6 +18,7 @@
 #include <immintrin.h>
 
 #include "conv_weight_grad_run.h"
+#include "transpose.h"
 
 namespace vovnet_fast {
 inline namespace VF_ISA {
@@ -76,38 +77,6 @@ VF_HD void pair_input(const char* from, int64_t pixels, int64_t step, char* even
     store_chunk(odd, between.low);
     store_chunk(odd + step, between.high);
     odd += kChunkBytes;
-  }
-}
-
-// The transpose of 16 rows of 16 units of four bytes. (Masked by ones: of the other forms GCC
-// warns.)
-VF_HD void transpose(__m512i (&rows)[16], char* to) {
-  constexpr __mmask16 kAll = 0xffff;
-  constexpr __mmask8 kAllTwos = 0xff;
-  __m512i twos[16], fours[16];
-#pragma GCC unroll 8
-  for (int i = 0; i < 16; i += 2) {
-    twos[i] = _mm512_maskz_unpacklo_epi32(kAll, rows[i], rows[i + 1]);
-    twos[i + 1] = _mm512_maskz_unpackhi_epi32(kAll, rows[i], rows[i + 1]);
-  }
-#pragma GCC unroll 4
-  for (int i = 0; i < 16; i += 4) {
-    fours[i] = _mm512_maskz_unpacklo_epi64(kAllTwos, twos[i], twos[i + 2]);
-    fours[i + 1] = _mm512_maskz_unpackhi_epi64(kAllTwos, twos[i], twos[i + 2]);
-    fours[i + 2] = _mm512_maskz_unpacklo_epi64(kAllTwos, twos[i + 1], twos[i + 3]);
-    fours[i + 3] = _mm512_maskz_unpackhi_epi64(kAllTwos, twos[i + 1], twos[i + 3]);
-  }
-  // Lane k of fours[4 r + c] is column 4 k + c of rows 4 r to 4 r + 3.
-#pragma GCC unroll 4
-  for (int c = 0; c < 4; ++c) {
-    const __m512i a = _mm512_maskz_shuffle_i32x4(kAll, fours[c], fours[4 + c], 0x88);
-    const __m512i b = _mm512_maskz_shuffle_i32x4(kAll, fours[c], fours[4 + c], 0xdd);
-    const __m512i d = _mm512_maskz_shuffle_i32x4(kAll, fours[8 + c], fours[12 + c], 0x88);
-    const __m512i e = _mm512_maskz_shuffle_i32x4(kAll, fours[8 + c], fours[12 + c], 0xdd);
-    store_chunk(to + c * kChunkBytes, _mm512_maskz_shuffle_i32x4(kAll, a, d, 0x88));
-    store_chunk(to + (c + 4) * kChunkBytes, _mm512_maskz_shuffle_i32x4(kAll, b, e, 0x88));
-    store_chunk(to + (c + 8) * kChunkBytes, _mm512_maskz_shuffle_i32x4(kAll, a, d, 0xdd));
-    store_chunk(to + (c + 12) * kChunkBytes, _mm512_maskz_shuffle_i32x4(kAll, b, e, 0xdd));
   }
 }
 

@@ -4,6 +4,7 @@
 #include <new>
 
 #include "conv_strips.h"
+#include "conv_weight_grad_finish.h"
 #include "conv_weight_grad_plan.h"
 
 namespace vovnet_fast {

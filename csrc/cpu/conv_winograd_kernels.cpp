@@ -102,6 +102,8 @@ struct Points<4> {
 
 struct Products {
   using Packed = float;
+  using Sum = float;
+  static constexpr bool kTrim = false;
 #ifndef __aarch64__
   static VF_HD Vector<float> multiply(Vector<float> pixel, Vector<float> weights,
                                       Vector<float> sums) {
@@ -288,7 +290,7 @@ void multiply(const Division& d, const char* input, const char* weight, int64_t 
   const int64_t offsets[] = {0}, size = Engine::block_pixels(count);
   Block block{
       nullptr, kChunkBytes, d.size * kChunkBytes, offsets, nullptr, d.chunks * kTileBytes, 0, 1,
-      0,       tiles};
+      0,       tiles,       conv::kUnits};
   for (int64_t i = 0; i < count; i += size) {
     block.pixels = static_cast<int>(least(size, count - i));
     auto* to = reinterpret_cast<float*>(sums + i * tiles * kChunkBytes);
@@ -356,18 +358,26 @@ void run(const ConvParams& p, int threads) {
 template <int kSide, class Weight>
 void pack(const ConvPackParams& p, int threads) {
   constexpr int kCount = Points<kSide>::count;
-  const conv::Filter<float, float, Weight> filter(p);
-  const int64_t chunks = ceil_div(filter.inputs, kTileChannels);
-  const int64_t tiles = ceil_div(filter.outputs, kTileChannels);
+  const conv::WeightRows<float, Weight> weight(p);
+  const bool transposed = p.transposed != 0;
+  const int64_t all_inputs = transposed ? p.c_out : p.c_in;
+  const int64_t all_outputs = transposed ? p.c_in : p.c_out;
+  const int64_t chunks = ceil_div(all_inputs, kTileChannels);
+  const int64_t tiles = ceil_div(all_outputs, kTileChannels);
   const int64_t elements = tiles * chunks * kCount * kCount * kTileBytes;
   parallel(tiles * chunks, elements, threads, [&](int64_t index) {
     const int64_t tile = index / chunks, chunk = index % chunks;
-    const int64_t outputs = least(kTileChannels, filter.outputs - tile * kTileChannels);
-    const int64_t inputs = least(kTileChannels, filter.inputs - chunk * kTileChannels);
+    const int64_t outputs = least(kTileChannels, all_outputs - tile * kTileChannels);
+    const int64_t inputs = least(kTileChannels, all_inputs - chunk * kTileChannels);
     float taps[9][kTileChannels][kTileChannels] = {};  // [tap][output][input]
     for (int tap = 0; tap < 9; ++tap) {
       for (int64_t o = 0; o < outputs; ++o) {
-        filter.read(tile * kTileChannels + o, tap, chunk * kTileChannels, inputs, taps[tap][o]);
+        const int64_t output = tile * kTileChannels + o;
+        for (int64_t k = 0; k < inputs; ++k) {
+          const int64_t input = chunk * kTileChannels + k;
+          taps[tap][o][k] =
+              transposed ? weight.one(input, 8 - tap, output) : weight.one(output, tap, input);
+        }
       }
     }
     for (int point = 0; point < kCount * kCount; ++point) {

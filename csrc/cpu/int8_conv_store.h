@@ -21,6 +21,31 @@ struct IntegerFilter {
   }
 };
 
+template <class Packed, class Filter>
+void pack_filter(const Filter& filter, int64_t kernel, void* out, int threads) {
+  constexpr int64_t kChunk = kChunkBytes / static_cast<int64_t>(sizeof(Packed));
+  const Plan plan = divide({1, 1, filter.inputs, filter.outputs, kernel, 1}, kChunk);
+  const int64_t bytes = plan.tiles * tile_step(plan), all = taps(plan);
+  parallel(plan.tiles * plan.chunks, bytes, threads, [&](int64_t i) {
+    const int64_t first = i / plan.chunks * kTileChannels, chunk = i % plan.chunks * kChunk;
+    const int64_t outputs = least(kTileChannels, filter.outputs - first);
+    char* to = static_cast<char*>(out) + i * all * kTileBytes;
+    for (int64_t tap = 0; tap < all; ++tap, to += kTileBytes) {
+      alignas(64) Packed chunks[kSide][kChunk] = {};
+      for (int64_t o = 0; o < outputs; ++o) {
+        if (plan.unfolded) {
+          for (int64_t c = chunk; c < least(chunk + kChunk, plan.channels); ++c) {
+            filter.read(first + o, c / filter.inputs, c % filter.inputs, 1, &chunks[o][c - chunk]);
+          }
+        } else {
+          filter.read(first + o, tap, chunk, least(kChunk, plan.channels - chunk), chunks[o]);
+        }
+      }
+      transpose(chunks, to);
+    }
+  });
+}
+
 template <class Packed>
 void pack(const Int8ConvPackParams& p, int threads) {
   const auto pack_as = [&](auto type) {

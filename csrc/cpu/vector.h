@@ -201,13 +201,15 @@ VF_HD void store(float* to, Vector<float> y, Full) { memcpy(to, &y, sizeof y); }
 VF_HD void store(int32_t* to, Integers<float> y, Full) { memcpy(to, &y, sizeof y); }
 VF_HD void store(double* to, Vector<double> y, Full) { memcpy(to, &y, sizeof y); }
 
-VF_HD void store(bfloat16* to, Vector<float> y, Full) {
+// The bits of bf16, in the lower halves.
+VF_HD VectorTypes<float>::Bits round_to_bfloat16(Vector<float> y) {
   using Bits = VectorTypes<float>::Bits;
   const Bits bits = (Bits)y;
   const Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const Bits found = y != y ? (bits >> 16) | 0x40u : rounded;
-  narrow_halves(to, found);
+  return y != y ? (bits >> 16) | 0x40u : rounded;
 }
+
+VF_HD void store(bfloat16* to, Vector<float> y, Full) { narrow_halves(to, round_to_bfloat16(y)); }
 
 VF_HD void store(float16* to, Vector<float> y, Full) {
 #if defined(__AVX512F__)

@@ -143,13 +143,14 @@ def test_outputs_with_statistics(chosen):
 
 
 @pytest.mark.parametrize("kernel", [1, 3])
-@pytest.mark.parametrize("c_in", [2, 20, 32])
+@pytest.mark.parametrize("c_in", [2, 20, 32, 150])
 def test_a_weight_of_any_strides_is_packed_as_its_copy_is(engine, kernel, c_in):
     """As nn.Conv2d has it, in channels_last, a slice of channels; scaled, and transposed."""
-    like_modules = torch.randn(24, c_in + 3, kernel, kernel).permute(0, 2, 3, 1)
+    c_out = 24 if c_in < 100 else 71
+    like_modules = torch.randn(c_out, c_in + 3, kernel, kernel).permute(0, 2, 3, 1)
     for weight in (like_modules[..., 3:], like_modules.contiguous()[..., :c_in]):
         for dtype in DTYPES[engine]:
-            scale = torch.rand(24)
+            scale = torch.rand(c_out)
             for transposed in (False, True):
                 exact = weight * scale[:, None, None, None]
                 if transposed:
@@ -157,6 +158,31 @@ def test_a_weight_of_any_strides_is_packed_as_its_copy_is(engine, kernel, c_in):
                 copied = convolution._pack(engine, exact.to(dtype).contiguous())
                 options = dict(dtype=dtype, transposed=transposed)
                 assert torch.equal(convolution._pack(engine, weight, scale, **options), copied)
+
+
+def test_a_weight_of_any_dtype_is_packed_as_it_is_rounded(engine):
+    for dtype in DTYPES[engine]:
+        for given in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            for last in (False, True):
+                weight = torch.randn(20, 70, 3, 3).to(given).permute(0, 2, 3, 1)
+                weight = weight.contiguous() if last else weight
+                rounded = convolution._pack(engine, weight.to(dtype).contiguous())
+                assert torch.equal(convolution._pack(engine, weight, dtype=dtype), rounded)
+
+
+@pytest.mark.parametrize("function", ["conv", "conv_statistics"])
+def test_a_weight_is_taken_as_it_is(chosen, function):
+    """In another dtype than the activations and by taps, as modules have it under autocast."""
+    dtype = DTYPES[chosen][0]
+    x, out = torch.randn(2, 7, 6, 33).to(dtype), torch.empty(2, 7, 6, 18, dtype=dtype)
+    weight = torch.randn(18, 33, 3, 3).permute(0, 2, 3, 1)
+    found = []
+    for given in (weight, weight.to(dtype).contiguous()):
+        vectors = (torch.ones(18), torch.zeros(18)) if function == "conv" else ()
+        getattr(cpu, function)(x, given, *vectors, out.fill_(float("nan")))
+        found.append(out.clone())
+    assert torch.equal(*found)
+    assert not found[0].isnan().any()
 
 
 def test_without_a_relu(engine):
@@ -283,9 +309,9 @@ def packed(monkeypatch, engine):
     """The engine, and a list of the weights that were packed."""
     found, pack = [], convolution._pack
 
-    def note(name, weight):
+    def note(name, weight, **options):
         found.append(weight.shape)
-        return pack(name, weight)
+        return pack(name, weight, **options)
 
     monkeypatch.setattr(convolution, "_pack", note)
     return engine, found
@@ -318,6 +344,19 @@ def test_a_packed_weight_goes_with_its_weight(packed):
     assert len(convolution._kept) == before + 1
     del tensors
     gc.collect()
+    assert len(convolution._kept) == before
+
+
+def test_a_weight_that_trains_is_packed_every_time(packed):
+    """Autograd holds it until the backward pass: so would it hold its packed form."""
+    engine, found = packed
+    dtype = DTYPES[engine][0]
+    before = len(convolution._kept)
+    weight, *vectors = parameters(dtype, 8, 3, 3, 16)
+    weight.requires_grad_()
+    for number in (1, 2):
+        run(engine, torch.randn(1, 5, 6, 16).to(dtype), weight, *vectors)
+        assert len(found) == number
     assert len(convolution._kept) == before
 
 

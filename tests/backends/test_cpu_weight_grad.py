@@ -8,6 +8,7 @@ from tests.backends.cpu_engines import DTYPES, engine_combinations, instruction_
 from tests.backends.test_cpu_backend import threads
 from tests.extension_cases import Tensors, require
 from tests.features import compared
+from vovnet_fast import backends, ops
 from vovnet_fast.backends import _aten, _extension, cpu, reference
 from vovnet_fast.backends.cpu import convolution, weight_grad
 from vovnet_fast.selfcheck import calls, cases
@@ -167,6 +168,52 @@ def test_expanded_gradients(engine):
         g = torch.randn(1, 1, 1, 9).to(x.dtype).expand(2, 6, 8, 9)
         packed = weight_grad.sums(engine, x, g.contiguous(), kernel)
         assert torch.equal(weight_grad.sums(engine, x, g, kernel), packed)
+
+
+LAYOUTS = {
+    "channels_last": lambda w: w.contiguous(),
+    "contiguous": lambda w: w.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+    "taps first": lambda w: w.permute(1, 2, 3, 0).contiguous().permute(3, 0, 1, 2),
+    "flipped taps": lambda w: w.permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3),
+    "part": lambda w: torch.cat([w, w], 3).split(w.shape[3], 3)[0],
+    "expanded": lambda w: w[:1].expand_as(w),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(("kernel", "c_in"), [(1, 37), (3, 3), (3, 70)])
+def test_gradients_lie_as_their_weights_do(engine, layout, kernel, c_in):
+    products, scale = torch.randn(19, kernel, kernel, c_in), torch.randn(19)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        weight = LAYOUTS[layout](torch.randn(products.shape, dtype=dtype))
+        before = weight.clone()
+        dweight, dscale = weight_grad._finish(engine, products, weight, scale)
+        assert torch.equal(weight, before)
+        assert torch.equal(dweight, products * scale.view(-1, 1, 1, 1))
+        if layout in ("part", "expanded"):
+            assert dweight.is_contiguous()
+        else:
+            assert dweight.stride() == weight.stride()
+        exact = (products.double() * weight.double()).sum((1, 2, 3))
+        torch.testing.assert_close(dscale.double(), exact, rtol=1e-6, atol=1e-5)
+
+
+def test_gradients_take_the_layout_of_the_weights_to_autograd(engine):
+    """No copy of them is made on their way into ``.grad``, whatever the layout is."""
+    dtype, near = DTYPES[engine][0], 1e-4 if engine == "fma" else 3e-2
+    for layout in (torch.contiguous_format, torch.channels_last):
+        conv = torch.nn.Conv2d(5, 7, 3, padding=1, bias=False).to(memory_format=layout)
+        scale, shift = torch.rand(7, requires_grad=True), torch.full((7,), 99.0)
+        params = ops.ConvParams(ops.conv.channels_last(conv.weight), scale, shift)
+        x = torch.randn(2, 5, 6, 9).to(dtype)
+        with backends.use_backend("cpu"):
+            ops.conv_bn_relu(x, params).sum().backward()
+        assert conv.weight.grad.stride() == conv.weight.stride()
+        expected = torch.autograd.grad(
+            (conv(x.float()) * scale.detach().view(-1, 1, 1)).sum(), conv.weight
+        )
+        scaled = expected[0].abs().max()
+        torch.testing.assert_close(conv.weight.grad, *expected, rtol=near, atol=near * scaled)
 
 
 def test_empty(engine):

@@ -473,9 +473,9 @@ def test_weights_that_are_written_to_while_they_are_packed_are_not_kept(monkeypa
     run(model, x)
     pack = convolution._pack
 
-    def written(engine, weight):
+    def written(engine, weight, **options):
         conv_of(model).weight.data.mul_(1.0001)
-        return pack(engine, weight)
+        return pack(engine, weight, **options)
 
     monkeypatch.setattr(convolution, "_pack", written)
     run(model, x)

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import threading
 
 import pytest
 import torch
@@ -134,6 +135,18 @@ def test_short_steps_are_measured_for_longer(monkeypatch):
         assert found == pytest.approx(times)
 
 
+def test_a_moment_of_speed_decides_nothing(monkeypatch):
+    monkeypatch.setattr(processor, "ROUNDS", 4)
+    now, turns = [0.0], {"a": 0, "b": 0}
+    monkeypatch.setattr(processor.time, "perf_counter", lambda: now[0])
+
+    def run(name):
+        turns[name] += 1
+        now[0] += {"a": 2.0, "b": 3.0}[name] / (4 if (name, turns[name]) == ("b", 3) else 1)
+
+    assert processor._measure(["a", "b"], run) == pytest.approx({"a": 2.0, "b": 3.0})
+
+
 def test_ops_on_small_maps_have_their_turn(monkeypatch, slow):
     """What is measured for a size is not what a constant says of it."""
     monkeypatch.setattr(decision, "CPU_PIXELS_TRAINING", 10**9)
@@ -237,6 +250,89 @@ def test_within_activation_checkpointing(monkeypatch, steps):
     gradient, x.grad = x.grad, None
     train(model, x)
     assert torch.equal(gradient, x.grad)
+
+
+def test_hooks_on_what_is_saved_see_the_step_alone(monkeypatch, steps, tmp_path):
+    """Those of an older torch as well, which does not say that there are some."""
+    model, x, seen, numbers = vovnet_fast.VoVNet(SPEC).train(), images(), [], []
+
+    def note(saved):
+        seen.append(saved.shape)
+        return saved
+
+    def step(*, trials):
+        tuning._table.cache_clear()
+        monkeypatch.setenv("VOVNET_FAST_CACHE", str(tmp_path / str(len(numbers))))
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+            features = model(x)
+        sum(feature.sum() for feature in features).backward()
+        numbers.append(len(seen))
+        seen.clear()
+        assert bool(steps) == trials
+        steps.clear()
+
+    monkeypatch.setattr(ways, "CANDIDATES", (ways.MIXED,))
+    step(trials=True)
+    top = "_top_saved_tensors_default_hooks"
+    monkeypatch.delattr(torch._C._autograd, top, raising=False)
+    step(trials=True)
+    monkeypatch.setenv("VOVNET_FAST_TUNE", "0")
+    step(trials=False)
+    assert numbers[0] == numbers[1] == numbers[2] > 0
+
+
+def test_where_there_must_be_no_such_hooks(steps):
+    model = vovnet_fast.VoVNet(SPEC).train()
+    with torch.autograd.graph.disable_saved_tensors_hooks("none here"):
+        train(model, images())
+    assert set(steps) == {*ways.CANDIDATES}
+
+
+def test_function_modes_see_the_step_alone(monkeypatch, steps):
+    class Seen(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            names.append(function)
+            return function(*args, **(kwargs or {}))
+
+    monkeypatch.setattr(ways, "CANDIDATES", (ways.MIXED,))
+    model, names, numbers = vovnet_fast.VoVNet(SPEC).train(), [], []
+    for _ in range(2):
+        with Seen():
+            model(images())
+        numbers.append(names.count(torch.nn.functional.batch_norm))
+        names.clear()
+    assert steps
+    assert numbers[0] == numbers[1]
+
+
+def test_it_is_tried_where_it_will_run(steps, monkeypatch):
+    """In this thread: beside a second set of OpenMP threads the order is another one."""
+    threads = []
+    monkeypatch.setattr(ways, "run", lambda *args: threads.append(threading.get_ident()) or [])
+    monkeypatch.setattr(torch.autograd, "backward", lambda *args: None)
+    ways.choose(vovnet_fast.VoVNet(SPEC).train(), images())
+    assert set(threads) == {threading.get_ident()}
+
+
+def test_weights_are_cast_in_every_trial(monkeypatch, steps):
+    """As they are in every step, although the caller's autocast is still open."""
+    model = vovnet_fast.VoVNet(SPEC).train()
+    monkeypatch.setattr(ways, "CANDIDATES", (ways.MODULES,))
+    casts = []
+    run = ways.run
+
+    def count(network, x, way):
+        with torch.profiler.profile() as profile:
+            found = run(network, x, way)
+        casts.append(sum(event.name == "aten::_to_copy" for event in profile.events()))
+        return found
+
+    monkeypatch.setattr(ways, "run", count)
+    with torch.autocast("cpu", torch.bfloat16):
+        ways.choose(model, images())
+    assert len(casts) == 1 + processor.ROUNDS
+    assert len(set(casts)) == 1
+    assert casts[0] > 0
 
 
 def test_under_autocast(steps):

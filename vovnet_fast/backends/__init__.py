@@ -34,9 +34,10 @@ Forward:
 
 ``conv(x, weight, scale, shift, out, *, stride, relu, pool)``
     out = relu(conv(x, weight) * scale + shift), padded by K // 2. ``weight`` is
-    ``[C_out, K, K, C_in]`` in the dtype of ``x``; ``scale`` and ``shift`` are
-    ``[C_out]``. With ``pool`` it returns partial sums of the output, ``[N, T, C_out]``,
-    whose sum over T is the sum over the pixels.
+    ``[C_out, K, K, C_in]``, contiguous in the dtype of ``x``, or in any dtype and with any strides
+    where the backend says ``WEIGHTS_AS_THEY_ARE``; ``scale`` and ``shift`` are ``[C_out]``. With
+    ``pool`` it returns partial sums of the output, ``[N, T, C_out]``, whose sum over T is the sum
+    over the pixels.
 ``conv_statistics(x, weight, out, *, stride)``
     out = conv(x, weight). Returns partial statistics of the output, ``[R, 3, C_out]``: of
     each of R parts of the pixels their count, their sum, and the sum of their squared
@@ -63,11 +64,12 @@ be ``out`` itself; ``mask`` (or None) holds activations that belong to the last 
 they are not positive, the sum becomes zero. NaN lets gradients through.
 
 ``conv_input_grad(g, weight, scale, out, *, stride, add, mask)``
-    out = mask(transposed conv(g * scale, weight) + add). ``weight`` is of any dtype; ``scale``
-    may be None.
+    out = mask(transposed conv(g * scale, weight) + add). ``weight`` is of any dtype, contiguous or
+    as above; ``scale`` may be None.
 ``conv_weight_grad(x, g, weight, scale, *, stride)``
     gradients of ``conv``'s weight, scale and shift, where ``g`` is that of its output before the
-    ReLU. Without ``scale`` that of the weight is as if it were one, and its own is None.
+    ReLU. Without ``scale`` that of the weight is as if it were one, and its own is None. ``weight``
+    is as there.
 ``depthwise_input_grad(g, weight, out, *, stride, add, mask)``
     out = mask(transposed depthwise(g, weight) + add).
 ``depthwise_weight_grad(x, g, *, stride)``

@@ -114,7 +114,7 @@ def _measured_size(x: Tensor) -> tuple[int, int, int, int]:
 
 def _trial(network: VoVNet, x: Tensor) -> Callable[[str], None]:
     """Runs a step of a twin of the network, which leaves no trace: gradients and statistics are the
-    twin's, weights are shared. Autocast is this thread's: it is told here."""
+    twin's, weights are shared. Where weights are cast by autocast, they are in every step."""
     n, _, height, width = _measured_size(x)
     image = x.detach()[:n, :, :height, :width].clone(memory_format=torch.preserve_format)
     image.requires_grad_(x.requires_grad)
@@ -124,16 +124,16 @@ def _trial(network: VoVNet, x: Tensor) -> Callable[[str], None]:
     shared.update((id(b), b.detach().clone()) for b in network.buffers())
     twin = copy.deepcopy(network, shared)
 
+    dtype = compat.autocast_dtype("cpu")
+    autocast = functools.partial(torch.autocast, "cpu", dtype or torch.bfloat16)
+
     def step(way: str) -> None:
-        features = [f for f in run(twin, image, way) if f.requires_grad]
-        torch.autograd.backward(features, [torch.ones_like(f) for f in features])
+        with compat.unseen_by_hooks(), torch._C.DisableTorchFunction():
+            with autocast(enabled=dtype is not None, cache_enabled=False):
+                features = [f for f in run(twin, image, way) if f.requires_grad]
+            with autocast(enabled=False):
+                torch.autograd.backward(features, [torch.ones_like(f) for f in features])
         twin.zero_grad(set_to_none=True)
         image.grad = None
 
-    dtype = compat.autocast_dtype("cpu")
-
-    def cast(way: str) -> None:
-        with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-            step(way)
-
-    return cast
+    return step

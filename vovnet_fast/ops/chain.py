@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import backends
 from .._dtypes import accumulator
 from ..compat import zip
-from . import _checks, _library, conv, rooms
+from . import _checks, _library, conv, gradients, rooms
 from ._checks import nchw, nhwc
 from .conv import ConvGrads, ConvParams, Kept, Kinds
 from .memory import Memory
@@ -225,7 +225,7 @@ def _conv_chain_backward(
     wanted = conv.wanted(needs[1:], strides)
     dx, grads = _backward(x, layers, outs, norms, raws, list(douts), needs[0], wanted, choice)
     tensors = [*weights, *scales, *shifts, *depthwise]
-    found = [dx, *conv.flatten_grads(grads, tensors, strides)]
+    found = [dx, *gradients.flatten(grads, tensors, strides)]
     return [g for g, need in zip(found, needs, strict=True) if need and g is not None]
 
 
@@ -247,7 +247,7 @@ def _(
     needs,
 ):
     tensors = [*weights, *scales, *shifts, *depthwise]
-    grads = [t.new_empty(t.shape) for t, need in zip(tensors, needs[1:], strict=True) if need]
+    grads = [gradients.new(t) for t, need in zip(tensors, needs[1:], strict=True) if need]
     return [nchw(x.new_empty(nhwc(x).shape)), *grads] if needs[0] else grads
 
 

@@ -181,7 +181,11 @@ def run(
     pool: bool = False,
 ) -> Kept:
     """Run a layer on ``[N, H, W, C]`` views; see :mod:`vovnet_fast.backends`."""
-    weight, scale, shift, stride, depthwise, eps, group = pack(params, x.dtype)
+    if not _as_they_are(backend):
+        params = pack(params, x.dtype)
+    elif params.depthwise is not None:
+        params = params._replace(depthwise=params.depthwise.to(x.dtype).contiguous())
+    weight, scale, shift, stride, depthwise, eps, group = params
     if depthwise is not None:
         x, stride = _spatial(backend, x, depthwise, stride, out, memory), 1
     if eps is None:
@@ -190,6 +194,11 @@ def run(
     partials = backend.conv_statistics(x, weight, raw, stride=stride)
     norm = batch_norm.statistics(backend, partials, scale, shift, eps, group)
     return Kept(backend.normalize(raw, norm[SCALE], norm[SHIFT], out, pool=pool), raw, norm)
+
+
+def _as_they_are(backend: ModuleType) -> bool:
+    """Whether a backend takes weights of any dtype and strides."""
+    return getattr(backend, "WEIGHTS_AS_THEY_ARE", False)
 
 
 def run_again(backend: ModuleType, kept: Kept, out: Tensor) -> None:
@@ -247,7 +256,8 @@ def run_backward(
     Returns:
         the parameters' gradients, or None if they are not wanted.
     """
-    weight, stride = params.weight.contiguous(), params.stride
+    packed = not _as_they_are(backend)
+    weight, stride = params.weight.contiguous() if packed else params.weight, params.stride
     scale: Tensor | None = params.scale
     dscale: Tensor | None
     if params.eps is not None:
@@ -270,10 +280,9 @@ def run_backward(
         grads = ConvGrads(dw, dscale, dshift)
     if depthwise is None:
         if dx is not None:
-            first = x.shape[3] - dx.shape[3]
-            backend.conv_input_grad(
-                g, weight[..., first:].contiguous(), scale, dx, stride=stride, add=add, mask=mask
-            )
+            some = weight[..., x.shape[3] - dx.shape[3] :]
+            some = some.contiguous() if packed else some
+            backend.conv_input_grad(g, some, scale, dx, stride=stride, add=add, mask=mask)
         return grads
     if dx is not None or wanted:
         backend.conv_input_grad(g, weight, scale, spatial, stride=1)  # In place of its input.
@@ -382,19 +391,3 @@ def wanted(needs: Sequence[bool], strides: list[int]) -> list[bool]:
     for i, need in zip([i for i in range(n) if strides[i] < 0], needs[3 * n :], strict=True):
         found[i] = found[i] or need
     return found
-
-
-def flatten_grads(
-    grads: Sequence[ConvGrads | None], tensors: Sequence[Tensor], strides: list[int]
-) -> list[Tensor | None]:
-    """Gradients in the order of :func:`flatten`, each in the dtype of its tensor."""
-    found: list[Tensor | None] = []
-    for name in ("weight", "scale", "shift"):
-        found += [None if g is None else getattr(g, name) for g in grads]
-    found += [
-        None if g is None else g.depthwise for g, s in zip(grads, strides, strict=True) if s < 0
-    ]
-    return [
-        None if g is None else g.to(t.dtype).contiguous()
-        for g, t in zip(found, tensors, strict=True)
-    ]

@@ -20,7 +20,8 @@ from .tables import Choice
 
 ROUNDS, MOST_ROUNDS, SECONDS = 2, 8, 1.0
 """In which each candidate has its turn, beside one that warms it up: more of them, up to so many,
-while so much time has not passed. The least time counts."""
+while so much time has not passed. The median of the turns counts: a virtual machine's processor is
+a third faster for moments, and the least time would be that of who met one."""
 
 _log = logging.getLogger("vovnet_fast.tuning")
 
@@ -40,9 +41,12 @@ def choose(
         candidates: names of the ways; of two that are equally fast the first is taken.
         static: the one to take where nothing is known and nothing may be measured.
         prepare: called once before anything is timed, returns what runs one of them, in a thread
-            of its own: hooks on what autograd saves, as activation checkpointing has them, and
-            modes are the caller's. Context variables, as the backend that was chosen, are there.
-        steps: each runs a training step, so that it takes long, which is said.
+            of its own: modes are the caller's. Context variables, as the backend that was chosen,
+            are there.
+        steps: each runs a training step, so that it takes long, which is said. They run in the
+            caller's thread, and it is theirs to be seen by nobody there: beside a second set of
+            OpenMP threads, with a heap that is new, steps took twice as long, and their order was
+            another one.
 
     Returns:
         a name out of ``candidates``, or ``static``.
@@ -62,10 +66,7 @@ def choose(
     except Exception as error:  # What cannot be tried can still be run.
         _log.warning("not measured, and %s is taken: %s (%s)", static, error, problem)
         return static
-    # One thread for all: each has OpenMP threads to start.
-    with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        context = contextvars.copy_context()
-        times = executor.submit(context.run, _measure, candidates, run).result()
+    times = _measure(candidates, run) if steps else _measure_apart(candidates, run)
     if not times:
         return static
     best = min(times, key=lambda name: times[name])
@@ -87,9 +88,16 @@ def _announce(candidates: int) -> None:
     )
 
 
+def _measure_apart(candidates: Sequence[str], run: Callable[[str], None]) -> dict[str, float]:
+    """:func:`_measure` in one thread for all: each has OpenMP threads to start."""
+    with concurrent.futures.ThreadPoolExecutor(1) as executor:
+        context = contextvars.copy_context()
+        return executor.submit(context.run, _measure, candidates, run).result()
+
+
 def _measure(candidates: Sequence[str], run: Callable[[str], None]) -> dict[str, float]:
-    """Least seconds by candidate, of those that run, in turn: what else runs here meets all."""
-    times: dict[str, float] = {}
+    """Median seconds by candidate, of those that run, in turn: what else runs here meets all."""
+    times: dict[str, list[float]] = {name: [] for name in candidates}
     refused: dict[str, Exception] = {}
     started = time.perf_counter()
     for number in range(MOST_ROUNDS + 1):
@@ -105,11 +113,16 @@ def _measure(candidates: Sequence[str], run: Callable[[str], None]) -> dict[str,
                 refused[name] = error
                 times.pop(name, None)
                 continue
-            seconds = time.perf_counter() - begin
-            times[name] = seconds if number < 2 else min(times[name], seconds)
+            if number > 0:
+                times[name].append(time.perf_counter() - begin)
     for name, reason in refused.items() if times else ():  # The caller meets what all refuse.
         _log.warning("candidate %s does not run and is left out: %s", name, reason)
-    return times
+    return {name: _median(turns) for name, turns in times.items() if turns}
+
+
+def _median(turns: Sequence[float]) -> float:
+    ordered, half = sorted(turns), len(turns) // 2
+    return (ordered[half] + ordered[~half]) / 2
 
 
 @functools.cache

@@ -38,6 +38,8 @@ def sources(function: str) -> tuple[str, ...]:
     return ("backends.cpu.__init__", *own, *_extension.SOURCES)
 
 
+WEIGHTS_AS_THEY_ARE = True
+
 conv = convolution.conv
 conv_statistics = convolution.conv_statistics
 conv_input_grad = convolution.conv_input_grad

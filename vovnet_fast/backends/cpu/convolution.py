@@ -139,6 +139,7 @@ def conv(
     engine = choose_engine(x.dtype)
     if out.numel() == 0 or engine == ATEN:
         options: dict[str, Any] = dict(stride=stride, relu=relu, pool=pool)
+        weight = weight.to(x.dtype).contiguous()
         return _extension.CPU.conv(x, weight, scale, shift, out, **options)
     if not pool:
         engine = winograd.choose(x, weight, stride, _winograd_trial, engine)
@@ -149,8 +150,10 @@ def conv_statistics(x: Tensor, weight: Tensor, out: Tensor, *, stride: int = 1) 
     """See :mod:`vovnet_fast.backends`."""
     engine = choose_engine(x.dtype)
     if out.numel() == 0 or engine == ATEN:
+        weight = weight.to(x.dtype).contiguous()
         return _extension.CPU.conv_statistics(x, weight, out, stride=stride)
-    _launch(engine, x, _pack(engine, weight), out, weight.shape[1], stride=stride)
+    form = _pack(engine, weight, dtype=x.dtype)
+    _launch(engine, x, form, out, weight.shape[1], stride=stride)
     n, tiles, c_out = out.shape[0], _extension.CPU.tiles(out), out.shape[3]
     partials = out.new_empty(n, tiles, 3, c_out, dtype=torch.float32)
     _extension.CPU.epilogue(out, None, None, out, relu=False, statistics=partials)
@@ -194,7 +197,7 @@ def run_engine(
     if pool:
         sizes = out_height, out_width, x.shape[3], c_out, weight.shape[1], stride
         partials = scale.new_empty(n, _extension.load("cpu").conv_parts(engine, *sizes), c_out)
-    tiles = kept_tiles(engine, weight, _pack)  # Held here: it may be kept by nobody else.
+    tiles = _tiles(engine, weight, x.dtype)  # Held here: it may be kept by nobody else.
     _launch(
         engine, x, tiles, out, weight.shape[1], stride=stride, relu=relu,
         scale=packed("scale", scale, torch.float32, c_out),
@@ -279,8 +282,19 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
 
 
+def _tiles(engine: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The packed form of a weight for activations of a dtype.
+
+    It is kept of those that are as activations are, where frozen networks have theirs; not of one
+    that trains, which autograd holds until the backward pass, and that would hold it as well.
+    """
+    if weight.requires_grad or weight.dtype != dtype or not weight.is_contiguous():
+        return _pack(engine, weight, dtype=dtype)
+    return kept_tiles(engine, weight, _pack)
+
+
 def kept_tiles(engine: str, weight: Tensor, pack: Callable[[str, Tensor], Tensor]) -> Tensor:
-    """The packed form of a weight, packed again where the weight has changed since."""
+    """What a weight was packed to, packed again where it has changed since."""
     if weight.is_inference():  # It does not count what is written to it.
         return pack(engine, weight)
     with _lock:

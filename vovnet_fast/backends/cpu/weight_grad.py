@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .. import _extension
-from .._extension.fields import DTYPES, pointer, view
+from .._extension.fields import DTYPES, packed, pointer, view, weight_strides
 from . import convolution
 
 
@@ -42,12 +42,38 @@ def conv_weight_grad(
     """See :mod:`vovnet_fast.backends`."""
     kernel, engine = weight.shape[1], choose_engine(x.dtype)
     if g.numel() == 0 or engine == convolution.ATEN:
-        return _extension.CPU.conv_weight_grad(x, g, weight, scale, stride=stride)
+        return _extension.CPU.conv_weight_grad(x, g, weight.contiguous(), scale, stride=stride)
     products = sums(engine, x, g, kernel, stride=stride)
     shift = _extension.CPU.channel_sums(g)
     if scale is None:
         return products, None, shift
-    return *_extension.CPU.pack_backward(products, weight, scale), shift
+    return *_finish(engine, products, weight, scale), shift
+
+
+def _finish(engine: str, products: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and scale, from that of their product.
+
+    Args:
+        engine: by name.
+        products: ``[C_out, K, K, C_in]``, fp32, contiguous.
+        weight: of this shape, any floating dtype, any strides: the gradient has the same ones, as
+            long as there is no gap between its numbers and no two are one.
+        scale: ``[C_out]``, fp32.
+    """
+    dweight, dscale = torch.empty_like(weight, dtype=torch.float32), torch.empty_like(scale)
+    if dweight.stride() != weight.stride():
+        weight, dweight = weight.contiguous(), torch.empty_like(products)
+    _extension.load("cpu").conv_weight_grad_finish(
+        torch.get_num_threads(),
+        engine,
+        products=packed("products", products, torch.float32, *weight.shape),
+        weight=(pointer("weight", weight), DTYPES[weight.dtype]),
+        scale=packed("scale", scale, torch.float32, weight.shape[0]),
+        dweight=pointer("dweight", dweight),
+        dscale=pointer("dscale", dscale),
+        **weight_strides(weight),
+    )
+    return dweight, dscale
 
 
 def sums(engine: str, x: Tensor, g: Tensor, kernel: int, *, stride: int = 1) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..._dtypes import accumulator
 from ...compat import zip
 from ...specs import Gate
-from .. import _checks, _library, conv, rooms
+from .. import _checks, _library, conv, gradients, rooms
 from .._checks import nchw, nhwc
 from ..conv import ConvParams
 from ..ese import Gates
@@ -109,7 +109,7 @@ def _osa_block_backward(
     grads = backward(x, params, keep, choice, norms, saved, dout, needs[0], wanted)
     dx = None if grads.x is None else nchw(grads.x)
     dfcs = [g.to(t.dtype) for g, t in zip(grads.fcs, fcs, strict=True)]
-    found = [dx, *conv.flatten_grads(grads.convs, tensors, strides), *dfcs]
+    found = [dx, *gradients.flatten(grads.convs, tensors, strides), *dfcs]
     return [g for g, need in zip(found, needs, strict=True) if need and g is not None]
 
 
@@ -119,7 +119,7 @@ def _(
     identity, keep, choice, norms, saved, dout, needs,
 ):  # fmt: skip
     tensors = [*weights, *scales, *shifts, *depthwise, *fcs]
-    grads = [t.new_empty(t.shape) for t, need in zip(tensors, needs[1:], strict=True) if need]
+    grads = [gradients.new(t) for t, need in zip(tensors, needs[1:], strict=True) if need]
     return [nchw(x.new_empty(nhwc(x).shape)), *grads] if needs[0] else grads
 
 
