@@ -58,8 +58,8 @@ def advise(tensor: Tensor) -> Tensor:
 def aligned(size: int) -> Tensor:
     """New memory of ``size`` bytes, uint8, that begins with a huge page if it could fill one."""
     if size < HUGE or _madvise() is None:
-        return torch.empty(size, dtype=torch.uint8)
-    whole = advise(torch.empty(size + HUGE, dtype=torch.uint8))
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
+    whole = advise(torch.empty(size + HUGE, dtype=torch.uint8, device="cpu"))
     first = -whole.data_ptr() % HUGE
     return whole[first : first + size]
 
