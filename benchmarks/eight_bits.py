@@ -1,7 +1,8 @@
 """Networks in int8 on a CPU, ours and those of others: ``python -m benchmarks.eight_bits``.
 
-All are calibrated on the same images and run in turn, round after round; ratios are of the times
-of one round. Accuracy is the least signal-to-noise ratio of a feature against PyTorch in fp64, in
+All are calibrated on the same images and run in turn, round after round, each after a call of its
+own that does not count: threads of the one before may still spin. Ratios are of the times of one
+round. Accuracy is the least signal-to-noise ratio of a feature against PyTorch in fp64, in
 dB, on images that nobody was calibrated on. ``--out results`` writes ``results.json``, with
 versions, processor and commit, and ``results.md``.
 """
@@ -97,7 +98,7 @@ def measure(spec: str, size: int, rounds: int, names: Sequence[str]) -> list[Row
             bar.advance(building)
         running = bar.add_task(f"running, {spec}, {size}", total=len(works) * (rounds + 2))
         times = interleaved(
-            works, rounds, watch=Stopwatch(CPU), each=lambda _: bar.advance(running)
+            works, rounds, watch=Stopwatch(CPU), cold=False, each=lambda _: bar.advance(running)
         )
     ours = times[_key(PEERS[0])] if _key(PEERS[0]) in times else next(iter(times.values()))
     for row in rows:
