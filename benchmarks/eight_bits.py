@@ -104,7 +104,9 @@ def measure(spec: str, size: int, rounds: int, names: Sequence[str]) -> list[Row
     for row in rows:
         seconds = times.get(f"{row['peer']}, {row['precision']}")
         if seconds is not None:
-            row.update(**spread(seconds, "ms"), **ratio_interval(seconds, ours).fields())
+            ratio = ratio_interval(seconds, ours).fields()
+            ratio["ratio_to_ours"] = ratio.pop("ratio_to_eager")
+            row.update(**spread(seconds, "ms"), **ratio)
     return rows
 
 
@@ -134,7 +136,7 @@ def _table(spec: str, size: int, rows: Sequence[Row]) -> Iterator[str]:
         if "missing" in row:
             yield f"{about}{row['missing']} | | | |"
             continue
-        ratio = Interval.of(row).text()
+        ratio = Interval.of({**row, "ratio_to_eager": row["ratio_to_ours"]}).text()
         yield (
             f"{about}{row['settings']} | {ratio} | {row['ms']:.1f} | {row['least_sqnr_db']:.1f} |"
         )
