@@ -87,3 +87,17 @@ def test_ratios_of_what_is_not_frozen(path):
 def test_what_is_linked_is_there():
     for target in re.findall(r"\]\(([^)#:]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_times_in_eight_bits():
+    """Every cell is the time of a peer over ours as measured, with its signal-to-noise ratio."""
+    found = newest("eight-bits.json")
+    assert found["provenance"]["dirty"] is False
+    assert f"at commit {found['provenance']['commit'][:8]}" in README
+    rows: dict = {}
+    for row in found["rows"]:
+        if "missing" not in row:
+            rows.setdefault((row["peer"], row["precision"]), []).append(row)
+    for (peer, precision), cells in rows.items():
+        written = [f"{row['ratio_to_ours']:.2f}, {row['least_sqnr_db']:.1f} dB" for row in cells]
+        assert f"| {peer}, {precision} | {' | '.join(written)} |" in README
