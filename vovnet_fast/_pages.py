@@ -24,7 +24,9 @@ HUGE = 2 << 20
 _LEAST = 2 * HUGE
 """Bytes of a tensor that is sure to have a whole huge page in it, and mostly has."""
 
-_SLAB = 8 * HUGE
+_SLAB = 2 * HUGE
+"""Bytes of the memory that small tensors share: the last of them keeps all of it."""
+
 _ALIGNMENT = 64
 _MADV_HUGEPAGE = 14
 

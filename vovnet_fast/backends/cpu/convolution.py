@@ -290,7 +290,7 @@ def _tiles(engine: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if weight.requires_grad or weight.dtype != dtype or not weight.is_contiguous():
         return _pack(engine, weight, dtype=dtype)
-    return kept_tiles(engine, weight, _pack)
+    return kept_tiles(engine, weight, _pack_to_keep)
 
 
 def kept_tiles(engine: str, weight: Tensor, pack: Callable[[str, Tensor], Tensor]) -> Tensor:
@@ -325,7 +325,7 @@ def stand_in(weight: Tensor) -> Tensor:
         return weight
     with torch.inference_mode(False):
         alone = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-    packed_form = _Packed(engine, alone.data_ptr(), alone._version, _pack(engine, weight))
+    packed_form = _Packed(engine, alone.data_ptr(), alone._version, _pack_to_keep(engine, weight))
     with _lock:
         _kept[alone] = {engine: packed_form}
     return alone
@@ -338,6 +338,10 @@ def forget(weights: Iterable[Tensor]) -> None:
             _kept.pop(weight, None)
 
 
+def _memory(size: int) -> Tensor:
+    return torch.empty(size, dtype=torch.uint8, device="cpu")
+
+
 def _pack(
     engine: str,
     weight: Tensor,
@@ -345,6 +349,7 @@ def _pack(
     *,
     dtype: torch.dtype | None = None,
     transposed: bool = False,
+    memory: Callable[[int], Tensor] = _memory,
 ) -> Tensor:
     """``weight * scale``, rounded once, as an engine takes it.
 
@@ -354,6 +359,7 @@ def _pack(
         scale: ``[C_out]``, any floating dtype, or None for one.
         dtype: of activations, to which it is rounded; that of ``weight`` by default.
         transposed: for the gradient of the input of the convolution that has this weight.
+        memory: where it goes, by its bytes.
     """
     c_out, kernel, _, c_in = weight.shape
     cpu = _extension.load("cpu")
@@ -366,7 +372,7 @@ def _pack(
         size = cpu.conv_winograd_pack_bytes(side, outputs, inputs)
         pack = functools.partial(cpu.conv_winograd_pack, torch.get_num_threads(), side)
     with torch.inference_mode(False):
-        tiles = pages.together(size)
+        tiles = memory(size)
     pack(
         weight=(pointer("weight", weight), DTYPES[weight.dtype]),
         scale=array("scale", scale, c_out),
@@ -376,3 +382,8 @@ def _pack(
         **weight_strides(weight),
     )
     return tiles
+
+
+def _pack_to_keep(engine: str, weight: Tensor) -> Tensor:
+    """The same where it will lie beside others, none of which goes much earlier."""
+    return _pack(engine, weight, memory=pages.together)
