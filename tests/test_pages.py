@@ -67,3 +67,10 @@ def test_advice_leaves_what_is_there():
     assert pages.advise(x) is x
     assert torch.equal(x, torch.arange(MANY, dtype=torch.float32))
     pages.advise(torch.empty(MANY, device="meta"))
+
+
+def test_what_is_kept_is_a_copy():
+    for x in (torch.randn(3, 5, 7), torch.randint(-9, 9, (40, 40), dtype=torch.int16)):
+        found = pages.kept(x)
+        assert torch.equal(found, x)
+        assert found.data_ptr() != x.data_ptr()

@@ -290,7 +290,7 @@ def _tiles(engine: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """
     if weight.requires_grad or weight.dtype != dtype or not weight.is_contiguous():
         return _pack(engine, weight, dtype=dtype)
-    return kept_tiles(engine, weight, _pack_to_keep)
+    return kept_tiles(engine, weight, _pack)
 
 
 def kept_tiles(engine: str, weight: Tensor, pack: Callable[[str, Tensor], Tensor]) -> Tensor:
@@ -308,7 +308,7 @@ def kept_tiles(engine: str, weight: Tensor, pack: Callable[[str, Tensor], Tensor
                 "not what it is now: call refresh() of the frozen network after such writes"
             )
     elif found is None or found[:3] != now:
-        found = _Packed(*now, pack(engine, weight))
+        found = _Packed(*now, pages.kept(pack(engine, weight)))
         with _lock:
             _kept.setdefault(weight, {})[engine] = found
     return found.tiles
@@ -325,7 +325,9 @@ def stand_in(weight: Tensor) -> Tensor:
         return weight
     with torch.inference_mode(False):
         alone = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-    packed_form = _Packed(engine, alone.data_ptr(), alone._version, _pack_to_keep(engine, weight))
+    packed_form = _Packed(
+        engine, alone.data_ptr(), alone._version, pages.kept(_pack(engine, weight))
+    )
     with _lock:
         _kept[alone] = {engine: packed_form}
     return alone
@@ -338,10 +340,6 @@ def forget(weights: Iterable[Tensor]) -> None:
             _kept.pop(weight, None)
 
 
-def _memory(size: int) -> Tensor:
-    return torch.empty(size, dtype=torch.uint8, device="cpu")
-
-
 def _pack(
     engine: str,
     weight: Tensor,
@@ -349,7 +347,6 @@ def _pack(
     *,
     dtype: torch.dtype | None = None,
     transposed: bool = False,
-    memory: Callable[[int], Tensor] = _memory,
 ) -> Tensor:
     """``weight * scale``, rounded once, as an engine takes it.
 
@@ -359,7 +356,6 @@ def _pack(
         scale: ``[C_out]``, any floating dtype, or None for one.
         dtype: of activations, to which it is rounded; that of ``weight`` by default.
         transposed: for the gradient of the input of the convolution that has this weight.
-        memory: where it goes, by its bytes.
     """
     c_out, kernel, _, c_in = weight.shape
     cpu = _extension.load("cpu")
@@ -372,7 +368,7 @@ def _pack(
         size = cpu.conv_winograd_pack_bytes(side, outputs, inputs)
         pack = functools.partial(cpu.conv_winograd_pack, torch.get_num_threads(), side)
     with torch.inference_mode(False):
-        tiles = memory(size)
+        tiles = torch.empty(size, dtype=torch.uint8, device="cpu")
     pack(
         weight=(pointer("weight", weight), DTYPES[weight.dtype]),
         scale=array("scale", scale, c_out),
@@ -382,8 +378,3 @@ def _pack(
         **weight_strides(weight),
     )
     return tiles
-
-
-def _pack_to_keep(engine: str, weight: Tensor) -> Tensor:
-    """The same where it will lie beside others, none of which goes much earlier."""
-    return _pack(engine, weight, memory=pages.together)

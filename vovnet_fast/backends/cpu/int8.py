@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _pages as pages
 from ...arithmetic.int8 import (
     ACTIVATION,
     LARGEST,
@@ -166,7 +165,7 @@ def gates(sums: Tensor, num_pixels: int, layer: QuantizedGate) -> Tensor:
     mean = sums.new_empty(n, c, dtype=torch.int16)
     out = sums.new_empty(n, c)
     most = int(layer.most) if layer.table is None else TABLE - 1
-    weight = convolution.kept_tiles("gates", layer.weight, _moved)
+    weight = convolution.kept_tiles("gates", layer.weight, _as_it_is)
     _extension.load("cpu").int8_gates(
         torch.get_num_threads(),
         partials=packed("sums", sums, torch.int32, n, tiles, c),
@@ -216,7 +215,8 @@ def _pack(engine: str, weight: Tensor) -> Tensor:
     c_out, kernel, _, c_in = weight.shape
     cpu = _extension.load("cpu")
     with torch.inference_mode(False):
-        tiles = pages.together(cpu.int8_conv_pack_bytes(engine, c_out, kernel, c_in))
+        size = cpu.int8_conv_pack_bytes(engine, c_out, kernel, c_in)
+        tiles = torch.empty(size, dtype=torch.uint8, device="cpu")
     cpu.int8_conv_pack(
         torch.get_num_threads(),
         engine,
@@ -230,11 +230,9 @@ def _pack(engine: str, weight: Tensor) -> Tensor:
     return tiles
 
 
-def _moved(_: str, weight: Tensor) -> Tensor:
-    """The weight itself, but side by side with packed ones."""
-    with torch.inference_mode(False):
-        memory = pages.together(weight.numel() * weight.itemsize)
-    return memory.view(weight.dtype).view(weight.shape).copy_(weight)
+def _as_it_is(_: str, weight: Tensor) -> Tensor:
+    """The weight itself, which is kept side by side with packed ones."""
+    return weight
 
 
 def _bytes(**views: Tensor | None) -> dict[str, Any]:
