@@ -8,6 +8,8 @@ e4m3. What is beyond 448 becomes 448.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -26,8 +28,20 @@ ACTIVATION = getattr(torch, "float8_e4m3fn", None)
 def why_not() -> str | None:
     """Why this torch cannot emulate fp8, or None."""
     if ACTIVATION is None:
-        return f"torch {torch.__version__} has no float8_e4m3fn: install torch 2.1 or newer"
+        return f"torch {torch.__version__} has no float8_e4m3fn: install a newer one"
+    if not _concatenates(ACTIVATION):
+        return f"torch {torch.__version__} concatenates no float8_e4m3fn: install a newer one"
     return None
+
+
+@functools.cache
+def _concatenates(dtype: torch.dtype) -> bool:
+    """torch 2.1 does not."""
+    try:
+        torch.cat([torch.zeros(1, device="cpu").to(dtype)] * 2)
+    except RuntimeError:
+        return False
+    return True
 
 
 def image_dtype(wide: bool) -> torch.dtype:

@@ -70,7 +70,7 @@ class _Run:
     def __init__(self, ops: ModuleType, network: QuantizedNetwork, memory: Memory) -> None:
         self._ops, self._network, self._memory = ops, network, memory
         self._found: list[Tensor] = []
-        self._like = torch.empty(0)  # Whose dtype and device new activations have.
+        self._like: Tensor  # Whose dtype and device new activations have.
 
     def features(self, x: Tensor) -> list[Tensor]:
         network, ops = self._network, self._ops
@@ -132,7 +132,8 @@ class _Run:
         """Room for a quantised image, whose numbers may be wider than a byte."""
         dtype, (n, h, w, c) = self._ops.image_dtype(self._network.wide_stem), x.shape
         room = self._memory.scratch("image", self._like, n, h, w, c * dtype.itemsize)
-        return room.view(dtype)
+        with torch.inference_mode(room.is_inference()):  # Elsewhere torch 2.1 makes no such view.
+            return room.view(dtype)
 
     def _pools(self, plan: BlockPlan) -> bool:
         """Whether a pool comes before a block."""
