@@ -66,9 +66,9 @@ def test_against_fp64(engine):
             assert wrong is None, f"{case.words}, {layout}: {wrong}"
 
 
-@pytest.mark.parametrize("channels", [64, 192])
-def test_errors_are_not_those_of_the_usual_points(engine, channels):
-    """By mean squares: half as large with tiles of 4, and less than PyTorch's with those of 2."""
+@pytest.mark.parametrize("channels", [80, 192])
+def test_errors_are_at_most_twice_those_of_pytorch(engine, channels):
+    """By mean squares, of the fewest channels too; with tiles of 2 they are less than PyTorch's."""
     x = torch.randn(1, 24, 24, channels).relu()
     weight, scale, shift = parameters(torch.float32, channels, 3, 3, channels)
     found, _ = run(engine, x, weight, scale, shift, relu=False)
@@ -76,7 +76,7 @@ def test_errors_are_not_those_of_the_usual_points(engine, channels):
     reference.conv(x, weight, scale, shift, eager, relu=False)
     reference.conv(*(t.double() for t in (x, weight, scale, shift)), exact, relu=False)
     error, eager_error = ((t.double() - exact).square().mean().sqrt() for t in (found, eager))
-    assert error < eager_error * (1 if engine == "winograd2" else 2.5)
+    assert error < eager_error * (1 if engine == "winograd2" else 2)
     assert error > 0
 
 
@@ -169,7 +169,7 @@ def chosen(monkeypatch, tmp_path):
         cached.cache_clear()
 
 
-def layer(pixels, *, lasts=True, kernel=3, stride=1, channels=32, dtype=torch.float32, pool=False):
+def layer(pixels, *, lasts=True, kernel=3, stride=1, channels=96, dtype=torch.float32, pool=False):
     """Run one as the backend does."""
     x = torch.randn(1, 1, pixels, channels).to(dtype)
     tensors = parameters(dtype, channels, kernel, kernel, channels)
@@ -186,6 +186,11 @@ def test_large_maps_of_lasting_weights(monkeypatch, chosen):
     layer(192)
     layer(191)
     assert chosen == ["winograd4", "winograd2", "winograd2", "fma"]
+    del chosen[:]
+    layer(1024, channels=80)
+    layer(1024, channels=79)
+    layer(1024, channels=32)
+    assert chosen == ["winograd4", "winograd2", "winograd2"]
     del chosen[:]
     layer(1024, lasts=False)
     layer(1024, kernel=1)
@@ -236,10 +241,10 @@ def test_maps_of_several_sizes_share_no_packed_form(monkeypatch, chosen):
     monkeypatch.setenv("VOVNET_FAST_TUNE", "0")
     packed, pack = [], convolution._pack
     monkeypatch.setattr(convolution, "_pack", lambda *a: packed.append(a[0]) or pack(*a))
-    tensors = parameters(torch.float32, 32, 3, 3, 32)
+    tensors = parameters(torch.float32, 96, 3, 3, 96)
     winograd.lasting(tensors[:1])
     for pixels in (1024, 300, 9) * 2:
-        x = torch.randn(1, 1, pixels, 32)
+        x = torch.randn(1, 1, pixels, 96)
         convolution.conv(x, *tensors, torch.empty_like(x))
     assert packed == ["winograd4", "winograd2", "fma"]
     tensors[0].neg_()
@@ -251,7 +256,7 @@ def test_maps_of_several_sizes_share_no_packed_form(monkeypatch, chosen):
 def test_frozen_networks_take_it_and_others_do_not(monkeypatch, chosen):
     monkeypatch.setenv("VOVNET_FAST_TUNE", "0")
     monkeypatch.setattr(winograd, "_FEWEST", {"winograd2": 16, "winograd4": 64})
-    monkeypatch.setattr(winograd, "_CHANNELS", 8)
+    monkeypatch.setattr(winograd, "_CHANNELS", {"winograd2": 8, "winograd4": 8})
     model = VoVNet(TINY["detectron2"]).eval()
     image = torch.randn(2, 3, 64, 64)
     with use_backend("cpu"):
