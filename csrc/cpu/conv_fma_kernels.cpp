@@ -8,19 +8,7 @@ inline namespace VF_ISA {
 
 namespace {
 
-struct Unit {
-  using Packed = float;
-  using Sum = float;
-  static constexpr bool kTrim = false;
-#ifndef __aarch64__
-  static VF_HD Vector<float> multiply(Vector<float> pixel, Vector<float> weights,
-                                      Vector<float> sums) {
-    return multiply_add(pixel, weights, sums);
-  }
-#endif
-};
-
-struct Fma : conv::Registers<Unit> {
+struct Fma : conv::Registers<conv::Fp32> {
   template <class T, class Span>
   static VF_HD void store(T* to, Vector<float> y, Span span) {
     VF_ISA::store(to, y, span);

@@ -129,6 +129,19 @@ VF_HD void multiply_some(const Block& block, typename Unit::Sum* sums, bool add,
   kBySize[block.pixels - 1](block, sums, add);
 }
 
+// The unit of products in fp32.
+struct Fp32 {
+  using Packed = float;
+  using Sum = float;
+  static constexpr bool kTrim = false;
+#ifndef __aarch64__
+  static VF_HD Vector<float> multiply(Vector<float> pixel, Vector<float> weights,
+                                      Vector<float> sums) {
+    return multiply_add(pixel, weights, sums);
+  }
+#endif
+};
+
 // An engine, but for how it stores.
 template <class Unit>
 struct Registers {

@@ -100,19 +100,7 @@ struct Points<4> {
   }
 };
 
-struct Products {
-  using Packed = float;
-  using Sum = float;
-  static constexpr bool kTrim = false;
-#ifndef __aarch64__
-  static VF_HD Vector<float> multiply(Vector<float> pixel, Vector<float> weights,
-                                      Vector<float> sums) {
-    return multiply_add(pixel, weights, sums);
-  }
-#endif
-};
-
-using Engine = conv::Registers<Products>;
+using Engine = conv::Registers<conv::Fp32>;
 
 struct Division {
   int64_t rows, columns;         // of tiles in an image

@@ -14,20 +14,15 @@ using Register = __m512i;
 VF_HD Register add_pairs(Register x, Register y) { return _mm512_maddubs_epi16(x, y); }
 VF_HD Register multiply_add_pairs(Register x, Register y) { return _mm512_madd_epi16(x, y); }
 VF_HD Register ones() { return _mm512_set1_epi16(1); }
-VF_HD Register even_bytes(Register x) { return _mm512_and_si512(x, _mm512_set1_epi16(0xff)); }
-VF_HD Register odd_bytes(Register x) {
-  return _mm512_and_si512(x, _mm512_set1_epi16(static_cast<int16_t>(0xff00)));
-}
 #else
 using Register = __m256i;
 VF_HD Register add_pairs(Register x, Register y) { return _mm256_maddubs_epi16(x, y); }
 VF_HD Register multiply_add_pairs(Register x, Register y) { return _mm256_madd_epi16(x, y); }
 VF_HD Register ones() { return _mm256_set1_epi16(1); }
-VF_HD Register even_bytes(Register x) { return _mm256_and_si256(x, _mm256_set1_epi16(0xff)); }
-VF_HD Register odd_bytes(Register x) {
-  return _mm256_and_si256(x, _mm256_set1_epi16(static_cast<int16_t>(0xff00)));
-}
 #endif
+
+VF_HD Register even_bytes(Register x) { return (Register)((Ints)x & 0x00ff00ff); }
+VF_HD Register odd_bytes(Register x) { return (Register)((Ints)x & ~0x00ff00ff); }
 
 struct Integers32 {
   using Sum = int32_t;
