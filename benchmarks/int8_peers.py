@@ -7,9 +7,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-import tempfile
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +18,7 @@ import vovnet_fast
 from vovnet_fast import freeze, use_backend
 
 from .peer import Missing, Model, imported
-
-IMAGES = "images"
-FEATURES = ("stage2", "stage3", "stage4", "stage5")
+from .runtimes import IMAGES, compiled_by_openvino, exported, session_of
 
 
 class Int8Peer(NamedTuple):
@@ -65,37 +61,13 @@ def _frozen(dtype: torch.dtype) -> Callable[[nn.Module, Sequence[Tensor]], Model
 # --------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def _exported(network: nn.Module, images: Sequence[Tensor]) -> Iterator[Path]:
-    """A file of the network in fp32, for images of this size."""
-    imported("onnx")
-    with tempfile.TemporaryDirectory() as folder, use_backend("reference"):
-        path = Path(folder) / "network.onnx"
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            torch.onnx.export(
-                network, (images[0][:1],), path, input_names=[IMAGES],
-                output_names=list(FEATURES), dynamo=False, verbose=False,
-            )  # fmt: skip
-        yield path
-
-
-def _session(path: Path) -> Model:
-    runtime = imported("onnxruntime")
-    options = runtime.SessionOptions()
-    options.graph_optimization_level = runtime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-
-    def run(x: Tensor) -> Sequence[Tensor]:
-        return [torch.from_numpy(found) for found in session.run(None, {IMAGES: x.numpy()})]
-
-    return run
+def _of_numpy(model: Model) -> Model:
+    return lambda x: model(x.numpy())
 
 
 def _onnxruntime(network: nn.Module, images: Sequence[Tensor]) -> Model:
-    with _exported(network, images) as path:
-        return _session(path)
+    with exported(network, images[0][:1]) as path:
+        return _of_numpy(session_of(path))
 
 
 def _onnxruntime_int8(network: nn.Module, images: Sequence[Tensor]) -> Model:
@@ -111,7 +83,7 @@ def _onnxruntime_int8(network: nn.Module, images: Sequence[Tensor]) -> Model:
             return next(self._left, None)
 
     logging.getLogger().setLevel(logging.ERROR)
-    with _exported(network, images) as path:
+    with exported(network, images[0][:1]) as path:
         ready, quantized = path.with_name("ready.onnx"), path.with_name("int8.onnx")
         shape.quant_pre_process(path, ready, skip_symbolic_shape=True)
         quantization.quantize_static(
@@ -120,7 +92,7 @@ def _onnxruntime_int8(network: nn.Module, images: Sequence[Tensor]) -> Model:
             weight_type=quantization.QuantType.QInt8, per_channel=True,
             reduce_range=not has_vnni(),
         )  # fmt: skip
-        return _session(quantized)
+        return _of_numpy(session_of(quantized))
 
 
 def has_vnni() -> bool:
@@ -137,29 +109,11 @@ def has_vnni() -> bool:
 # --------------------------------------------------------------------------------------
 
 
-def _compiled(model: Any, precision: str) -> Model:
-    library = imported("openvino")
-    options = {
-        "PERFORMANCE_HINT": "LATENCY",
-        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "INFERENCE_PRECISION_HINT": precision,
-        "ENABLE_CPU_PINNING": False,
-    }
-    compiled = library.Core().compile_model(model, "CPU", options)
-    request = compiled.create_infer_request()
-
-    def run(x: Tensor) -> Sequence[Tensor]:
-        found = request.infer([x.numpy()], share_inputs=True, share_outputs=True)
-        return [torch.from_numpy(found[output]) for output in compiled.outputs]
-
-    return run
-
-
 def _openvino(precision: str) -> Callable[[nn.Module, Sequence[Tensor]], Model]:
     def make(network: nn.Module, images: Sequence[Tensor]) -> Model:
         library = imported("openvino")
-        with _exported(network, images) as path:
-            return _compiled(library.Core().read_model(path), precision)
+        with exported(network, images[0][:1]) as path:
+            return _of_numpy(compiled_by_openvino(library.Core().read_model(path), precision))
 
     return make
 
@@ -167,13 +121,13 @@ def _openvino(precision: str) -> Callable[[nn.Module, Sequence[Tensor]], Model]:
 def _openvino_int8(network: nn.Module, images: Sequence[Tensor]) -> Model:
     library, nncf = imported("openvino"), imported("nncf")
     singles = [x.numpy() for batch in images for x in batch.split(1)]
-    with _exported(network, images) as path:
+    with exported(network, images[0][:1]) as path:
         model = library.Core().read_model(path)
         quantized = nncf.quantize(
             model, nncf.Dataset(singles), preset=nncf.QuantizationPreset.MIXED,
             subset_size=len(singles),
         )  # fmt: skip
-        return _compiled(quantized, "f32")
+        return _of_numpy(compiled_by_openvino(quantized, "f32"))
 
 
 # --------------------------------------------------------------------------------------

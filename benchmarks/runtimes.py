@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vovnet_fast import use_backend
 from vovnet_fast.tools.bench.training import image
@@ -23,7 +23,7 @@ from .networks import build
 from .peer import Case, Missing, Model, imported, only
 
 IMAGES = "images"
-_FEATURES = ("stage2", "stage3", "stage4", "stage5")
+FEATURES = ("stage2", "stage3", "stage4", "stage5")
 _CUDA = "CUDAExecutionProvider"
 _LEVEL = 5
 """TensorRT's highest level of optimisation."""
@@ -32,15 +32,21 @@ _LEVEL = 5
 @contextlib.contextmanager
 def onnx_file(case: Case, dtype: torch.dtype = torch.float32) -> Iterator[Path]:
     """The network in a dtype, exported for images of this size."""
+    model = build(case.spec, dtype, case.device)
+    with exported(model, image(case.shape, dtype, case.device).contiguous()) as path:
+        yield path
+
+
+@contextlib.contextmanager
+def exported(model: nn.Module, images: Tensor) -> Iterator[Path]:
+    """A file of a network for images like these."""
     imported("onnx")  # torch's exporter needs it.
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "network.onnx"
         with use_backend("reference"):
-            model = build(case.spec, dtype, case.device)
-            images = image(case.shape, dtype, case.device).contiguous()
             # The exporter by TorchScript: the newer one takes several times as long.
             torch.onnx.export(
-                model, (images,), path, input_names=[IMAGES], output_names=list(_FEATURES),
+                model, (images,), path, input_names=[IMAGES], output_names=list(FEATURES),
                 dynamo=False, verbose=False,
             )  # fmt: skip
         yield path
@@ -56,11 +62,16 @@ def onnxruntime(case: Case) -> Model:
     only(case, "cpu", "ONNX Runtime is measured on CPUs")
     if case.dtype != torch.float32:
         raise Missing("ONNX Runtime has no convolutions in half precision on CPUs")
+    with onnx_file(case) as path:
+        return session_of(path)
+
+
+def session_of(path: Path) -> Model:
+    """What ONNX Runtime makes of a file on a CPU; it takes images of NumPy."""
     runtime = imported("onnxruntime")
     options = _all_optimisations(runtime)
     options.intra_op_num_threads, options.inter_op_num_threads = torch.get_num_threads(), 1
-    with onnx_file(case) as path:
-        session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
     def run(images: Any) -> Sequence[Tensor]:
         return [torch.from_numpy(found) for found in session.run(None, {IMAGES: images})]
@@ -73,15 +84,19 @@ def openvino(case: Case) -> Model:
     only(case, "cpu", "OpenVINO is measured on CPUs")
     library = imported("openvino")
     precision = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}[case.dtype]
+    with onnx_file(case) as path:
+        return compiled_by_openvino(library.Core().read_model(path), precision)
+
+
+def compiled_by_openvino(model: Any, precision: str) -> Model:
+    """What OpenVINO makes of a model of its own on a CPU; it takes images of NumPy."""
     options = {
         "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "INFERENCE_PRECISION_HINT": precision,
         "ENABLE_CPU_PINNING": False,  # It would bind this very thread, and all peers with it.
     }
-    with onnx_file(case) as path:
-        core = library.Core()
-        compiled = core.compile_model(core.read_model(path), "CPU", options)
+    compiled = imported("openvino").Core().compile_model(model, "CPU", options)
     request = compiled.create_infer_request()
 
     def run(images: Any) -> Sequence[Tensor]:
@@ -122,7 +137,7 @@ def onnxruntime_cuda(case: Case) -> Model:
         torch.cuda.current_stream().synchronize()  # It runs on a stream of its own, and waits.
         place = ("cuda", images.device.index or 0, half)
         binding.bind_input(IMAGES, *place, tuple(images.shape), images.data_ptr())
-        for name, out in zip(_FEATURES, outputs, strict=True):
+        for name, out in zip(FEATURES, outputs, strict=True):
             binding.bind_output(name, *place, tuple(out.shape), out.data_ptr())
         session.run_with_iobinding(binding)
         return outputs
@@ -152,7 +167,7 @@ def tensorrt(case: Case) -> Model:
 
     def run(images: Tensor) -> Sequence[Tensor]:
         context.set_tensor_address(IMAGES, images.data_ptr())
-        for name, out in zip(_FEATURES, outputs, strict=True):
+        for name, out in zip(FEATURES, outputs, strict=True):
             context.set_tensor_address(name, out.data_ptr())
         context.execute_async_v3(torch.cuda.current_stream().cuda_stream)
         return outputs
