@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +70,19 @@ def _onnxruntime(network: nn.Module, images: Sequence[Tensor]) -> Model:
         return _of_numpy(session_of(path))
 
 
+@contextlib.contextmanager
+def _only_errors() -> Iterator[None]:
+    """Its quantiser warns through the root logger, once a layer: whoever called keeps their own
+    level."""
+    root = logging.getLogger()
+    level = root.level
+    root.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+
+
 def _onnxruntime_int8(network: nn.Module, images: Sequence[Tensor]) -> Model:
     imported("onnxruntime")
     quantization: Any = importlib.import_module("onnxruntime.quantization")
@@ -82,8 +95,7 @@ def _onnxruntime_int8(network: nn.Module, images: Sequence[Tensor]) -> Model:
         def get_next(self) -> Any:
             return next(self._left, None)
 
-    logging.getLogger().setLevel(logging.ERROR)
-    with exported(network, images[0][:1]) as path:
+    with _only_errors(), exported(network, images[0][:1]) as path:
         ready, quantized = path.with_name("ready.onnx"), path.with_name("int8.onnx")
         shape.quant_pre_process(path, ready, skip_symbolic_shape=True)
         quantization.quantize_static(
