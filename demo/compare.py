@@ -47,7 +47,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--backend", default="triton", help="of the fused path (default: %(default)s)"
     )
-    parser.add_argument("--amp", action="store_true", help="train in bf16 by autocast")
     return parser.parse_args(argv)
 
 
@@ -152,11 +151,9 @@ def train(
         torch.cuda.reset_peak_memory_stats()
     with open(folder / "logs" / "stdout.log", "w") as log, redirect_stdout(log):
         cfg = training.make_config(
-            spec, out / "scenes", folder, args.device, args.iterations, args.seed
+            spec, out / "scenes", folder, args.device, args.iterations, args.seed, amp=args.amp
         )
         cfg.experiment_name = f"compare_{backend}"  # mmengine keeps histories by this name.
-        if args.amp:
-            cfg.optim_wrapper.update(type="AmpOptimWrapper", dtype="bfloat16")
         with use_backend(backend):
             result = training.train_and_evaluate(cfg, folder, display)
     return result, torch.cuda.max_memory_allocated() if on_gpu else None

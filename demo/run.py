@@ -102,6 +102,7 @@ def add_training_arguments(parser: argparse.ArgumentParser, out: Path) -> None:
         default=0,
         help="of the scenes, the weights and the order of training (default: %(default)s)",
     )
+    parser.add_argument("--amp", action="store_true", help="train in bf16 by autocast")
 
 
 def _positive(text: str) -> int:
@@ -171,7 +172,7 @@ def run(args: argparse.Namespace) -> None:
     # in a file; errors and warnings go to stderr all the same.
     with open(out / "logs" / "stdout.log", "w") as log, redirect_stdout(log):
         cfg = training.make_config(
-            spec, out / "scenes", out, args.device, args.iterations, args.seed
+            spec, out / "scenes", out, args.device, args.iterations, args.seed, amp=args.amp
         )
         cfg.dump(str(out / "config.py"))
         result = training.train_and_evaluate(cfg, out, display)
@@ -269,6 +270,7 @@ def make_report(
         "AP50_by_class": result.class_ap50,
         "spec": spec.name,
         "device": args.device,
+        "amp": args.amp,
         "seed": args.seed,
         "iterations": args.iterations,
         "train_scenes": args.train_scenes,

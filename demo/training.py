@@ -51,7 +51,14 @@ class Result:
 
 
 def make_config(
-    spec: VoVNetSpec, scenes: Path, out: Path, device: str, iterations: int, seed: int
+    spec: VoVNetSpec,
+    scenes: Path,
+    out: Path,
+    device: str,
+    iterations: int,
+    seed: int,
+    *,
+    amp: bool = False,
 ) -> Config:
     """The repository's config for one run.
 
@@ -63,6 +70,7 @@ def make_config(
         device: ``cpu`` or ``cuda``.
         iterations: length of the training. The schedule is stretched to it.
         seed: of the weights and of the order of the scenes.
+        amp: train in bf16 by autocast.
     """
     cfg = Config.fromfile(CONFIG_FILE)
     for loader, split in ((cfg.train_dataloader, "train"), (cfg.val_dataloader, "val")):
@@ -80,6 +88,8 @@ def make_config(
         channels[f"stage{FIRST_STAGE + index}"] for index in backbone.out_indices
     ]
     set_iterations(cfg, iterations)
+    if amp:
+        cfg.optim_wrapper.update(type="AmpOptimWrapper", dtype="bfloat16")
     cfg.default_hooks.checkpoint = None  # run.py saves one checkpoint, under its own name.
     cfg.work_dir = str(out / "logs")
     cfg.device = device

@@ -22,7 +22,10 @@ from typing import NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "docs" / "compatibility.md"
 BEGIN, END = "<!-- matrix -->", "<!-- end of matrix -->"
-WHOLE = ("ops", "network", "backends", "checkpoints", "deploy", "kernels", "tuning", "selfcheck")
+WHOLE = (
+    "ops", "network", "backends", "checkpoints", "deploy", "arithmetic", "quantization", "kernels",
+    "tuning", "selfcheck",
+)  # fmt: skip
 TOOLS = ("pytest", "hypothesis", "setuptools>=77", "pybind11>=2.12", "ninja")
 
 
