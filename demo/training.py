@@ -7,15 +7,19 @@ import logging
 import math
 import sys
 import time
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from display import Display
 from mmengine.config import Config
 from mmengine.hooks import Hook
 from mmengine.logging import MMLogger
+from mmengine.optim import OptimWrapper
+from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.runner import Runner
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -89,7 +93,7 @@ def make_config(
     ]
     set_iterations(cfg, iterations)
     if amp:
-        cfg.optim_wrapper.update(type="AmpOptimWrapper", dtype="bfloat16")
+        cfg.optim_wrapper.type = "AutocastOptimWrapper"
     cfg.default_hooks.checkpoint = None  # run.py saves one checkpoint, under its own name.
     cfg.work_dir = str(out / "logs")
     cfg.device = device
@@ -108,6 +112,21 @@ def set_iterations(cfg: Config, iterations: int) -> None:
     cosine.T_max = iterations - warmup
     if warmup == 0:
         cfg.param_scheduler = [cosine]
+
+
+@OPTIM_WRAPPERS.register_module()
+class AutocastOptimWrapper(OptimWrapper):
+    """Forward passes in bf16 by autocast, on any device.
+
+    mmengine's AmpOptimWrapper refuses CPUs. Gradients in bf16 do not underflow as fp16's do, and
+    need no scaling.
+    """
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        device = next(model.parameters()).device.type
+        with super().optim_context(model), torch.autocast(device, torch.bfloat16):
+            yield
 
 
 class DemoRunner(Runner):

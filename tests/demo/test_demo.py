@@ -6,6 +6,7 @@ import importlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -291,10 +292,59 @@ def run_demo(*arguments: object) -> subprocess.CompletedProcess:
     )
 
 
-def test_short_run_writes_everything(tmp_path):
-    out = tmp_path / "demo"
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory):
+    """A folder, the options that it was made with, and how that ended."""
+    out = tmp_path_factory.mktemp("short") / "demo"
     options = ("--out", out, "--iterations", 3, "--train-scenes", 12, "--val-scenes", 13)
-    done = run_demo(*options, "--spec", "vovnet-19-slim-dw1")
+    return out, options, run_demo(*options, "--spec", "vovnet-19-slim-dw1")
+
+
+def test_accuracy_in_fewer_bits(short_run, tmp_path, monkeypatch):
+    """python -m benchmarks.accuracy, of what a demo has left."""
+    from mmengine.config import Config
+
+    from benchmarks import accuracy
+
+    out, _, done = short_run
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "trained"
+    shutil.copytree(out, folder)
+    config = Config.fromfile(folder / "config.py")
+    # After three iterations it is sure of nothing.
+    config.model.test_cfg.score_thr = 0.0
+    config.val_evaluator.ann_file = config.test_evaluator.ann_file = str(
+        folder / "scenes" / "val.json"
+    )
+    config.dump(str(folder / "config.py"))
+    for name, value in (("CALIBRATION", 1), ("UNSEEN", 1), ("RESAMPLES", 3)):
+        monkeypatch.setattr(accuracy, name, value)
+    monkeypatch.setattr(accuracy, "FORMATS", accuracy.FORMATS[:1] + accuracy.FORMATS[2:4])
+    monkeypatch.setattr(accuracy, "EIGHT_BITS", accuracy.EIGHT_BITS[:2])
+    monkeypatch.setattr(accuracy, "CHOICES", accuracy.CHOICES[:1])
+    words = ["accuracy", str(folder), "--rounds", "2", "--threads", "1"]
+    monkeypatch.setattr(sys, "argv", [*words, "--out", str(tmp_path / "found" / "accuracy")])
+    accuracy.main()
+
+    rows = json.loads((tmp_path / "found" / "accuracy.json").read_text())["rows"]
+    plain, bf16, int8, *choices = rows
+    assert plain["least_sqnr_db"] > 90 > bf16["least_sqnr_db"] > int8["least_sqnr_db"] > 15
+    assert [row["least_sqnr_db"] for row in choices] == sorted(
+        row["least_sqnr_db"] for row in choices
+    ), "255 levels are nearer than 127"
+    assert plain["ratio_to_eager"] == 1.0
+    for row in (bf16, int8):
+        assert 0 < row["bbox_mAP"] <= row["bbox_mAP_50"] < 1
+        assert row["mAP_minus_fp32"] == row["bbox_mAP"] - plain["bbox_mAP"]
+        assert row["mAP_minus_low"] <= row["mAP_minus_high"]
+    text = (tmp_path / "found" / "accuracy.md").read_text()
+    assert "| bf16, frozen | 0." in text
+    assert "| minmax | " in text
+    assert io.imread(tmp_path / "found" / "accuracy.png").std() > 0
+
+
+def test_short_run_writes_everything(short_run):
+    out, options, done = short_run
     assert done.returncode == 0, done.stderr
     assert "mAP50" in done.stdout
     assert "detections.png" in done.stdout
@@ -314,9 +364,10 @@ def test_short_run_writes_everything(tmp_path):
     # A rerun replaces everything, and leaves what is not its own.
     (out / "notes.txt").write_text("mine")
     (out / "detections.png").write_text("old")
-    again = run_demo(*options, "--seed", 1)
+    again = run_demo(*options, "--seed", 1, "--amp")
     assert again.returncode == 0, again.stderr
     assert json.loads((out / "metrics.json").read_text())["seed"] == 1
+    assert json.loads((out / "metrics.json").read_text())["amp"]
     assert io.imread(out / "detections.png").std() > 0
     assert len(list((out / "logs").glob("*/*.log"))) == 1
     assert (out / "notes.txt").read_text() == "mine"
