@@ -30,8 +30,9 @@ OPS, MIXED, MODULES = "ops", "ops on large maps", "modules"
 OTHER_LAYOUT = "modules in the other layout"
 """All parts that can run as ops; those on maps of :data:`.decision.CPU_PIXELS_TRAINING` pixels or
 more; none; none, on a copy of the images in channels_last, or in NCHW if they come in that (weights
-stay as they are: where they are in channels_last, PyTorch convolves in that). Where two are equally
-fast, the one that keeps less is taken."""
+stay as they are: where they are in channels_last, PyTorch convolves in that). Plain modules are
+taken unless another way is faster by more than measurements differ by themselves; of the others,
+where two are equally fast, the one that keeps less."""
 
 CANDIDATES = (OPS, MIXED, MODULES, OTHER_LAYOUT)
 
@@ -44,7 +45,9 @@ def choose(network: VoVNet, x: Tensor) -> str:
     if not _chosen_by_time(network, x):
         return MIXED
     prepare = functools.partial(_trial, network, x)
-    return processor.choose(_problem(network, x), CANDIDATES, MIXED, prepare, steps=True)
+    return processor.choose(
+        _problem(network, x), CANDIDATES, MIXED, prepare, steps=True, favourite=MODULES
+    )
 
 
 def run(network: VoVNet, x: Tensor, way: str) -> tuple[Tensor, ...]:

@@ -9,19 +9,31 @@ import logging
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
 from .. import tuning
 from .._version import __version__
+from ..compat import zip
 from .tables import Choice
 
 ROUNDS, MOST_ROUNDS, SECONDS = 2, 8, 1.0
 """In which each candidate has its turn, beside one that warms it up: more of them, up to so many,
 while so much time has not passed. The median of the turns counts: a virtual machine's processor is
 a third faster for moments, and the least time would be that of who met one."""
+
+STEP_ROUNDS, STEP_SECONDS = 15, 6.0
+"""The same of training steps, between which there is less to choose, and of which more follow."""
+
+HOPELESS = 1.3
+"""Who takes so many times as long as the fastest has no further turns once all have had
+:data:`ROUNDS` of them: there are more rounds for the others."""
+
+MARGIN = 0.97
+"""Of the favourite's time: who takes more of it is not taken in its place. Turns of one and the
+same step differ by a tenth, so that the medians of some differ by a few hundredths."""
 
 _log = logging.getLogger("vovnet_fast.tuning")
 
@@ -33,6 +45,7 @@ def choose(
     prepare: Callable[[], Callable[[str], None]],
     *,
     steps: bool = False,
+    favourite: str | None = None,
 ) -> str:
     """The fastest of several ways to solve a problem.
 
@@ -47,6 +60,8 @@ def choose(
             caller's thread, and it is theirs to be seen by nobody there: beside a second set of
             OpenMP threads, with a heap that is new, steps took twice as long, and their order was
             another one.
+        favourite: the candidate to take unless another is faster by more than turns differ by
+            themselves (:data:`MARGIN`).
 
     Returns:
         a name out of ``candidates``, or ``static``.
@@ -60,64 +75,91 @@ def choose(
     if not tuning.enabled():
         return static
     if steps:
-        _announce(len(candidates))
+        _announce()
     try:
         run = prepare()
     except Exception as error:  # What cannot be tried can still be run.
         _log.warning("not measured, and %s is taken: %s (%s)", static, error, problem)
         return static
-    times = _measure(candidates, run) if steps else _measure_apart(candidates, run)
-    if not times:
+    turns = _measure_steps(candidates, run) if steps else _measure_apart(candidates, run)
+    if not turns:
         return static
-    best = min(times, key=lambda name: times[name])
+    times = {name: _median(found) for name, found in turns.items()}
+    best = _best(turns, favourite)
     _log.info("%s: %s, %s", problem, best, {name: f"{t * 1e3:.1f} ms" for name, t in times.items()})
     table.put(machine, problem, Choice(best, times))
     return best
 
 
 @functools.cache
-def _announce(candidates: int) -> None:
+def _announce() -> None:
     """Say once why the first step is slow."""
     _log.warning(
         "measuring in which way a training step is fastest on this processor: the first step of a "
-        "kind takes as long as %d do, or a second, and what is found is remembered in %s "
+        "kind takes as long as a dozen do, or %d seconds, and what is found is remembered in %s "
         "(%s=0 does without)",
-        candidates * (ROUNDS + 1) + 1,
+        STEP_SECONDS,
         tuning.table().path or "memory",
         tuning.ENVIRONMENT,
     )
 
 
-def _measure_apart(candidates: Sequence[str], run: Callable[[str], None]) -> dict[str, float]:
+def _best(turns: Mapping[str, Sequence[float]], favourite: str | None) -> str:
+    """The fastest; against the favourite it is rounds that are compared, what slowed one of which
+    down slowed down both."""
+    if favourite is None or favourite not in turns:
+        return min(turns, key=lambda name: _median(turns[name]))
+    base, tick = turns[favourite], 1e-9
+    ratios = {
+        name: _median([(a + tick) / (b + tick) for a, b in zip(found, base, strict=False)])
+        for name, found in turns.items()
+    }
+    best = min(ratios, key=lambda name: ratios[name])
+    return best if ratios[best] < MARGIN else favourite
+
+
+def _measure_steps(candidates: Sequence[str], run: Callable[[str], None]) -> dict[str, list[float]]:
+    return _measure(candidates, run, STEP_ROUNDS, STEP_SECONDS)
+
+
+def _measure_apart(candidates: Sequence[str], run: Callable[[str], None]) -> dict[str, list[float]]:
     """:func:`_measure` in one thread for all: each has OpenMP threads to start."""
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
         context = contextvars.copy_context()
-        return executor.submit(context.run, _measure, candidates, run).result()
+        measure = functools.partial(_measure, candidates, run, MOST_ROUNDS, SECONDS)
+        return executor.submit(context.run, measure).result()
 
 
-def _measure(candidates: Sequence[str], run: Callable[[str], None]) -> dict[str, float]:
-    """Median seconds by candidate, of those that run, in turn: what else runs here meets all."""
+def _measure(
+    candidates: Sequence[str], run: Callable[[str], None], most_rounds: int, seconds: float
+) -> dict[str, list[float]]:
+    """Seconds by candidate, of those that run: by rounds, each of which begins with another one,
+    so that what else runs here meets all, and none always follows the same other one."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     refused: dict[str, Exception] = {}
-    started = time.perf_counter()
-    for number in range(MOST_ROUNDS + 1):
-        if number > ROUNDS and time.perf_counter() - started > SECONDS:
-            break
-        for name in candidates:
-            if name in refused:
-                continue
+    names, started = list(candidates), time.perf_counter()
+    for number in range(most_rounds + 1):
+        if number > ROUNDS:
+            if time.perf_counter() - started > seconds:
+                break
+            medians = {name: _median(times[name]) for name in names}
+            most = HOPELESS * min(medians.values(), default=0)
+            names = [name for name in names if medians[name] <= most]
+        first = max(number - 1, 0) % max(len(names), 1)
+        for name in names[first:] + names[:first]:
             begin = time.perf_counter()
             try:
                 run(name)
             except Exception as error:  # No reason to stop: it is not taken.
                 refused[name] = error
-                times.pop(name, None)
+                times.pop(name)
                 continue
             if number > 0:
                 times[name].append(time.perf_counter() - begin)
+        names = [name for name in names if name not in refused]
     for name, reason in refused.items() if times else ():  # The caller meets what all refuse.
         _log.warning("candidate %s does not run and is left out: %s", name, reason)
-    return {name: _median(turns) for name, turns in times.items() if turns}
+    return {name: turns for name, turns in times.items() if turns}
 
 
 def _median(turns: Sequence[float]) -> float:

@@ -32,9 +32,13 @@ def sources(function: str) -> tuple[str, ...]:
     """Modules of this package that compute a function."""
     own: tuple[str, ...] = ()
     if function in _CONVOLUTIONS:
-        own = ("backends.cpu.convolution", "backends.cpu.winograd")
+        own = ("backends.cpu.convolution", "backends.cpu.scratch", "backends.cpu.winograd")
     elif function == "conv_weight_grad":
-        own = ("backends.cpu.convolution", "backends.cpu.weight_grad")
+        own = (
+            "backends.cpu.convolution",
+            "backends.cpu.scratch",
+            "backends.cpu.weight_grad",
+        )
     return ("backends.cpu.__init__", *own, *_extension.SOURCES)
 
 

@@ -33,9 +33,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ... import _environment
 from ... import _pages as pages
 from ...tuning import processor
-from .. import _extension
+from .. import _aten, _extension
 from .._extension.fields import DTYPES, array, packed, pointer, view, weight_strides
-from . import winograd
+from . import scratch, winograd
 
 ATEN = "aten"
 
@@ -152,7 +152,7 @@ def conv_statistics(x: Tensor, weight: Tensor, out: Tensor, *, stride: int = 1) 
     if out.numel() == 0 or engine == ATEN:
         weight = weight.to(x.dtype).contiguous()
         return _extension.CPU.conv_statistics(x, weight, out, stride=stride)
-    form = _pack(engine, weight, dtype=x.dtype)
+    form = _pack(engine, weight, dtype=x.dtype, lent=weight.requires_grad)
     _launch(engine, x, form, out, weight.shape[1], stride=stride)
     n, tiles, c_out = out.shape[0], _extension.CPU.tiles(out), out.shape[3]
     partials = out.new_empty(n, tiles, 3, c_out, dtype=torch.float32)
@@ -172,10 +172,14 @@ def conv_input_grad(
 ) -> None:
     """See :mod:`vovnet_fast.backends`."""
     engine = choose_engine(out.dtype)
-    if out.numel() == 0 or engine == ATEN or stride != 1:
+    if out.numel() == 0 or engine == ATEN:
         options: dict[str, Any] = dict(stride=stride, add=add, mask=mask)
         return _extension.CPU.conv_input_grad(g, weight, scale, out, **options)
-    tiles = _pack(engine, weight, scale, dtype=out.dtype, transposed=True)
+    if stride != 1:  # oneDNN's, which takes a weight that was not transposed.
+        form = g.new_empty(weight.shape)
+        _extension.CPU.pack(weight, scale, form)
+        return _extension.CPU.accumulate(_aten.input_grad_of(g, form, out, stride), out, add, mask)
+    tiles = _pack(engine, weight, scale, dtype=out.dtype, transposed=True, lent=True)
     return _launch(engine, g, tiles, out, weight.shape[1], add=add, mask=mask)
 
 
@@ -288,8 +292,9 @@ def _tiles(engine: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     It is kept of those that are as activations are, where frozen networks have theirs; not of one
     that trains, which autograd holds until the backward pass, and that would hold it as well.
     """
-    if weight.requires_grad or weight.dtype != dtype or not weight.is_contiguous():
-        return _pack(engine, weight, dtype=dtype)
+    trains = weight.requires_grad
+    if trains or weight.dtype != dtype or not weight.is_contiguous():
+        return _pack(engine, weight, dtype=dtype, lent=trains)  # No such call is ever recorded.
     return kept_tiles(engine, weight, _pack)
 
 
@@ -347,6 +352,7 @@ def _pack(
     *,
     dtype: torch.dtype | None = None,
     transposed: bool = False,
+    lent: bool = False,
 ) -> Tensor:
     """``weight * scale``, rounded once, as an engine takes it.
 
@@ -356,6 +362,7 @@ def _pack(
         scale: ``[C_out]``, any floating dtype, or None for one.
         dtype: of activations, to which it is rounded; that of ``weight`` by default.
         transposed: for the gradient of the input of the convolution that has this weight.
+        lent: in memory that the next call writes to (:mod:`.scratch`).
     """
     c_out, kernel, _, c_in = weight.shape
     cpu = _extension.load("cpu")
@@ -367,11 +374,13 @@ def _pack(
     else:
         size = cpu.conv_winograd_pack_bytes(side, outputs, inputs)
         pack = functools.partial(cpu.conv_winograd_pack, torch.get_num_threads(), side)
+    given = (pointer("weight", weight), DTYPES[weight.dtype]), array("scale", scale, c_out)
     with torch.inference_mode(False):
-        tiles = torch.empty(size, dtype=torch.uint8, device="cpu")
+        new = functools.partial(torch.empty, dtype=torch.uint8, device="cpu")
+        tiles: Tensor = scratch.lend("tiles", size) if lent else new(size)
     pack(
-        weight=(pointer("weight", weight), DTYPES[weight.dtype]),
-        scale=array("scale", scale, c_out),
+        weight=given[0],
+        scale=given[1],
         out=pointer("tiles", tiles),
         transposed=int(transposed),
         dtype=DTYPES[dtype or weight.dtype],

@@ -7,6 +7,7 @@ depends on the number of threads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from .. import _extension
 from .._extension.fields import DTYPES, packed, pointer, view, weight_strides
-from . import convolution
+from . import convolution, scratch
 
 
 def engines() -> tuple[str, ...]:
@@ -43,7 +44,8 @@ def conv_weight_grad(
     kernel, engine = weight.shape[1], choose_engine(x.dtype)
     if g.numel() == 0 or engine == convolution.ATEN:
         return _extension.CPU.conv_weight_grad(x, g, weight.contiguous(), scale, stride=stride)
-    products = sums(engine, x, g, kernel, stride=stride)
+    # Without a scale they are the gradient itself.
+    products = sums(engine, x, g, kernel, stride=stride, lent=scale is not None)
     shift = _extension.CPU.channel_sums(g)
     if scale is None:
         return products, None, shift
@@ -76,7 +78,13 @@ def _finish(engine: str, products: Tensor, weight: Tensor, scale: Tensor) -> tup
     return dweight, dscale
 
 
-def sums(engine: str, x: Tensor, g: Tensor, kernel: int, *, stride: int = 1) -> Tensor:
+def _lent(role: str, *shape: int) -> Tensor:
+    return scratch.lend(role, 4 * math.prod(shape)).view(torch.float32).view(shape)
+
+
+def sums(
+    engine: str, x: Tensor, g: Tensor, kernel: int, *, stride: int = 1, lent: bool = False
+) -> Tensor:
     """Sums over all pixels of the products of a gradient and the inputs of its taps.
 
     Args:
@@ -85,6 +93,7 @@ def sums(engine: str, x: Tensor, g: Tensor, kernel: int, *, stride: int = 1) -> 
         g: ``[N, H', W', C_out]`` view of that dtype, the gradient of a convolution's output.
         kernel: 1 or 3.
         stride: of the convolution.
+        lent: in memory that the next call writes to (:mod:`.scratch`).
 
     Returns:
         ``[C_out, K, K, C_in]`` in fp32.
@@ -94,8 +103,9 @@ def sums(engine: str, x: Tensor, g: Tensor, kernel: int, *, stride: int = 1) -> 
     out_height, out_width = (height - 1) // stride + 1, (width - 1) // stride + 1
     cpu = _extension.load("cpu")
     parts = cpu.conv_weight_grad_parts(n, out_height, out_width, c_in, c_out, kernel, stride)
-    out = x.new_empty(c_out, kernel, kernel, c_in, dtype=torch.float32)
-    partials = out.new_empty(parts, *out.shape) if parts > 1 else None  # Held here.
+    shape = c_out, kernel, kernel, c_in
+    out = _lent("sums", *shape) if lent else x.new_empty(shape, dtype=torch.float32)
+    partials = _lent("partials", parts, *shape) if parts > 1 else None  # Held here.
     cpu.conv_weight_grad(
         torch.get_num_threads(),
         engine,
