@@ -38,6 +38,11 @@ def cudnn() -> bool:
     return torch.backends.cudnn.is_available() and torch.backends.cudnn.enabled
 
 
+def offered(device: torch.device) -> dict[str, str | None]:
+    """Our own engines by name, with None if they are considered, or the reason why not."""
+    return {engine.NAME: engine.why_not(device) for engine in (conv_sm80, conv_sm90)}
+
+
 def _choose(
     x: Tensor,
     weight: Tensor,

@@ -12,7 +12,6 @@ every engine it is chosen only where it is right, on numbers like the layer's, a
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -130,7 +129,6 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device) if device.type == "cuda" else MIN_CAPABILITY
 
 
-@functools.cache
 def why_not(device: torch.device) -> str | None:
     """The reason why nothing at all is offered on ``device``, or None."""
     if device.type != "cuda":

@@ -11,10 +11,9 @@
 //      8 x 16     128        111       64
 //      8 x 16     224        118       81
 //
-// A warp of 32 pixels by N / 2 channels reads (32 + N / 2) * 32 bytes of shared memory for 32 * N /
-// 2
-// * 16 multiply-adds. On sm_80, which makes 1024 of them a cycle, the eight warps ask for 96 bytes
-// a cycle with N = 128, of the 128 that there are, and for all 128 with N = 64; which is why a warp
+// A warp of 32 pixels by N / 2 channels reads (32 + N / 2) * 32 bytes of shared memory for N * 256
+// multiply-adds. On sm_80, which makes 1024 of them a cycle, the eight warps ask for 96 bytes a
+// cycle with N = 128, of the 128 that there are, and for all 128 with N = 64; which is why a warp
 // of a wide tile has 64 pixels: 96 again. All of this is arithmetic: nothing was measured yet.
 //
 // params.h has the arguments, plan.h makes of them what the kernel is told, layout.h says where
