@@ -20,6 +20,7 @@
 #include "cpu/fingerprint.h"
 #include "cpu/int8_conv_engines.h"
 #include "cpu/recording.h"
+#include "cuda/conv_sm80/launch.h"
 #include "cuda/conv_sm90/launch.h"
 #include "fields.h"
 #include "ops.h"
@@ -358,6 +359,7 @@ inline void bind_cuda(py::module_ m) {
     cuda::name(params, reinterpret_cast<void*>(stream));        \
   });
   VF_OPS(VF_DEFINE)
+  VF_DEFINE(conv_sm80, ConvSm80Params)
 #ifdef VOVNET_FAST_WITH_CONV_SM90
   VF_DEFINE(conv_sm90, ConvSm90Params)
 #endif

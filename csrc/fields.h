@@ -1,6 +1,7 @@
 // Names and fields of the structs of params.h, for whoever must look at all of them.
 #pragma once
 
+#include "cuda/conv_sm80/params.h"
 #include "cuda/conv_sm90/params.h"
 #include "params.h"
 
@@ -71,6 +72,10 @@ VF_FIELDS(Int8ApplyGatesParams, z, identity, out, feature, gates, n, height, wid
           step, gate, identity_gate, levels)
 VF_FIELDS(ConvSm90Params, x, out, weight, scale, shift, pool_partials, n, height, width, c_in,
           c_out, kernel, tile_h, tile_w, block_out, relu, dtype)
+
+VF_FIELDS(ConvSm80Params, x, out, add, mask, weight, scale, shift, pool_partials, statistics, n,
+          height, width, out_height, out_width, c_in, c_out, add_c, mask_c, kernel, stride, tile_h,
+          tile_w, block_out, stages, relu, dtype)
 
 #undef VF_FIELDS
 

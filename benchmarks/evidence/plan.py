@@ -94,8 +94,9 @@ def _engines(make: Maker) -> list[Step]:
             rehearsed=f"{ONLY_ON_GPU} of compute capability 9.0",
         ),
         make.benchmark(
-            "layers", "every layer on an engine of each form, side by side", 70, 120, *layers,
-            "--engines=forms", "-k", f"ceiling or (triton and not gradient and ({MAPS}))",
+            "layers", "every layer on an engine of each form, side by side", 80, 130, *layers,
+            "--engines=forms",
+            "-k", f"ceiling or ((triton or cuda) and not gradient and ({MAPS}))",
             rehearsed=[
                 "benchmarks/test_conv.py", "--engines=forms", "-k",
                 "not gradient and ((40x40 and eager) or (8x8 and triton))",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import Any
 
 from .records import Entry
@@ -96,8 +97,11 @@ def _network(row: Entry) -> list[str]:
 
 
 def layers(rows: Iterable[Entry]) -> str:
-    """Convolutions whose engines were measured side by side: the best of each form, in ms."""
-    found = [row for row in rows if row.get("kind") == "conv" and row.get("engines")]
+    """Convolutions whose engines were measured side by side: the best of each form, in ms.
+
+    Those of several backends are one row: that of the fastest, with the engines of all.
+    """
+    found = _merged(row for row in rows if row.get("kind") == "conv" and row.get("engines"))
     forms = list(dict.fromkeys(form for row in found for form in _forms(row)))
     header = ["layer", "pass", *forms, "best", "of matmul", "of copy"]
     return _table(
@@ -116,7 +120,24 @@ def layers(rows: Iterable[Entry]) -> str:
     )
 
 
-_FORMS = ("conv-sm90", "cudnn-graph", "tma", "pointer", "aten")
+def _merged(rows: Iterable[Entry]) -> list[Entry]:
+    """One row a layer and pass."""
+    of_layer: dict[tuple[str, str], list[Entry]] = {}
+    for row in rows:
+        of_layer.setdefault((row["name"], row.get("pass", "")), []).append(row)
+    merged = []
+    for alike in of_layer.values():
+        best = min(alike, key=lambda row: row["engines"].get(row.get("engine"), {}).get("ms", inf))
+        engines: Entry = {}
+        for row in alike:
+            for name, found in row["engines"].items():
+                if found.get("ms", inf) <= engines.get(name, {}).get("ms", inf):
+                    engines[name] = found
+        merged.append({**best, "engines": engines})
+    return merged
+
+
+_FORMS = ("conv-sm80", "conv-sm90", "cudnn-graph", "tma", "pointer", "aten")
 
 
 def form_of(engine: str) -> str:

@@ -1,6 +1,11 @@
 // The fibres of cuda_on_cpu.h.
+
+// With it longjmp takes a jump to another stack for a mistake.
+#undef _FORTIFY_SOURCE
+
 #include "cuda_on_cpu.h"
 
+#include <setjmp.h>
 #include <sys/mman.h>
 #include <ucontext.h>
 
@@ -10,6 +15,8 @@
 #include <mutex>
 #include <stdexcept>
 #include <vector>
+
+#include "shared_memory.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #include <sanitizer/asan_interface.h>
@@ -24,7 +31,11 @@ constexpr int kPoison = 0xff;  // NaN in every floating dtype.
 
 // A stack on which threads run, one after the other, until one of them waits.
 struct Fibre {
-  ucontext_t context;
+  ucontext_t context;  // Where it begins,
+#if !defined(__SANITIZE_ADDRESS__)
+  jmp_buf place;  // and where it goes on: without the system calls of swapcontext.
+  bool begun = false;
+#endif
   char* stack;
   void* fake_stack = nullptr;
 
@@ -43,7 +54,7 @@ struct Fibre {
   Fibre& operator=(const Fibre&) = delete;
 };
 
-enum class State { kNew, kRunning, kAtBarrier, kAtShuffle, kDone };
+enum class State { kNew, kRunning, kAtBarrier, kAtShuffle, kTogether, kDone };
 
 struct Thread {
   State state = State::kNew;
@@ -52,6 +63,8 @@ struct Thread {
   uint32_t lanes = 0;           // for these lanes,
   uint64_t value = 0;           // with this value.
   uint64_t shown = 0;           // What it came with, when all were there.
+  Work work = nullptr;          // What is done then,
+  void* brought = nullptr;      // with this.
 };
 
 // Stacks that no thread uses.
@@ -66,6 +79,9 @@ class Block {
   void run();
   [[noreturn]] void fail(const std::string& what);
   uint64_t wait(State state, const char* place, uint32_t lanes, uint64_t value, int source);
+  void together(const char* place, Work work, void* mine);
+  int current() const { return current_; }
+  uint32_t passed() const { return passed_; }
   void* shared(const void* key, size_t bytes);
 
  private:
@@ -86,13 +102,18 @@ class Block {
   std::map<const void*, std::unique_ptr<char[]>> shared_;
   std::vector<std::unique_ptr<Fibre>> fibres_;
   std::string error_;
+#if defined(__SANITIZE_ADDRESS__)
   ucontext_t scheduler_;
+#else
+  jmp_buf scheduler_;
+#endif
   void* scheduler_fake_stack_ = nullptr;
   const void* scheduler_stack_ = nullptr;
   size_t scheduler_bytes_ = 0;
   Fibre* fibre_ = nullptr;
   int current_ = -1;
   int next_ = 0;
+  uint32_t passed_ = 0;
 };
 
 Block* block = nullptr;
@@ -112,6 +133,7 @@ void Block::work() {
     threads_[thread].state = State::kRunning;
     threads_[thread].fibre = fibre_;
     body_();
+    thread_ends();
     threads_[current_].state = State::kDone;
   }
   leave(true);
@@ -126,10 +148,14 @@ void Block::resume(Fibre* fibre) {
   fibre_ = fibre;
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(&scheduler_fake_stack_, fibre->stack, kStackBytes);
-#endif
   swapcontext(&scheduler_, &fibre->context);
-#if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(scheduler_fake_stack_, nullptr, nullptr);
+#else
+  if (_setjmp(scheduler_) == 0) {
+    if (fibre->begun) _longjmp(fibre->place, 1);
+    fibre->begun = true;
+    setcontext(&fibre->context);
+  }
 #endif
 }
 
@@ -139,10 +165,10 @@ void Block::leave([[maybe_unused]] bool for_good) {
 #if defined(__SANITIZE_ADDRESS__)
   __sanitizer_start_switch_fiber(for_good ? nullptr : &fibre->fake_stack, scheduler_stack_,
                                  scheduler_bytes_);
-#endif
   swapcontext(&fibre->context, &scheduler_);
-#if defined(__SANITIZE_ADDRESS__)
   __sanitizer_finish_switch_fiber(fibre->fake_stack, &scheduler_stack_, &scheduler_bytes_);
+#else
+  if (_setjmp(fibre->place) == 0) _longjmp(scheduler_, 1);
 #endif
 }
 
@@ -152,6 +178,9 @@ Fibre* Block::fresh() {
   fibres_.push_back(std::move(idle_fibres.back()));
   idle_fibres.pop_back();
   Fibre* const fibre = fibres_.back().get();
+#if !defined(__SANITIZE_ADDRESS__)
+  fibre->begun = false;
+#endif
   getcontext(&fibre->context);
   fibre->context.uc_stack.ss_sp = fibre->stack;
   fibre->context.uc_stack.ss_size = kStackBytes;
@@ -190,10 +219,12 @@ bool Block::release_barrier() {
     if (thread.state != State::kAtBarrier || thread.place != threads_[0].place) return false;
   }
   for (Thread& thread : threads_) thread.state = State::kRunning;
+  ++passed_;
   return true;
 }
 
-// Lets warps pass a shuffle whose lanes are all there. Each takes what it wants when it goes on.
+// Lets warps pass a shuffle whose lanes are all there, each of which takes what it wants when it
+// goes on; or does what they have come together for.
 bool Block::release_shuffles() {
   const int count = static_cast<int>(threads_.size());
   bool any = false;
@@ -204,8 +235,15 @@ bool Block::release_shuffles() {
     for (int lane = 0; lane < lanes; ++lane) {
       const Thread& thread = threads_[first + lane];
       // Fewer lanes than the warp has would need a barrier of their own: no kernel has that.
-      together &= thread.state == State::kAtShuffle && thread.place == threads_[first].place &&
+      together &= (thread.state == State::kAtShuffle || thread.state == State::kTogether) &&
+                  thread.state == threads_[first].state && thread.place == threads_[first].place &&
                   (thread.lanes & all) == all;
+    }
+    if (together && threads_[first].state == State::kTogether) {
+      void* brought[kWarp] = {};
+      for (int lane = 0; lane < lanes; ++lane) brought[lane] = threads_[first + lane].brought;
+      current_ = first;
+      threads_[first].work(brought);
     }
     for (int lane = 0; together && lane < lanes; ++lane) {
       Thread& thread = threads_[first + lane];
@@ -221,16 +259,17 @@ std::string Block::thread_words(int thread) const {
   const Thread& t = threads_[thread];
   const std::string name = "thread " + std::to_string(thread);
   if (t.state == State::kDone) return name + " has returned";
-  return name +
-         (t.state == State::kAtShuffle ? " waits at the shuffle " : " waits at the barrier ") +
-         t.place;
+  const char* waits = t.state == State::kAtShuffle  ? " waits at the shuffle "
+                      : t.state == State::kTogether ? " waits for its warp at "
+                                                    : " waits at the barrier ";
+  return name + waits + t.place;
 }
 
 std::string Block::stuck() const {
   int first = 0;  // A thread that waits,
   while (threads_[first].state == State::kDone) ++first;
   // and one that does not wait there: for a shuffle, of the same warp.
-  const bool warp = threads_[first].state == State::kAtShuffle;
+  const bool warp = threads_[first].state != State::kAtBarrier;
   int other = warp ? first / kWarp * kWarp : 0;
   const int end = warp ? other + kWarp : static_cast<int>(threads_.size());
   while (other < std::min(end, static_cast<int>(threads_.size())) - 1 &&
@@ -261,6 +300,16 @@ uint64_t Block::wait(State state, const char* place, uint32_t lanes, uint64_t va
   return threads_[first + source].shown;
 }
 
+void Block::together(const char* place, Work work, void* mine) {
+  Thread& thread = threads_[current_];
+  thread.state = State::kTogether;
+  thread.place = place;
+  thread.lanes = ~0u;
+  thread.work = work;
+  thread.brought = mine;
+  leave(false);
+}
+
 void* Block::shared(const void* key, size_t bytes) {
   auto& array = shared_[key];
   if (array == nullptr) {
@@ -282,9 +331,16 @@ uint64_t shuffle(const char* place, uint32_t lanes, uint64_t value, int source) 
   return block->wait(State::kAtShuffle, place, lanes, value, source);
 }
 
+void together(const char* place, Work work, void* mine) { block->together(place, work, mine); }
+
+int thread() { return block->current(); }
+
+uint32_t barriers_passed() { return block->passed(); }
+
 void* shared(const void* key, size_t bytes) { return block->shared(key, bytes); }
 
-void run(const char* op, dim3 grid, dim3 block_size, const std::function<void()>& thread) {
+void run(const char* op, dim3 grid, dim3 block_size, const std::function<void()>& thread,
+         uint32_t shared_bytes) {
   static std::mutex one_at_a_time;
   const std::lock_guard<std::mutex> guard(one_at_a_time);
   here.grid = grid;
@@ -294,7 +350,9 @@ void run(const char* op, dim3 grid, dim3 block_size, const std::function<void()>
       for (unsigned y = 0; y < grid.y; ++y) {
         for (unsigned x = 0; x < grid.x; ++x) {
           here.block_index = dim3(x, y, z);
+          block_begins(block_size.x * block_size.y, shared_bytes);
           Block(thread).run();
+          block_ends();
         }
       }
     }

@@ -49,9 +49,10 @@ struct Where {
 };
 extern Where here;
 
-// Runs `thread` for every thread of every block, which has no depth. Raises std::runtime_error: a
-// thread has failed.
-void run(const char* op, dim3 grid, dim3 block, const std::function<void()>& thread);
+// Runs `thread` for every thread of every block, which has no depth, and `shared_bytes` that the
+// launch asks for (warps.h). Raises std::runtime_error: a thread has failed.
+void run(const char* op, dim3 grid, dim3 block, const std::function<void()>& thread,
+         uint32_t shared_bytes = 0);
 
 // Ends the launch with an error. Only from within a thread.
 [[noreturn]] void fail(const std::string& what);
@@ -61,6 +62,14 @@ void barrier(const char* place);
 
 // The value of a lane of this warp, once all lanes of `lanes` are here with theirs.
 uint64_t shuffle(const char* place, uint32_t lanes, uint64_t value, int source);
+
+// Once all lanes of this warp are here: `work`, once, with what each has brought.
+using Work = void (*)(void* const (&brought)[kWarp]);
+void together(const char* place, Work work, void* mine);
+
+// The number of this thread in its block, and how many barriers the block has passed.
+int thread();
+uint32_t barriers_passed();
 
 // The shared array of this block that `key` stands for.
 void* shared(const void* key, size_t bytes);

@@ -342,6 +342,12 @@ def test_the_table_of_layers():
     assert lines[2:] == [
         "| 3x3 64>64 |  | 3.0000 | 1.5000 | 1.0000 | conv-sm90 256x64 | 50% |  |"
     ]  # fmt: skip
+    # The same layer on another backend: one row, that of the faster one.
+    other = dict(row, engine="conv-sm80 256x64", of_matmul=0.6)
+    other["engines"] = {"aten": {"ms": 2.5}, "conv-sm80 256x64": {"ms": 0.5}}
+    assert summary.layers([row, other]).splitlines()[2:] == [
+        "| 3x3 64>64 |  | 2.5000 | 1.5000 | 1.0000 | 0.5000 | conv-sm80 256x64 | 60% |  |"
+    ]
 
 
 def test_the_report_costs_no_run(tmp_path, monkeypatch):

@@ -15,6 +15,9 @@ from pathlib import Path
 import pytest
 
 CSRC = Path(__file__).parents[2] / "csrc"
+MODULE = "VOVNET_FAST_CUDA_ON_CPU"
+"""Path of the kernels on the host, where they are built already: with sanitizers."""
+
 SANITIZE = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer")
 _FLAGS = ("-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror")
 _PRAGMAS = ("-Wno-unknown-pragmas",)  # nvcc's own: how to unroll.
@@ -30,8 +33,13 @@ def compiler():
 
 
 def kernel_files():
-    """The .cu files of memory-bound ops; the Hopper convolution has tests of its own."""
+    """The .cu files of memory-bound ops."""
     return sorted((CSRC / "cuda").glob("*.cu"))
+
+
+def conv_files():
+    """Those of the convolution for sm_80; that for Hopper has a simulator of its own."""
+    return sorted((CSRC / "cuda" / "conv_sm80").glob("*.cu"))
 
 
 def build(folder, once, flags=()):
@@ -42,7 +50,28 @@ def build(folder, once, flags=()):
     """
     source = CSRC / "cuda_on_cpu" / "module.cpp"
     shared = once.folder("cuda_on_cpu_bindings", lambda folder: _compiled(source, folder))
-    return _module(folder, "_cuda_on_cpu", [shared / f"{source.name}.o"], kernel_files(), flags)
+    return _module(
+        folder,
+        "_cuda_on_cpu",
+        [shared / f"{source.parent.name}_{source.name}.o"],
+        [*kernel_files(), *conv_files()],
+        flags,
+    )
+
+
+def built(once):
+    """The module, which a session of tests builds once."""
+    path = os.environ.get(MODULE)
+    if path is None:
+        folder = once.folder("cuda_on_cpu", lambda folder: build(folder, once))
+        (path,) = folder.glob("_cuda_on_cpu.*")
+    return load(path)
+
+
+def on_host(call, device, fields):
+    """Calls one of its functions, as :class:`._extension.Ops` wants it done."""
+    assert device.type == "cpu"
+    call(0, **fields)
 
 
 def build_module(folder, name, bindings):
@@ -51,7 +80,8 @@ def build_module(folder, name, bindings):
 
 
 def _module(folder, name, objects, kernels=(), flags=()):
-    sources = (*kernels, CSRC / "cuda_on_cpu" / "cuda_on_cpu.cpp")
+    own = (CSRC / "cuda_on_cpu" / name for name in ("cuda_on_cpu.cpp", "warps.cpp"))
+    sources = (*kernels, *own)
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
         objects += pool.map(lambda source: _compiled(source, folder, "-O1", *flags), sources)
     module = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
@@ -61,7 +91,7 @@ def _module(folder, name, objects, kernels=(), flags=()):
 
 def _compiled(source, folder, *flags):
     """The object of a file. Bindings hold no kernel: there is nothing to optimise."""
-    program, target = compiler(), folder / f"{source.name}.o"
+    program, target = compiler(), folder / f"{source.parent.name}_{source.name}.o"
     import pybind11
 
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]

@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 
 #include "../../csrc/cuda/common.cuh"
+#include "../../csrc/cuda_on_cpu/warps.h"
 
 namespace {
 
@@ -40,6 +41,58 @@ __global__ void sum_of_lanes(float* values) {
   values[threadIdx.x] = sum;
 }
 
+// ---- Shared memory, and copies into it
+
+constexpr int kSharedBytes = 64 * 16;
+
+enum Fault : int {
+  kNone,
+  kNoWait,
+  kTooManyPending,
+  kNoGroup,
+  kNoBarrier,
+  kNoBarrierBehind,
+  kNothingWritten,
+  kLeftUnderWay,
+  kTwoWriters,
+  kOutside,
+  kNotAligned
+};
+
+// Each thread fetches 16 bytes twice, and stores what its neighbour fetched. `from` has room.
+__global__ void hand_on(const float* from, float* to, int fault) {
+  using namespace cuda_on_cpu;
+  const int me = thread();
+  const int other = fault == kNoBarrier ? max(me - 1, 0) : (me + 1) % 64;
+  uint32_t place = me * 16;
+  if (fault == kTwoWriters) place = me / 2 * 16;
+  if (fault == kOutside) place += 16;
+  if (fault == kNotAligned) place += 4;
+  if (fault == kNothingWritten) to[me] = load_shared(place);
+  for (int round = 0; round < 2; ++round) {
+    copy_async(place, from + (round * 64 + me) * 4, true, true);
+    if (fault != kNoGroup) commit_copies();
+    if (fault == kTooManyPending) {
+      wait_copies(1);
+    } else if (fault != kNoWait && (fault != kLeftUnderWay || round == 0)) {
+      wait_copies(0);
+    }
+    if (fault == kLeftUnderWay && round == 1) return;
+    if (fault != kNoBarrier) __syncthreads();
+    to[round * 64 + me] = load_shared(other * 16 + 4);
+    if (fault != kNoBarrierBehind) __syncthreads();
+  }
+}
+
+// A warp reads matrices whose rows are so many bytes apart.
+__global__ void matrices(uint32_t pitch) {
+  using namespace cuda_on_cpu;
+  for (uint32_t at = thread() * 4; at < kSharedBytes; at += kWarp * 4) store_shared(at, 0.f);
+  __syncthreads();
+  uint32_t words[4];
+  load_matrices(VF_PLACE, words, 4, lane() * pitch);
+}
+
 template <class... Params>
 void run(void (*kernel)(Params...), Params... params) {
   vovnet_fast::cuda::launch("fault", kernel, 1, 64, nullptr, params...);
@@ -56,5 +109,16 @@ PYBIND11_MODULE(cuda_on_cpu_faults, m) {
   m.def("vector_from",
         [](uintptr_t from) { run(vector_from, static_cast<const float*>(pointer(from))); });
   m.def("reverse", [](uintptr_t values, bool barrier) { run(reverse, pointer(values), barrier); });
+  m.def("hand_on", [](uintptr_t from, uintptr_t to, int fault, bool early) {
+    const float* source = pointer(from);
+    float* target = pointer(to);
+    cuda_on_cpu::copies_land_early(early);
+    cuda_on_cpu::run("fault", 1, 64, [&] { hand_on(source, target, fault); }, kSharedBytes);
+  });
+  m.def("matrix_conflicts", [](uint32_t pitch) {
+    (void)cuda_on_cpu::take_counts();
+    cuda_on_cpu::run("fault", 1, 32, [&] { matrices(pitch); }, kSharedBytes);
+    return cuda_on_cpu::take_counts().matrix_conflicts;
+  });
   m.def("sum_of_lanes", [](uintptr_t values) { run(sum_of_lanes, pointer(values)); });
 }

@@ -47,6 +47,7 @@ CODES = {"dtype", "kind", "relu", "stride", "pad"}
 SIZES = {"n", "c", "c_in", "c_out", "add_c", "mask_c", "kernel", "tiles", "num_pixels"}
 SIZES |= {"height", "width", "out_height", "out_width", "parts", "groups"}
 SIZES |= {"stride_o", "stride_h", "stride_w", "stride_i", "x_stride_c"}
+SIZES |= {"tile_h", "tile_w", "block_out", "stages"}
 
 OF_SIZES = {"conv_parts", "conv_pack_bytes", "conv_weight_grad_parts"}
 OF_SIZES |= {"reduction_parts", "merge_groups", "conv_winograd_pack_bytes"}
@@ -101,10 +102,14 @@ def is_address(function, name):
 
 
 class Spoiling:
-    """A half of the extension: calls its functions wrongly, and then as it was asked to."""
+    """A half of the extension: calls its functions wrongly, and then as it was asked to.
 
-    def __init__(self, half, seed, note):
+    The first argument of the CPU half's is a number of threads, that of the other any stream.
+    """
+
+    def __init__(self, half, seed, note, *, threads=True):
         self._half, self._random, self._note = half, random.Random(seed), note
+        self._threads = threads
         self.calls, self.refused, self.words = Counter(), Counter(), set()
 
     def __getattr__(self, name):
@@ -150,7 +155,7 @@ class Spoiling:
                 must_refuse = True
             elif kind < 0.1:
                 spoilt["more"], must_refuse = 1, True
-            elif kind < 0.15:
+            elif kind < 0.15 and self._threads:
                 threads, must_refuse = self._random.choice(NO_THREADS), True
             else:
                 for field in self._random.sample(list(fields), self._random.choice((1, 1, 1, 2))):

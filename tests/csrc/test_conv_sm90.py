@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import vovnet_fast
 from vovnet_fast import tuning
-from vovnet_fast.backends import conv_sm90, cuda, reference
+from vovnet_fast.backends import _cuda_conv, conv_sm90, cuda, reference
 
 ROOT = Path(vovnet_fast.__file__).parent.parent
 SOURCES = ROOT / "csrc" / "cuda" / "conv_sm90"
@@ -341,7 +341,7 @@ def test_the_cuda_backend_measures_it_against_aten(monkeypatch, tmp_path):
     monkeypatch.setattr(tuning, "_device_timer", lambda device: lambda run: (run(), 1.0)[1])
     monkeypatch.setattr(conv_sm90, "engines", lambda *args, **kwargs: [engine])
     monkeypatch.setattr(conv_sm90, "run", run)
-    monkeypatch.setattr(cuda, "_ops", types.SimpleNamespace(conv=aten))
+    monkeypatch.setattr(_cuda_conv, "_ops", lambda: types.SimpleNamespace(conv=aten))
     cuda.conv(*layer.tensors, pool=True)
     assert set(ran) == {"aten", engine}
     torch.testing.assert_close(layer.out.double(), layer.exact(), rtol=1e-2, atol=1e-2)

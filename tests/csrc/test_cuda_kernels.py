@@ -19,23 +19,13 @@ from vovnet_fast.backends import _extension, cuda, reference
 from vovnet_fast.compat import zip
 from vovnet_fast.selfcheck import runner, tensors
 
-MODULE = "VOVNET_FAST_CUDA_ON_CPU"
-"""Path of the kernels on the host, where they are built already: with sanitizers."""
-
 gpu = pytest.mark.gpu
 
 
 @pytest.fixture(scope="module")
-def emulation(once, tmp_path_factory):
+def emulation(once):
     """The kernels on the host, with the functions of ``_C.cuda``."""
-    built = os.environ.get(MODULE)
-    folder = tmp_path_factory.mktemp("cuda_on_cpu")
-    return cuda_on_cpu.load(built or cuda_on_cpu.build(folder, once))
-
-
-def on_host(call, device, fields):
-    assert device.type == "cpu"
-    call(0, **fields)
+    return cuda_on_cpu.built(once)
 
 
 def need_gpu():
@@ -57,7 +47,7 @@ def kernels(where, request):
     if where == "gpu":
         return _extension.CUDA
     module = request.getfixturevalue("emulation")
-    return _extension.Ops(lambda: module, on_host)
+    return _extension.Ops(lambda: module, cuda_on_cpu.on_host)
 
 
 @pytest.fixture
@@ -233,17 +223,55 @@ def test_barriers_and_shuffles_carry_values(faults):
     assert values.tolist() == [496.0] * 32 + [1520.0] * 32
 
 
+FAULTS = {
+    "no wait": (1, "is read, and a copy of thread . is on its way there"),
+    "too many pending": (2, "is read, and a copy of thread . is on its way there"),
+    "no group": (3, "is read, and a copy of thread . is on its way there"),
+    "no barrier": (4, "is read, and thread 0 wrote it, with no barrier between"),
+    "no barrier behind": (5, "is written, and thread .* read it, with no barrier between"),
+    "nothing written": (6, "is read, and nobody has written it"),
+    "left under way": (7, "it returns, and has not waited for copies"),
+    "two writers": (8, "is written, and thread 0 wrote it, with no barrier between"),
+    "outside": (9, "byte 1024 of shared memory is outside its 1024 bytes"),
+    "not aligned": (10, "byte 4 of shared memory is not aligned to 16"),
+}
+
+
 @on_host_only
-@pytest.mark.skipif(MODULE in os.environ, reason="these are the tests that it runs")
+@pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
+@pytest.mark.parametrize("fault", [None, *FAULTS])
+def test_misuse_of_shared_memory_is_reported(fault, early, faults):
+    """Whenever copies land: it is not the numbers that show it."""
+    source, found = torch.arange(512.0), torch.zeros(128)
+    number, words = FAULTS.get(fault, (0, None))
+    call = faults.hand_on, source.data_ptr(), found.data_ptr(), number, early
+    if words is None:
+        call[0](*call[1:])
+        expected = source.view(2, 64, 4)[:, :, 1].roll(-1, 1)
+        assert torch.equal(found.view(2, 64), expected)
+        return
+    with pytest.raises(RuntimeError, match=words):
+        call[0](*call[1:])
+
+
+@on_host_only
+def test_banks_that_rows_share_are_counted(faults):
+    """A matrix of rows that lie 16 bytes apart takes one turn; 32 apart, two."""
+    assert [faults.matrix_conflicts(pitch) for pitch in (16, 32)] == [0, 4]
+
+
+@on_host_only
+@pytest.mark.skipif(cuda_on_cpu.MODULE in os.environ, reason="these are the tests that it runs")
 def test_under_sanitizers(once, tmp_path):
     """AddressSanitizer and UndefinedBehaviorSanitizer find nothing in the kernels."""
     # Without the forms that are not chosen: compiling them takes longer than running the others.
     flags = (*cuda_on_cpu.SANITIZE, "-O0", "-DVF_EVERY_DTYPE=0")
     module = cuda_on_cpu.build(tmp_path, once, flags)
-    chosen = "host and (float16 and not bfloat16 or single and float32)"
+    chosen = "host and (float16 and not bfloat16 or single and float32) or watched"
+    files = __file__, str(Path(__file__).with_name("test_conv_sm80.py"))
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", chosen],
-        env={**sanitize.environment(), "PYTHONPATH": os.getcwd(), MODULE: str(module)},
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", chosen],
+        env={**sanitize.environment(), "PYTHONPATH": os.getcwd(), cuda_on_cpu.MODULE: str(module)},
         capture_output=True,
         text=True,
         check=False,

@@ -10,7 +10,7 @@ import torch
 
 import vovnet_fast
 from vovnet_fast import __version__, backends, selfcheck
-from vovnet_fast.backends import _extension, reference
+from vovnet_fast.backends import _cuda_conv, _extension, reference
 from vovnet_fast.selfcheck import runner
 from vovnet_fast.tools import cli, doctor
 
@@ -45,7 +45,7 @@ def test_the_table_names_everything(capsys, monkeypatch):
     only(monkeypatch, "reference")
     status, text = run([], capsys)
     assert status == 0
-    for section in ("versions", "CUDA", "extension", "backends", "settings"):
+    for section in ("versions", "CUDA", "extension", "backends", "engines", "settings"):
         assert f" {section} " in text
     assert f"vovnet_fast {__version__} in" in text
     assert f"torch {torch.__version__}" in text
@@ -65,6 +65,11 @@ def test_json_says_the_same(capsys):
     for name, reason in backends.available_backends().items():
         said = found["backends"][name]
         assert said == ("usable" if reason is None else f"not usable: {reason}")
+    engines = _cuda_conv.offered(torch.device("cuda"))
+    for name, reason in engines.items():
+        expected = "considered beside cuDNN" if reason is None else f"not considered: {reason}"
+        assert found["engines"][name] == expected
+    assert set(found["engines"]) == {"conv-sm80", "conv-sm90"}
 
 
 def test_usable_backends_are_tested_and_pass(monkeypatch):

@@ -7,11 +7,11 @@ import torch
 
 import vovnet_fast
 from tests.extension_cases import require
-from vovnet_fast import backends
+from vovnet_fast import backends, tuning
 from vovnet_fast.compat import zip
 from vovnet_fast.network import decision
 from vovnet_fast.tools import cli
-from vovnet_fast.tools.explain import NETWORK, explain
+from vovnet_fast.tools.explain import NETWORK, _kinds, explain
 
 SPEC = "V-19-slim-dw-eSE"
 
@@ -77,6 +77,13 @@ def test_the_command(capsys):
     assert "OSA5_1" in out
     assert "autograd takes part" in out
     assert "choices of engines are known for this machine" in out
+
+
+def test_it_counts_choices_by_their_kind():
+    names = ("conv-sm80 256x64", "conv-sm80 128x80", "tma-128x64-k64", "aten", "conv-sm80 128x64")
+    known = {str(i): tuning.Choice(name) for i, name in enumerate(names)}
+    assert _kinds(known) == ": 3 conv-sm80, 1 triton, 1 aten"
+    assert _kinds({}) == ""
 
 
 @pytest.mark.parametrize(

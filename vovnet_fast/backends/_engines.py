@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .. import selfcheck, tuning
 from .._dtypes import accumulator
+from ..compat import zip
 from . import reference
 
 ATEN = "aten"
@@ -102,3 +103,85 @@ def conv_trial(
         return pairs
 
     return judge(target, run, tolerance(x))
+
+
+def statistics_trial(
+    run_engine: Callable[..., Tensor], x: Tensor, weight: Tensor, out: Tensor, *, stride: int
+) -> tuning.Trial:
+    """Holds engines of ``conv_statistics`` against the reference, as :func:`conv_trial` does.
+
+    Args:
+        run_engine: called as ``run_engine(engine, x, weight, out, stride=...)``.
+        x, weight, out, stride: of the layer.
+    """
+    images = selfcheck.few_images(x, out)
+    source, target = selfcheck.Slot.like(x, images), selfcheck.Slot.like(out, images)
+    random = torch.Generator(x.device).manual_seed(0)
+    high = accumulator(x.dtype)
+    source.randomise(random)
+    weight = torch.empty_like(weight).normal_(0, weight[0].numel() ** -0.5, generator=random)
+    expected = torch.empty(target.view.shape, dtype=high, device=x.device)
+    exact = reference.conv_statistics(
+        source.view.to(high), weight.to(high), expected, stride=stride
+    )
+
+    def run(engine: str) -> list[tuple[Tensor, Tensor]]:
+        partials = run_engine(engine, source.view, weight, target.view, stride=stride)
+        merged = reference.batch_norm_merge(partials)
+        return [(target.view, expected), *zip(merged, exact[0], strict=True)]
+
+    return judge(target, run, tolerance(x))
+
+
+def in_place(add: Tensor | None, out: Tensor) -> bool:
+    """Whether ``add`` is ``out``, or its first channels."""
+    return add is not None and add.data_ptr() == out.data_ptr()
+
+
+def input_grad_trial(
+    run_engine: Callable[..., None],
+    pack: Callable[[Tensor, Tensor], Tensor],
+    g: Tensor,
+    packed: Tensor,
+    out: Tensor,
+    *,
+    stride: int,
+    add: Tensor | None,
+    mask: Tensor | None,
+) -> tuning.Trial:
+    """Holds engines of ``conv_input_grad`` against the reference, as :func:`conv_trial` does.
+
+    In place if ``add`` is.
+
+    Args:
+        run_engine: called as ``run_engine(engine, g, packed, out, stride=..., add=..., mask=...)``.
+        pack: makes of a weight and a tensor like g the weight as engines take it.
+        g, packed, out, stride, add, mask: of the layer.
+    """
+    views = {name: view for name, view in (("add", add), ("mask", mask)) if view is not None}
+    images = selfcheck.few_images(g, out, *views.values())
+    source, target = selfcheck.Slot.like(g, images), selfcheck.Slot.like(out, images)
+    slots = {name: selfcheck.Slot.like(view, images) for name, view in views.items()}
+    random = torch.Generator(g.device).manual_seed(0)
+    for slot in (source, *slots.values()):
+        slot.randomise(random)
+    c_in, kernel, _, c_out = packed.shape
+    deviation = packed[0].numel() ** -0.5
+    weight = packed.new_empty(c_out, kernel, kernel, c_in).normal_(0, deviation, generator=random)
+    packed = pack(weight, g)
+    given = {name: slot.view for name, slot in slots.items()}
+    high = accumulator(g.dtype)
+    expected = torch.empty(target.view.shape, dtype=high, device=g.device)
+    reference.conv_input_grad(
+        source.view.to(high), weight.to(high), None, expected, stride=stride,
+        **{name: view.to(high) for name, view in given.items()},
+    )  # fmt: skip
+
+    def run(engine: str) -> list[tuple[Tensor, Tensor]]:
+        options: dict[str, Any] = dict(stride=stride, add=None, mask=None) | given
+        if in_place(add, out):
+            options["add"] = target.view[..., : given["add"].shape[3]].copy_(given["add"])
+        run_engine(engine, source.view, packed, target.view, **options)
+        return [(target.view, expected)]
+
+    return judge(target, run, tolerance(g))

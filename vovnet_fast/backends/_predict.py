@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import tuning
-from . import conv_sm90, cudnn_graph
+from . import conv_sm80, conv_sm90, cudnn_graph
 from ._engines import ATEN
 
 if TYPE_CHECKING:
     from ..kernels.cost import Layer, Prediction
-    from ..kernels.device import Device
+    from ..kernels.device import Device, Precision
 
 MEASURED = 3
 """Of Triton's configurations, at most so many are measured: the best by prediction."""
@@ -27,7 +27,7 @@ MEASURED = 3
 WORTH = 1.25
 """And no other one that is predicted to take longer than the best by more than this factor."""
 
-LIBRARIES = (ATEN, cudnn_graph.NAME, conv_sm90.NAME)
+LIBRARIES = (ATEN, cudnn_graph.NAME, conv_sm80.NAME, conv_sm90.NAME)
 """How names of engines that are not Triton's begin. One of each kind is measured, its best."""
 
 CUDNN_EFFICIENCY = 0.75
@@ -130,11 +130,63 @@ def _sm90(name: str, layer: Layer, device: Device) -> Prediction:
     return predict_work(name, work, device, layer.precision, whole)
 
 
+_SM80_SHARE = 0.6
+"""Of the rate of products of Hopper and Blackwell's servers that mma.sync reaches. Assumed."""
+
+_SM80_COPY_INSTRUCTIONS = 12  # For 16 bytes: addresses and masks. From the compiled loops, roughly.
+
+
+def _sm80(name: str, layer: Layer, device: Device) -> Prediction:
+    """A step is a tap of 64 bytes of channels; the strip is fetched with every ninth."""
+    from ..kernels._common import cdiv
+    from ..kernels.cost import Work, predict_work
+    from ..kernels.resources import Resources
+
+    config = next(c for c in conv_sm80.configs(layer.c_out) if c.name == name)
+    kernel, stride, itemsize = layer.kernel, layer.stride, layer.dtype.itemsize
+    tile = config.tile(layer.height, layer.width, kernel, stride)
+    tiles = layer.batch * conv_sm80.tiles_of(layer.height, layer.width, tile)
+    taps, row = kernel**2, conv_sm80.ROW_BYTES
+    strip = conv_sm80.strip_rows(tile, kernel, stride) * row
+    copied = strip // taps + config.block_out * row
+    sums = config.pixels * config.block_out
+    # Four warps share the pixels of a tile, and two its channels.
+    read = (2 * config.pixels + 4 * config.block_out) * row
+    products = sums * (row // itemsize) / (16 * 8 * 32 / itemsize) * 32  # Of a thread, each.
+    share = _SM80_SHARE if device.capability[0] in (9, 10) else 1.0
+    weights = layer.weight_elements * itemsize
+    left = {"statistics": 3, "forward": int(kernel == 1)}.get(layer.kind, 0)
+    beside = sum(c > 0 for c in (layer.added, layer.masked))
+    work = Work(
+        programs=tiles * (layer.c_out // config.block_out),
+        steps=taps * cdiv(layer.c_in * itemsize, row),
+        flop=round(2 * sums * row // itemsize / share),
+        copied=copied,
+        shared=copied + read,
+        instructions=1.5 * products + copied / 16 * _SM80_COPY_INSTRUCTIONS,
+        last_instructions=sums * (10 if layer.kind == "statistics" else 6),
+        last_bytes=sums * itemsize * (1 + beside),
+        stages=conv_sm80.STAGES[0],
+        compulsory=layer.activation_bytes + weights + 4 * left * tiles * layer.c_out,
+    )
+    stages = config.stages(tile, kernel, stride, device.capability) or conv_sm80.STAGES[-1]
+    registers = 128 if sums <= 64 * 32 * conv_sm80.WARPS else 255
+    shared = config.shared_bytes(tile, kernel, stride, stages)
+    resources = Resources(warps=conv_sm80.WARPS, registers=registers, shared=shared)
+    return predict_work(name, work, device, _sm80_precision(layer), resources)
+
+
+def _sm80_precision(layer: Layer) -> Precision:
+    """It multiplies fp32 as TF32 alone."""
+    return "half" if layer.dtype.itemsize == 2 else "tf32"
+
+
 def library(name: str, layer: Layer, device: Device) -> Prediction:
     """Time of an engine that is not a configuration of Triton's."""
     if name == ATEN:
         return _aten(layer, device)
-    return (_graph if name.startswith(cudnn_graph.NAME) else _sm90)(name, layer, device)
+    kinds = {cudnn_graph.NAME: _graph, conv_sm80.NAME: _sm80, conv_sm90.NAME: _sm90}
+    return kinds[family(name)](name, layer, device)
 
 
 # --------------------------------------------------------------------------------------
@@ -159,14 +211,20 @@ def order(layer: Layer, device: Device) -> dict[str, Prediction]:
 def predict(names: Iterable[str], layer: Layer, device: Device) -> dict[str, Prediction]:
     """By name, in the order given; without those that are not shipped any more."""
     own = order(layer, device)
-    sizes = {config.name for config in conv_sm90.configs(layer.c_out)}
     found = {}
     for name in names:
         if name in own:
             found[name] = own[name]
-        elif family(name) != "triton" and (family(name) != conv_sm90.NAME or name in sizes):
+        elif family(name) != "triton" and _has_tiles(name, layer):
             found[name] = library(name, layer, device)
     return found
+
+
+def _has_tiles(name: str, layer: Layer) -> bool:
+    """Whether an engine of ours has the tiles of its name for the layer."""
+    modules = {conv_sm80.NAME: conv_sm80, conv_sm90.NAME: conv_sm90}
+    module = modules.get(family(name))
+    return module is None or any(name == config.name for config in module.configs(layer.c_out))
 
 
 def likely(predicted: dict[str, Prediction], layer: Layer, device: Device) -> list[str]:
@@ -204,6 +262,42 @@ def candidates(layer: Layer, on: torch.device, *libraries: str) -> tuning.Candid
     from ..kernels import device
 
     return _candidates(layer, device.of(on), libraries)
+
+
+def layer(
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    stride: int,
+    tf32: bool,
+    **others: Any,
+) -> Layer:
+    """A convolution of views without Triton's kernels; ``others``: fields of the layer."""
+    from ..kernels.cost import Layer
+
+    c_out, kernel, _, c_in = weight.shape
+    n, height, width, _ = out.shape
+    size = (1, height * width) if kernel == 1 else (height, width)
+    return Layer(
+        n, *size, c_in, c_out, kernel=kernel, stride=stride, dtype=x.dtype, tf32=tf32, tma=False,
+        **others,
+    )  # fmt: skip
+
+
+@functools.lru_cache(1 << 13)
+def _of_libraries(layer: Layer, device: Device, names: tuple[str, ...]) -> tuning.Candidates:
+    seconds = {name: library(name, layer, device).seconds for name in names}
+    kinds = {family(name): name for name in sorted(names, key=lambda n: seconds[n], reverse=True)}
+    likely = tuple(name for name in names if name in kinds.values())
+    return tuning.Candidates(seconds, likely, describe(layer, device))
+
+
+def of_libraries(layer: Layer, on: torch.device, *names: str) -> tuning.Candidates:
+    """Engines that are not Triton's alone, for the tuner; of each kind the best is measured."""
+    from ..kernels import device
+
+    return _of_libraries(layer, device.of(on), names)
 
 
 # --------------------------------------------------------------------------------------

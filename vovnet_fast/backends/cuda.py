@@ -12,15 +12,19 @@ import functools
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .. import tuning
-from . import _extension, conv_sm90
-from ._engines import ATEN, aten, conv_trial, problem
+from . import _cuda_conv, _extension
 
 MIN_CAPABILITY = (8, 0)
 
 _ops = _extension.CUDA
+
+_CONVOLUTIONS = (
+    "backends._cuda_conv",
+    "backends._engines",
+    "backends.conv_sm80",
+    "backends.conv_sm90",
+)
 
 
 def why_not(device: torch.device | None) -> str | None:
@@ -58,7 +62,7 @@ def _refusal(device: torch.device) -> str | None:
 
 def sources(function: str) -> tuple[str, ...]:
     """Modules of this package that compute a function with static choices."""
-    own = ("backends._engines", "backends.conv_sm90") if function == "conv" else ()
+    own = _CONVOLUTIONS if function in ("conv", "conv_statistics", "conv_input_grad") else ()
     return ("backends.cuda", *own, *_extension.SOURCES)
 
 
@@ -71,45 +75,9 @@ def extension() -> Any:
     return _extension.load("cuda")
 
 
-def conv(
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    out: Tensor,
-    *,
-    stride: int = 1,
-    relu: bool = True,
-    pool: bool = False,
-) -> Tensor | None:
-    """See :mod:`vovnet_fast.backends`. The engine is chosen by :mod:`vovnet_fast.tuning`."""
-    tensors = (x, weight, scale, shift, out)
-    options: dict[str, Any] = dict(stride=stride, relu=relu, pool=pool)
-    own = conv_sm90.engines(x, weight, out, stride=stride) if out.numel() else []
-    if not own:
-        return _run_engine(ATEN, *tensors, **options)
-
-    def run(engine: str) -> None:
-        _run_engine(engine, *tensors, **options)
-
-    key = problem("conv", x, weight.shape, stride, "pool" if pool else "", "in CUDA C++")
-    names = [*aten(x, out), *own]
-    prepare = functools.partial(conv_trial, _run_engine, x, weight, out, **options)
-    engine = tuning.choose(x.device, key, names, ATEN, run, prepare=prepare)
-    return _run_engine(engine, *tensors, **options)
-
-
-def _run_engine(
-    engine: str, *tensors: Tensor, stride: int, relu: bool, pool: bool
-) -> Tensor | None:
-    """Run :func:`conv` on one engine."""
-    if engine == ATEN:
-        return _ops.conv(*tensors, stride=stride, relu=relu, pool=pool)
-    return conv_sm90.run(engine, *tensors, relu=relu, pool=pool)
-
-
-conv_statistics = _ops.conv_statistics
-conv_input_grad = _ops.conv_input_grad
+conv = _cuda_conv.conv
+conv_statistics = _cuda_conv.conv_statistics
+conv_input_grad = _cuda_conv.conv_input_grad
 conv_weight_grad = _ops.conv_weight_grad
 normalize = _ops.normalize
 batch_norm_merge = _ops.batch_norm_merge

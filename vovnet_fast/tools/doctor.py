@@ -25,7 +25,7 @@ import torch
 
 from .. import _optional, backends, compat, selfcheck, tuning
 from .._version import __version__
-from ..backends import _extension
+from ..backends import _cuda_conv, _extension
 from ..integrations import installed
 from .config import examine as examine_config
 
@@ -115,6 +115,7 @@ def examine(*, self_test: bool = True, config: str | os.PathLike[str] | None = N
         "CUDA": _cuda,
         "extension": _built,
         "backends": _usable,
+        "engines": _engines,
         "settings": _settings,
     }
     facts = tuple(fact for section, look in sections.items() for fact in _section(section, look()))
@@ -272,6 +273,12 @@ def _usable() -> _Found:
         yield name, "usable" if reason is None else f"not usable: {reason}"
     for device in _devices():
         yield f"auto on {device}", _automatic(device)
+
+
+def _engines() -> _Found:
+    """The convolutions of the extension's CUDA half, which are chosen by measurement."""
+    for name, reason in _cuda_conv.offered(torch.device("cuda")).items():
+        yield name, "considered beside cuDNN" if reason is None else f"not considered: {reason}"
 
 
 def _devices() -> list[torch.device]:

@@ -6,7 +6,8 @@ import argparse
 import contextlib
 import json
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from .. import backends, specs, tuning
+from ..backends import _cuda_conv, _predict
 from ..network import decision, ways
 from ..network.decision import NO_BACKEND, Decision
 from ..network.model import STAGE_NAMES, VoVNet
@@ -190,8 +192,19 @@ def run(args: argparse.Namespace) -> None:
             f"{tuning.ENVIRONMENT}=0 measures nothing, and runs this one.",
             markup=False,
         )
+    if device.type == "cuda":
+        for engine, reason in _cuda_conv.offered(device).items():
+            if reason is not None:
+                console.print(f"{engine} is not considered: {reason}", markup=False)
     known = tuning.table().choices().get(tuning.machine(device), {})
-    console.print(f"{len(known)} choices of engines are known for this machine")
+    console.print(f"{len(known)} choices of engines are known for this machine{_kinds(known)}")
+
+
+def _kinds(known: Mapping[str, tuning.Choice]) -> str:
+    """How many choices are of which kind of engine."""
+    kinds = Counter(_predict.family(choice.name) for choice in known.values())
+    words = ", ".join(f"{count} {kind}" for kind, count in kinds.most_common())
+    return f": {words}" if words else ""
 
 
 def _table(rows: Sequence[Row]) -> Table:

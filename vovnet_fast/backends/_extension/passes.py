@@ -38,6 +38,10 @@ class Passes:
         given.setdefault("dtype", fields.DTYPES[like.dtype])
         self._launch(getattr(self._half(), name), like.device, given)
 
+    def call(self, name: str, device: torch.device, **given: Any) -> None:
+        """Call a function of the half for tensors of ``device``, with all fields of its struct."""
+        self._launch(getattr(self._half(), name), device, given)
+
     def _parts(self, x: Tensor) -> int:
         """Into how many parts a reduction divides the pixels of an image."""
         parts: int = self._half().reduction_parts(*x.shape)

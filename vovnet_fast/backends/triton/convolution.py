@@ -5,14 +5,11 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ... import selfcheck, tuning
 from ..._dtypes import accumulator
-from ...compat import zip
-from .. import _aten, conv_sm90, cudnn_graph, reference
-from .._engines import ATEN, aten, conv_trial, judge, problem, tf32, tolerance
+from .. import _aten, conv_sm90, cudnn_graph
+from .._engines import ATEN, aten, conv_trial, problem, statistics_trial, tf32
 from .choosing import choose, form, load_kernels
 
 
@@ -127,29 +124,10 @@ def choose_statistics_engine(x: Tensor, weight: Tensor, out: Tensor, *, stride: 
     def run(engine: str) -> None:
         run_statistics_engine(engine, x, weight, out, stride=stride)
 
-    prepare = functools.partial(_statistics_trial, x, weight, out, stride=stride)
-    return choose(x, layer, key, aten(x, out), run, prepare)
-
-
-def _statistics_trial(x: Tensor, weight: Tensor, out: Tensor, *, stride: int) -> tuning.Trial:
-    """Holds engines against the reference, as :func:`conv_trial` does."""
-    images = selfcheck.few_images(x, out)
-    source, target = selfcheck.Slot.like(x, images), selfcheck.Slot.like(out, images)
-    random = torch.Generator(x.device).manual_seed(0)
-    high = accumulator(x.dtype)
-    source.randomise(random)
-    weight = torch.empty_like(weight).normal_(0, weight[0].numel() ** -0.5, generator=random)
-    expected = torch.empty(target.view.shape, dtype=high, device=x.device)
-    exact = reference.conv_statistics(
-        source.view.to(high), weight.to(high), expected, stride=stride
+    prepare = functools.partial(
+        statistics_trial, run_statistics_engine, x, weight, out, stride=stride
     )
-
-    def run(engine: str) -> list[tuple[Tensor, Tensor]]:
-        partials = run_statistics_engine(engine, source.view, weight, target.view, stride=stride)
-        merged = reference.batch_norm_merge(partials)
-        return [(target.view, expected), *zip(merged, exact[0], strict=True)]
-
-    return judge(target, run, tolerance(x))
+    return choose(x, layer, key, aten(x, out), run, prepare)
 
 
 def run_statistics_engine(

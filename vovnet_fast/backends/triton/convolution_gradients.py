@@ -12,7 +12,7 @@ from ... import selfcheck, tuning
 from ..._dtypes import accumulator
 from ...compat import zip
 from .. import _aten, reference
-from .._engines import ATEN, aten, judge, problem, tf32, tolerance
+from .._engines import ATEN, aten, in_place, input_grad_trial, problem, tf32, tolerance
 from .choosing import choose, form, load_kernels
 
 
@@ -70,59 +70,22 @@ def choose_input_grad_engine(
         run_input_grad_engine(engine, g, packed, out, **options)
 
     def prepare() -> tuning.Trial:
-        if _in_place(add, out):
+        if in_place(add, out):
             before.append(out.clone())
-        return _input_grad_trial(g, packed, out, **options)
+        return input_grad_trial(
+            run_input_grad_engine,
+            lambda weight, g: _pack_transposed(weight, None, g),
+            g,
+            packed,
+            out,
+            **options,
+        )
 
     try:
         return choose(g, found, key, aten(g, out), run, prepare)
     finally:
         for values in before:
             out.copy_(values)
-
-
-def _in_place(add: Tensor | None, out: Tensor) -> bool:
-    """Whether ``add`` is ``out``, or its first channels."""
-    return add is not None and add.data_ptr() == out.data_ptr()
-
-
-def _input_grad_trial(
-    g: Tensor,
-    packed: Tensor,
-    out: Tensor,
-    *,
-    stride: int,
-    add: Tensor | None,
-    mask: Tensor | None,
-) -> tuning.Trial:
-    """Holds engines against the reference, as :func:`conv_trial` does; in place if ``add`` is."""
-    views = {name: view for name, view in (("add", add), ("mask", mask)) if view is not None}
-    images = selfcheck.few_images(g, out, *views.values())
-    source, target = selfcheck.Slot.like(g, images), selfcheck.Slot.like(out, images)
-    slots = {name: selfcheck.Slot.like(view, images) for name, view in views.items()}
-    random = torch.Generator(g.device).manual_seed(0)
-    for slot in (source, *slots.values()):
-        slot.randomise(random)
-    c_in, kernel, _, c_out = packed.shape
-    deviation = packed[0].numel() ** -0.5
-    weight = packed.new_empty(c_out, kernel, kernel, c_in).normal_(0, deviation, generator=random)
-    packed = _pack_transposed(weight, None, g)
-    given = {name: slot.view for name, slot in slots.items()}
-    high = accumulator(g.dtype)
-    expected = torch.empty(target.view.shape, dtype=high, device=g.device)
-    reference.conv_input_grad(
-        source.view.to(high), weight.to(high), None, expected, stride=stride,
-        **{name: view.to(high) for name, view in given.items()},
-    )  # fmt: skip
-
-    def run(engine: str) -> list[tuple[Tensor, Tensor]]:
-        options: dict[str, Any] = dict(stride=stride, add=None, mask=None) | given
-        if _in_place(add, out):
-            options["add"] = target.view[..., : given["add"].shape[3]].copy_(given["add"])
-        run_input_grad_engine(engine, source.view, packed, target.view, **options)
-        return [(target.view, expected)]
-
-    return judge(target, run, tolerance(g))
 
 
 def run_input_grad_engine(

@@ -1,0 +1,12 @@
+// The convolution for sm_80 and newer, as the ops of ops.h. Arguments: params.h.
+#pragma once
+
+#include "params.h"
+
+namespace vovnet_fast {
+namespace cuda {
+
+void conv_sm80(const ConvSm80Params& params, void* stream);
+
+}  // namespace cuda
+}  // namespace vovnet_fast
