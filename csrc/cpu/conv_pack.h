@@ -16,6 +16,7 @@ inline namespace VF_ISA {
 namespace conv {
 
 constexpr int64_t kPackColumns = 64;
+constexpr int64_t kWideColumns = 256;
 
 // The rows of a weight, multiplied by their scales and rounded to T.
 template <class T, class Weight>
@@ -129,18 +130,20 @@ VF_HD void store_rows(const Vector<float> (&rows)[2], bfloat16* to) {
 }
 
 // Inputs are rows, and outputs columns, with their taps reversed: as they lie in a row, so they do
-// in a tile, in bf16 those of two rows in turn.
+// in a tile, in bf16 those of two rows in turn. Blocks are as wide as leaves work for all threads:
+// a whole row is read from its beginning to its end, as the processor expects.
 template <bool kDense, class Packed, class T, class Weight>
 void pack_transposed(const ConvPackParams& p, const Plan& plan, int threads) {
   constexpr int64_t kChunk = kChunkBytes / static_cast<int64_t>(sizeof(Packed));
   constexpr int64_t kRows = kChunk / kSide;
-  constexpr int64_t kGroup = kPackColumns / kTileChannels;  // tiles
   using Rows = WeightRows<T, Weight>;
   const Rows weight(p);
-  const int64_t groups = ceil_div(plan.tiles, kGroup), all = taps(plan);
+  const bool wide = plan.chunks >= 4 * threads;
+  const int64_t group = (wide ? kWideColumns : kPackColumns) / kTileChannels;  // tiles
+  const int64_t groups = ceil_div(plan.tiles, group), all = taps(plan);
   parallel(groups * plan.chunks, plan.tiles * tile_step(plan), threads, [&](int64_t i) {
-    const int64_t first = i / plan.chunks * kGroup, chunk = i % plan.chunks;
-    const int64_t tiles = least(kGroup, plan.tiles - first), column = first * kTileChannels;
+    const int64_t first = i / plan.chunks * group, chunk = i % plan.chunks;
+    const int64_t tiles = least(group, plan.tiles - first), column = first * kTileChannels;
     char* out = static_cast<char*>(p.out) + (first * plan.chunks + chunk) * all * kTileBytes;
     for (int64_t k = 0; k < kSide; ++k) {
       const int64_t row = chunk * kChunk + k * kRows;

@@ -170,6 +170,20 @@ def test_a_weight_of_any_dtype_is_packed_as_it_is_rounded(engine):
                 assert torch.equal(convolution._pack(engine, weight, dtype=dtype), rounded)
 
 
+def test_wide_weights_are_packed_transposed(engine):
+    """Blocks are wider where there is work for all threads; what they make is the same."""
+    for dtype in DTYPES[engine]:
+        weight, scale = torch.randn(300, 3, 3, 333).to(dtype), torch.rand(300)
+        expected = (weight.float() * scale[:, None, None, None]).to(dtype)
+        expected = convolution._pack(engine, expected.flip(1, 2).permute(3, 1, 2, 0).contiguous())
+        by_taps = weight.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+        for number in (1, 2, 7):
+            with threads(number):
+                for given in (weight, by_taps):
+                    found = convolution._pack(engine, given, scale, transposed=True)
+                    assert torch.equal(found, expected)
+
+
 @pytest.mark.parametrize("function", ["conv", "conv_statistics"])
 def test_a_weight_is_taken_as_it_is(chosen, function):
     """In another dtype than the activations and by taps, as modules have it under autocast."""

@@ -375,9 +375,11 @@ def _pack(
         size = cpu.conv_winograd_pack_bytes(side, outputs, inputs)
         pack = functools.partial(cpu.conv_winograd_pack, torch.get_num_threads(), side)
     given = (pointer("weight", weight), DTYPES[weight.dtype]), array("scale", scale, c_out)
-    with torch.inference_mode(False):
-        new = functools.partial(torch.empty, dtype=torch.uint8, device="cpu")
-        tiles: Tensor = scratch.lend("tiles", size) if lent else new(size)
+    if lent:
+        tiles = scratch.lend("tiles", size)
+    else:
+        with torch.inference_mode(False):
+            tiles = torch.empty(size, dtype=torch.uint8, device="cpu")
     pack(
         weight=given[0],
         scale=given[1],

@@ -21,23 +21,25 @@ MOST = 16 << 20
 
 class _Kept(threading.local):
     def __init__(self) -> None:
-        self.by_role: dict[str, Tensor] = {}
+        self.by_role: dict[str, tuple[int, Tensor]] = {}
 
 
 _kept = _Kept()
 
 
-@torch.inference_mode(False)
 def lend(role: str, size: int) -> Tensor:
     """Memory of ``size`` bytes, uint8, aligned to 64 bytes, with anything in it.
 
     It is the same memory at the next call of the thread with this role, which must find nobody
     who still needs it: it is not for what is returned, kept, or recorded.
     """
-    if size > MOST:
-        return torch.empty(size, dtype=torch.uint8, device="cpu")
     found = _kept.by_role.get(role)
-    if found is None or len(found) < size:
+    if found is not None and size <= found[0]:  # Hundreds of times in a step.
+        return found[1][:size]
+    with torch.inference_mode(False):
+        if size > MOST:
+            return torch.empty(size, dtype=torch.uint8, device="cpu")
         _kept.by_role.pop(role, None)  # Given back before more is taken.
-        found = _kept.by_role[role] = pages.aligned(size)
-    return found[:size]
+        memory = pages.aligned(size)
+    _kept.by_role[role] = size, memory
+    return memory
