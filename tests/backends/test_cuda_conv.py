@@ -1,11 +1,13 @@
 """The cuda backend's choice among engines of convolutions, with its own kernels on the host."""
 
+import types
+
 import pytest
 import torch
 
 from tests.csrc import cuda_on_cpu
 from tests.csrc.test_conv_sm80 import Layer
-from vovnet_fast import tuning
+from vovnet_fast import _optional, tuning
 from vovnet_fast.backends import _cuda_conv, _extension, _predict, conv_sm80, cuda, reference
 from vovnet_fast.kernels import cost
 from vovnet_fast.kernels.device import CARDS
@@ -150,6 +152,22 @@ def test_without_measurements_it_is_cudnn_and_without_cudnn_our_own(measured, mo
     cuda.conv(layer.x, layer.weight, layer.scale, layer.shift, layer.out)
     assert ran == ["aten", "conv-sm80 128x80"]
     layer.check(layer.affine().relu())
+
+
+def test_without_triton_nothing_is_predicted_and_all_is_measured(measured, monkeypatch):
+    clock, ran = measured
+    clock["conv-sm80"] = 0.5
+    monkeypatch.setattr(_optional, "why_not", {"triton": "triton is not installed"}.get)
+    monkeypatch.setattr(_predict, "layer", None)
+    layer = Layer(1, 5, 6, 16, 80)
+    cuda.conv(layer.x, layer.weight, layer.scale, layer.shift, layer.out)
+    layer.check(layer.affine().relu())
+    names = [config.name for config in conv_sm80.configs(80)]
+    assert set(ran) == {"aten", *names}
+    properties = types.SimpleNamespace(name="A100", major=8, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    words = tuning.machine.__wrapped__(torch.device("cuda", 0)).split("; ")
+    assert (words[0], words[3]) == ("A100 sm_80", "no triton")
 
 
 def test_what_our_own_does_not_take_is_cudnns_at_once(measured):

@@ -521,6 +521,10 @@ def test_refusals_name_what_is_wrong():
     assert "x does not start" in conv_sm80.refusal(
         layer.x[..., 4:12], layer.weight[..., :8], layer.out
     )
+    flat = torch.empty(layer.weight.numel() + 8, dtype=HALF)[1:-7]
+    assert "weight does not start" in conv_sm80.refusal(
+        layer.x, flat.view_as(layer.weight), layer.out
+    )
     assert "add has 12 channels" in check(add=layer.beside(12))
     assert "mask does not start" in check(mask=layer.beside(24)[..., 4:12])
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import tuning
+from .. import _optional, tuning
 from . import _aten, _extension, _predict, conv_sm80, conv_sm80_grad, conv_sm90
 from ._engines import (
     ATEN,
@@ -63,12 +63,16 @@ def _choose(
     offered = [name for name in (conv_sm80.NAME, conv_sm90.NAME) if any(name in o for o in own)]
     words = [*words, "in CUDA C++", *(f"and {name}" for name in offered)]
     key = problem(op, x, weight.shape, stride, *words)
+    names = [*aten(x, out), *own]
+    if _optional.why_not("triton") is not None:  # With which the predictions come.
+        static = ATEN if cudnn() and ATEN in names else own[0]
+        return tuning.choose(x.device, key, names, static, run, prepare=prepare)
     beside = {"added": add, "masked": mask}
     layer = _predict.layer(
         x, weight, out, stride=stride, tf32=tf32(x), kind=kind,
         **{name: view.shape[3] for name, view in beside.items() if view is not None},
     )  # fmt: skip
-    found = _predict.of_libraries(layer, x.device, *aten(x, out), *own)
+    found = _predict.of_libraries(layer, x.device, *names)
     static = ATEN if cudnn() and ATEN in found else min(own, key=lambda name: found[name])
     return tuning.choose(x.device, key, found, static, run, prepare=prepare)
 

@@ -168,7 +168,7 @@ def refusal(
         return f"no tiles of whole blocks for {c_out} output channels"
     if c_in == 0:
         return "no input channels"
-    return unfit(kernel, stride, x=x, out=out, add=add, mask=mask)
+    return unfit(kernel, stride, x=x, weight=weight, out=out, add=add, mask=mask)
 
 
 def unfit(kernel: int, stride: int, **views: Tensor | None) -> str | None:
