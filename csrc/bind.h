@@ -360,6 +360,7 @@ inline void bind_cuda(py::module_ m) {
   });
   VF_OPS(VF_DEFINE)
   VF_DEFINE(conv_sm80, ConvSm80Params)
+  VF_DEFINE(conv_sm80_weight_grad, ConvSm80WeightGradParams)
 #ifdef VOVNET_FAST_WITH_CONV_SM90
   VF_DEFINE(conv_sm90, ConvSm90Params)
 #endif

@@ -319,6 +319,27 @@ inline void tensors(const ConvSm80Params& p) {
   packed("statistics", p.statistics, 4, {p.n, tiles, kStatisticsRows, p.c_out}, kOptional);
 }
 
+// Alignment is the matter of conv_sm80/weight_grad.cuh.
+inline void tensors(const ConvSm80WeightGradParams& p) {
+  choice("dtype", p.dtype, {kFloat16, kBFloat16});
+  choice("kernel", p.kernel, {1, 3});
+  choice("stages", p.stages, {2, 3});
+  strided_output(p);
+  const int64_t bytes = bytes_of("dtype", p.dtype);
+  if (p.parts < 1) refuse("parts", "at least 1", std::to_string(p.parts));
+  for (const int64_t size : {p.n, p.height, p.width}) {
+    if (size < 1) refuse("n, height and width", "at least 1", std::to_string(size));
+  }
+  for (const int32_t size : {p.tile_h, p.tile_w}) {
+    if (size < 1 || size > 256) refuse("tile_h and tile_w", "from 1 to 256", std::to_string(size));
+  }
+  count("out", {p.c_out, p.kernel, p.kernel, p.c_in});
+  view("x", p.x, bytes, {p.n, p.height, p.width, p.c_in});
+  view("g", p.g, bytes, {p.n, p.out_height, p.out_width, p.c_out});
+  packed("partials", p.partials, 4, {p.parts, p.c_out, p.kernel, p.kernel, p.c_in}, p.parts == 1);
+  packed("out", p.out, 4, {p.c_out, p.kernel, p.kernel, p.c_in});
+}
+
 // Addresses and tiles are the matter of conv_sm90/plan.h.
 inline void tensors(const ConvSm90Params& p) {
   choice("dtype", p.dtype, {kFloat16, kBFloat16});

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/conv_sm80/params.h"
+#include "cuda/conv_sm80/weight_grad_params.h"
 #include "cuda/conv_sm90/params.h"
 #include "params.h"
 
@@ -76,6 +77,8 @@ VF_FIELDS(ConvSm90Params, x, out, weight, scale, shift, pool_partials, n, height
 VF_FIELDS(ConvSm80Params, x, out, add, mask, weight, scale, shift, pool_partials, statistics, n,
           height, width, out_height, out_width, c_in, c_out, add_c, mask_c, kernel, stride, tile_h,
           tile_w, block_out, stages, relu, dtype)
+VF_FIELDS(ConvSm80WeightGradParams, x, g, partials, out, n, height, width, out_height, out_width,
+          c_in, c_out, parts, kernel, stride, tile_h, tile_w, stages, dtype)
 
 #undef VF_FIELDS
 

@@ -203,6 +203,7 @@ struct Rows {
   uint32_t row[kRowWords];  // That this lane points at.
   uint32_t* words;
   int count;
+  bool transposed;
 };
 
 // "Each thread of the first eight points at a row of the first matrix", and so on; thread 4r + w
@@ -217,8 +218,17 @@ void hand_out(void* const (&brought)[kWarp]) {
     ++counts.matrices;
     counts.matrix_conflicts += conflicts(addresses, ~0u);
     for (int lane = 0; lane < kWarp; ++lane) {
-      const auto* row = static_cast<Rows*>(brought[matrix * kMatrixRows + lane / kRowWords]);
-      static_cast<Rows*>(brought[lane])->words[matrix] = row->row[lane % kRowWords];
+      const auto& mine = *static_cast<Rows*>(brought[lane]);
+      const auto row = [&](int i) {
+        return static_cast<Rows*>(brought[matrix * kMatrixRows + i])->row;
+      };
+      if (mine.transposed) {  // Of rows 2w and 2w + 1, number r.
+        const int number = lane / kRowWords, first = lane % kRowWords * 2;
+        const auto half = [&](int i) { return row(i)[number / 2] >> number % 2 * 16 & 0xffffu; };
+        mine.words[matrix] = half(first) | half(first + 1) << 16;
+      } else {
+        mine.words[matrix] = row(lane / kRowWords)[lane % kRowWords];
+      }
     }
   }
 }
@@ -226,11 +236,18 @@ void hand_out(void* const (&brought)[kWarp]) {
 }  // namespace
 
 void load_matrices(const char* place, uint32_t* words, int count, uint32_t from) {
-  Rows mine = {from, {}, words, count};
+  Rows mine = {from, {}, words, count, false};
   if (lane() < count * kMatrixRows) {
     reads(from, kUnit);
     memcpy(mine.row, &memory[from], sizeof mine.row);
   }
+  together(place, hand_out, &mine);
+}
+
+void load_transposed(const char* place, uint32_t (&words)[4], uint32_t from) {
+  Rows mine = {from, {}, words, 4, true};
+  reads(from, kUnit);
+  memcpy(mine.row, &memory[from], sizeof mine.row);
   together(place, hand_out, &mine);
 }
 

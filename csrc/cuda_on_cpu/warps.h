@@ -33,6 +33,9 @@ void store_shared(uint32_t to, float value);
 // ldmatrix.x2 or .x4: `count` words a lane.
 void load_matrices(const char* place, uint32_t* words, int count, uint32_t from);
 
+// ldmatrix.x4.trans: words hold two numbers of a column.
+void load_transposed(const char* place, uint32_t (&words)[4], uint32_t from);
+
 // mma.sync.m16n8k16 of halves, and m16n8k8 of TF32, which ignores the lowest 13 bits.
 enum class Operands { kFloat16, kBFloat16, kTf32 };
 void multiply_add(const char* place, Operands kind, float (&sums)[4], const uint32_t (&a)[4],

@@ -1,11 +1,13 @@
 """The cuda backend's choice among engines of convolutions, with its own kernels on the host."""
 
+import types
+
 import pytest
 import torch
 
 from tests.csrc import cuda_on_cpu
 from tests.csrc.test_conv_sm80 import Layer
-from vovnet_fast import tuning
+from vovnet_fast import _optional, tuning
 from vovnet_fast.backends import _cuda_conv, _extension, _predict, conv_sm80, cuda, reference
 from vovnet_fast.kernels import cost
 from vovnet_fast.kernels.device import CARDS
@@ -43,7 +45,12 @@ def measured(once, monkeypatch, tmp_path):
 
         return noted
 
-    for name in ("run_engine", "run_statistics_engine", "run_input_grad_engine"):
+    for name in (
+        "run_engine",
+        "run_statistics_engine",
+        "run_input_grad_engine",
+        "run_weight_grad_engine",
+    ):
         monkeypatch.setattr(_cuda_conv, name, noting(getattr(_cuda_conv, name)))
     monkeypatch.setattr(tuning, "_device_timer", timer)
     return clock, ran
@@ -53,12 +60,12 @@ def choices():
     return tuning.table().choices()[tuning.machine(torch.device("cpu"))]
 
 
-@pytest.mark.parametrize("kind", ["conv", "statistics", "input gradient"])
+@pytest.mark.parametrize("kind", ["conv", "statistics", "input gradient", "weight gradient"])
 @pytest.mark.parametrize("fastest", ["aten", "conv-sm80"])
 def test_the_fastest_that_is_right_runs(kind, fastest, measured):
     clock, ran = measured
     clock[fastest] = 0.5
-    layer = Layer(1, 5, 6, 16, 80 if kind != "input gradient" else 16)
+    layer = Layer(1, 5, 6, 16, 80)
     for _ in range(2):  # What was found out is remembered.
         ran.clear()
         layer.buffer.fill_(float("nan"))
@@ -72,8 +79,10 @@ def test_the_fastest_that_is_right_runs(kind, fastest, measured):
             assert set(count.tolist()) == {30.0}
             torch.testing.assert_close(sums.double(), exact.sum((0, 1, 2)), rtol=1e-2, atol=0.05)
             close(layer.out, exact)
-        else:
+        elif kind == "input gradient":
             gradient(layer)
+        else:
+            weight_gradient(layer)
     assert [engine.split(" ")[0] for engine in ran] == [fastest]
     (choice,) = choices().values()
     assert {name.split(" ")[0] for name in choice.seconds} == {"aten", "conv-sm80"}
@@ -97,6 +106,14 @@ def gradient(layer):
     )  # fmt: skip
     cuda.conv_input_grad(g.x, weight, scale, g.out, add=g.out, mask=mask)
     close(g.out, expected)
+
+
+def weight_gradient(layer):
+    g, weight = layer.beside(80), layer.weight.float()
+    found = cuda.conv_weight_grad(layer.x, g, weight, layer.scale)
+    given = (each.double() for each in (layer.x, g, weight, layer.scale))
+    for ours, exact in zip(found, reference.conv_weight_grad(*given), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-2, atol=0.05)
 
 
 def test_an_engine_that_is_wrong_is_never_chosen(measured, monkeypatch):
@@ -135,6 +152,22 @@ def test_without_measurements_it_is_cudnn_and_without_cudnn_our_own(measured, mo
     cuda.conv(layer.x, layer.weight, layer.scale, layer.shift, layer.out)
     assert ran == ["aten", "conv-sm80 128x80"]
     layer.check(layer.affine().relu())
+
+
+def test_without_triton_nothing_is_predicted_and_all_is_measured(measured, monkeypatch):
+    clock, ran = measured
+    clock["conv-sm80"] = 0.5
+    monkeypatch.setattr(_optional, "why_not", {"triton": "triton is not installed"}.get)
+    monkeypatch.setattr(_predict, "layer", None)
+    layer = Layer(1, 5, 6, 16, 80)
+    cuda.conv(layer.x, layer.weight, layer.scale, layer.shift, layer.out)
+    layer.check(layer.affine().relu())
+    names = [config.name for config in conv_sm80.configs(80)]
+    assert set(ran) == {"aten", *names}
+    properties = types.SimpleNamespace(name="A100", major=8, minor=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    words = tuning.machine.__wrapped__(torch.device("cuda", 0)).split("; ")
+    assert (words[0], words[3]) == ("A100 sm_80", "no triton")
 
 
 def test_what_our_own_does_not_take_is_cudnns_at_once(measured):

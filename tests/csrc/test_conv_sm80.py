@@ -15,7 +15,8 @@ import torch.nn.functional as F
 
 from tests.csrc import cuda_on_cpu, test_binding
 from tests.extension_cases import require
-from vovnet_fast.backends import _extension, conv_sm80
+from vovnet_fast.backends import _extension, conv_sm80, conv_sm80_grad
+from vovnet_fast.backends._extension import fields
 
 GUARD = 16
 CHANNELS = [64, 80, 96, 112, 128, 160, 192, 224, 256]
@@ -289,9 +290,9 @@ def test_banks_never_conflict_and_products_are_not_padded(dtype, emulation):
                 assert (counts["copy_conflicts"], counts["matrix_conflicts"]) == (0, 0)
                 steps, tiles = kernel**2 * 3, launch.tiles
                 assert counts["products"] == tiles * steps * config.pixels // 16 * c_out // 8
-                fields = launch.fields
-                tile = fields["tile_h"], fields["tile_w"]
-                expected = config.shared_bytes(tile, kernel, stride, fields["stages"])
+                given = launch.fields
+                tile = given["tile_h"], given["tile_w"]
+                expected = config.shared_bytes(tile, kernel, stride, given["stages"])
                 assert counts["shared_bytes"] == expected
 
 
@@ -319,14 +320,14 @@ def test_banks_never_conflict_and_products_are_not_padded(dtype, emulation):
 )
 def test_what_cannot_be_is_said(wrong, words, emulation):
     at = 1 << 20
-    fields = dict(
+    given = dict(
         x=(at, 1 << 20, 1 << 14, 64), out=(at, 1 << 20, 1 << 14, 256), weight=at, scale=at,
         shift=at, pool_partials=None, statistics=None, add=None, mask=None, n=1, height=100,
         width=100, out_height=100, out_width=100, c_in=64, c_out=256, add_c=0, mask_c=0, kernel=3,
         stride=1, tile_h=16, tile_w=8, block_out=256, stages=4, relu=0, dtype=0,
     )  # fmt: skip
     with pytest.raises((ValueError, OverflowError), match=words):
-        emulation.conv_sm80(0, **{**fields, **wrong})
+        emulation.conv_sm80(0, **{**given, **wrong})
 
 
 def fuzz(path, last):
@@ -346,8 +347,13 @@ def fuzz(path, last):
             layer.run(config, scale=layer.scale, shift=layer.shift, relu=True, pool=True)
             layer.run(config, statistics=True)
             layer.run(config, add=layer.beside(8), mask=layer.beside(16))
+            if dtype == HALF:
+                conv_sm80_grad.run(layer.x, layer.beside(64), kernel, stride=stride)
+                wide = Layer(2, 9, 33, 8, 64, kernel=kernel, stride=stride)  # In parts.
+                conv_sm80_grad.run(wide.x, wide.beside(64), kernel, stride=stride)
     assert all(spoiling.words)
-    assert spoiling.refused["conv_sm80"] > 200, spoiling.refused
+    for name in ("conv_sm80", "conv_sm80_weight_grad"):
+        assert spoiling.refused[name] > 100, spoiling.refused
 
 
 def test_no_arguments_crash_it(emulation, tmp_path):
@@ -358,6 +364,106 @@ def test_no_arguments_crash_it(emulation, tmp_path):
     said = test_binding.run_python(code)
     words = last.read_text()[:3000].splitlines()[:1] if last.exists() else ""
     assert said.returncode == 0, f"exit {said.returncode} of {words}\n{said.stderr[-3000:]}"
+
+
+# --------------------------------------------------------------------------------------
+# Weight gradients
+# --------------------------------------------------------------------------------------
+
+
+def weight_grad(layer, g):
+    """What it should be, in fp64."""
+    kernel = layer.weight.shape[1]
+    _, exact, _ = torch.ops.aten.convolution_backward(
+        g.double().permute(0, 3, 1, 2), layer.x.double().permute(0, 3, 1, 2),
+        layer.weight.double().permute(0, 3, 1, 2), None, [layer.stride] * 2, [kernel // 2] * 2,
+        [1, 1], False, [0, 0], 1, [False, True, False],
+    )  # fmt: skip
+    return exact.permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2)])
+@pytest.mark.parametrize("size", [(1, 1, 1), (2, 9, 5), (1, 3, 37), (1, 20, 33)])
+def test_weight_gradients_are_right(size, kernel, stride, dtype, device):
+    """Whole and broken tiles of channels, one part and several, and NaN beside every slot."""
+    for crop, (c_in, c_out) in ((False, (72, 8)), (True, (16, 80))):
+        layer = Layer(
+            *size, c_in, c_out, kernel=kernel, stride=stride, dtype=dtype, crop=crop, device=device
+        )
+        g = layer.beside(c_out)
+        found = conv_sm80_grad.run(layer.x, g, kernel, stride=stride)
+        exact = weight_grad(layer, g)
+        rtol = 1e-4 if device.type == "cuda" else 1e-5
+        torch.testing.assert_close(found.double(), exact, rtol=rtol, atol=rtol * 30)
+        assert torch.equal(conv_sm80_grad.run(layer.x, g, kernel, stride=stride), found)
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
+@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2)])
+def test_weight_gradients_whatever_the_timing_watched(kernel, stride, early, emulation):
+    """Every form of step and depth of the ring, parts of one step and more; no conflicts."""
+    emulation.copies_land_early(early)
+    layer = Layer(1, 11, 39, 24, 40, kernel=kernel, stride=stride, crop=True)
+    g = layer.beside(40)
+    exact = weight_grad(layer, g)
+    emulation.take_counts()
+    for tile in conv_sm80_grad.shapes(kernel, stride):
+        for stages in (2, 3):
+            steps = conv_sm80.tiles_of(*layer.size[1:3], tile)
+            for parts in (1, min(3, steps)):
+                out = torch.full((40, kernel, kernel, 24), NAN)
+                partials = torch.full((parts, *out.shape), NAN)
+                emulation.conv_sm80_weight_grad(
+                    0, x=fields.view("x", layer.x, layer.x, *layer.x.shape),
+                    g=fields.view("g", g, g, *g.shape), partials=partials.data_ptr(),
+                    out=out.data_ptr(), n=1, height=11, width=39, out_height=layer.size[1],
+                    out_width=layer.size[2], c_in=24, c_out=40, parts=parts, kernel=kernel,
+                    stride=stride, tile_h=tile[0], tile_w=tile[1], stages=stages, dtype=0,
+                )  # fmt: skip
+                torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=3e-4)
+                counts = emulation.take_counts()
+                assert (counts["copy_conflicts"], counts["matrix_conflicts"]) == (0, 0)
+                size = conv_sm80_grad.stage_bytes(tile, kernel, stride)
+                assert counts["shared_bytes"] == stages * size
+                assert counts["products"] % steps == 0
+
+
+def test_steps_follow_the_map_and_two_fit_every_device():
+    assert conv_sm80_grad.shapes(3, 1) == conv_sm80_grad.shapes(1, 1) == [(4, 16), (2, 32), (1, 64)]
+    assert conv_sm80_grad.shapes(3, 2) == [(4, 16), (2, 32)]
+    assert conv_sm80_grad._shape(25, 42, 3, 1) == (4, 16)
+    assert conv_sm80_grad._shape(1, 1050, 1, 1) == (1, 64)
+    for capability in ((8, 0), (8, 6), (9, 0), (12, 0)):
+        for kernel, stride in ((1, 1), (3, 1), (3, 2)):
+            for tile in conv_sm80_grad.shapes(kernel, stride):
+                stages = conv_sm80_grad._stages(tile, kernel, stride, capability)
+                size = stages * conv_sm80_grad.stage_bytes(tile, kernel, stride)
+                assert size <= conv_sm80.room(capability)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        (dict(dtype=2), "dtype must be one of 0, 1, got 2"),
+        (dict(stages=4), "stages must be one of 2, 3, got 4"),
+        (dict(parts=0), "parts must be at least 1, got 0"),
+        (dict(parts=99), "there are 1 steps, for 99 parts"),
+        (dict(c_in=12), "must be multiples of 8, got 12 and 64"),
+        (dict(tile_w=8), "no steps of 4 x 8 pixels"),
+        (dict(x=(1 << 20, 1 << 20, 1 << 14, 68)), "multiples of 16 bytes"),
+        (dict(n=0), "n, height and width must be at least 1, got 0"),
+    ],
+)
+def test_what_weight_gradients_cannot_be_is_said(wrong, words, emulation):
+    at = 1 << 20
+    given = dict(
+        x=(at, 1 << 20, 1 << 14, 64), g=(at, 1 << 20, 1 << 14, 64), partials=at, out=at, n=1,
+        height=4, width=16, out_height=4, out_width=16, c_in=64, c_out=64, parts=1, kernel=3,
+        stride=1, tile_h=4, tile_w=16, stages=3, dtype=0,
+    )  # fmt: skip
+    with pytest.raises((ValueError, OverflowError), match=words):
+        emulation.conv_sm80_weight_grad(0, **{**given, **wrong})
 
 
 # --------------------------------------------------------------------------------------
@@ -409,13 +515,17 @@ def test_refusals_name_what_is_wrong():
     assert "float64" in refused(1, 5, 5, 16, 80, dtype=torch.float64)
     assert "kernel 1 with stride 2" in refused(1, 5, 5, 16, 80, kernel=1, stride=2)
     assert "72 output channels" in refused(1, 5, 5, 16, 72)
-    assert "12 input channels" in refused(1, 5, 5, 12, 80)
+    assert "x has 12 channels" in refused(1, 5, 5, 12, 80)
     layer = Layer(2, 5, 5, 16, 80)
     check = functools.partial(conv_sm80.refusal, layer.x, layer.weight, layer.out)
     assert "x does not start" in conv_sm80.refusal(
         layer.x[..., 4:12], layer.weight[..., :8], layer.out
     )
-    assert "add has strides" in check(add=layer.beside(12))
+    flat = torch.empty(layer.weight.numel() + 8, dtype=HALF)[1:-7]
+    assert "weight does not start" in conv_sm80.refusal(
+        layer.x, flat.view_as(layer.weight), layer.out
+    )
+    assert "add has 12 channels" in check(add=layer.beside(12))
     assert "mask does not start" in check(mask=layer.beside(24)[..., 4:12])
 
 

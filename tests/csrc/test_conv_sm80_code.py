@@ -70,6 +70,27 @@ def test_few_kernels(few):
     check(dtype, tiles)
 
 
+def check_weight_grads(kernels):
+    """The same of the weight gradients: one copy of the loop, all of whose loads transpose."""
+    found = [kernel for kernel in kernels if "weight_grad_kernel" in kernel.name]
+    assert len(found) == 4
+    for kernel in found:
+        taps = 9 if re.search(r"\b3>", kernel.name) else 1
+        down, pairs = (2, 1) if taps == 9 else (4, 2)
+        assert (kernel.stack, kernel.stores, kernel.loads) == (0, 0, 0), kernel.name
+        assert kernel.registers <= REGISTERS // 256
+        words = re.findall(r"\b(HMMA|LDSM|LDL|STL)((?:\.\w+)*)", kernel.instructions)
+        of = {word: [form for name, form in words if name == word] for word, _ in words}
+        assert set(of) == {"HMMA", "LDSM"}, kernel.name
+        assert len(of["HMMA"]) == taps * down * pairs * 2, kernel.name
+        assert of["LDSM"] == [".16.MT88.4"] * (down + taps * pairs), kernel.name
+
+
+def test_weight_grads(once):
+    built, name = cuda_build(once), "conv_sm80/weight_grad.cu"
+    check_weight_grads(kernels_of(built.said[name], built.objects[name]))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", [a.name for a in architectures.default(range(1000), "aarch64")])
 def test_every_kernel_and_their_size(arch, tmp_path):
@@ -77,13 +98,17 @@ def test_every_kernel_and_their_size(arch, tmp_path):
     if f"sm_{arch.rstrip('a')}" not in run([cuda_tool("nvcc"), "--list-gpu-code"]).split():
         pytest.skip(f"this nvcc does not know sm_{arch}")
     size = 0
-    for dtype in DTYPES:
-        source = CSRC / "cuda" / "conv_sm80" / f"{dtype}.cu"
-        binary = tmp_path / f"{dtype}.cubin"
+    for name in (*DTYPES, "weight_grad"):
+        source = CSRC / "cuda" / "conv_sm80" / f"{name}.cu"
+        binary = tmp_path / f"{name}.cubin"
         words = ["-O3", "-std=c++17", "-Xptxas", "-v", f"-arch=sm_{arch}", "-cubin"]
         said = run([cuda_tool("nvcc"), *words, "-o", str(binary), str(source)])
-        tiles = by_tile(kernels_of(said, binary))
-        assert set(tiles) == every_tile()
-        check(dtype, tiles)
+        found = kernels_of(said, binary)
+        if name == "weight_grad":
+            check_weight_grads(found)
+        else:
+            tiles = by_tile(found)
+            assert set(tiles) == every_tile()
+            check(name, tiles)
         size += binary.stat().st_size
     assert size <= MEBIBYTES << 20

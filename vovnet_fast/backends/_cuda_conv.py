@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import tuning
-from . import _aten, _extension, _predict, conv_sm80, conv_sm90
+from .. import _optional, tuning
+from . import _aten, _extension, _predict, conv_sm80, conv_sm80_grad, conv_sm90
 from ._engines import (
     ATEN,
     aten,
@@ -25,6 +25,7 @@ from ._engines import (
     problem,
     statistics_trial,
     tf32,
+    weight_grad_trial,
 )
 
 
@@ -62,12 +63,16 @@ def _choose(
     offered = [name for name in (conv_sm80.NAME, conv_sm90.NAME) if any(name in o for o in own)]
     words = [*words, "in CUDA C++", *(f"and {name}" for name in offered)]
     key = problem(op, x, weight.shape, stride, *words)
+    names = [*aten(x, out), *own]
+    if _optional.why_not("triton") is not None:  # With which the predictions come.
+        static = ATEN if cudnn() and ATEN in names else own[0]
+        return tuning.choose(x.device, key, names, static, run, prepare=prepare)
     beside = {"added": add, "masked": mask}
     layer = _predict.layer(
         x, weight, out, stride=stride, tf32=tf32(x), kind=kind,
         **{name: view.shape[3] for name, view in beside.items() if view is not None},
     )  # fmt: skip
-    found = _predict.of_libraries(layer, x.device, *aten(x, out), *own)
+    found = _predict.of_libraries(layer, x.device, *names)
     static = ATEN if cudnn() and ATEN in found else min(own, key=lambda name: found[name])
     return tuning.choose(x.device, key, found, static, run, prepare=prepare)
 
@@ -241,3 +246,39 @@ def run_input_grad_engine(
         _ops().accumulate(_aten.input_grad(g, packed, out, stride), out, add, mask)
     else:
         conv_sm80.run(engine, g, packed, out, add=add, mask=mask)
+
+
+def conv_weight_grad(
+    x: Tensor, g: Tensor, weight: Tensor, scale: Tensor | None, *, stride: int = 1
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """See :mod:`vovnet_fast.backends`. The engine is chosen by :mod:`vovnet_fast.tuning`."""
+    own = conv_sm80_grad.engines(x, g, weight.shape[1], stride=stride) if g.numel() else []
+    if not own:
+        return run_weight_grad_engine(ATEN, x, g, weight, scale, stride=stride)
+
+    def run(engine: str) -> None:
+        run_weight_grad_engine(engine, x, g, weight, scale, stride=stride)
+
+    prepare = functools.partial(
+        weight_grad_trial, run_weight_grad_engine, x, g, weight, stride=stride
+    )
+    words = ("in CUDA C++", f"and {conv_sm80.NAME}")
+    key = problem("conv weight gradient", x, weight.shape, stride, *words)
+    names = [*aten(x, g), *own]
+    static = ATEN if cudnn() and ATEN in names else own[0]
+    engine = tuning.choose(x.device, key, names, static, run, prepare=prepare)
+    return run_weight_grad_engine(engine, x, g, weight, scale, stride=stride)
+
+
+def run_weight_grad_engine(
+    engine: str, x: Tensor, g: Tensor, weight: Tensor, scale: Tensor | None, *, stride: int
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Run :func:`conv_weight_grad` on one engine; all have the same result, up to rounding."""
+    ops = _ops()
+    if engine == ATEN:
+        found: tuple[Tensor, Tensor | None, Tensor] = ops.conv_weight_grad(
+            x, g, weight, scale, stride=stride
+        )
+        return found
+    products = conv_sm80_grad.run(x, g, weight.shape[1], stride=stride)
+    return *ops.pack_backward(products, weight, scale), ops.channel_sums(g)

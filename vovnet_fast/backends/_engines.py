@@ -185,3 +185,39 @@ def input_grad_trial(
         return [(target.view, expected)]
 
     return judge(target, run, tolerance(g))
+
+
+def weight_grad_trial(
+    run_engine: Callable[..., tuple[Tensor, Tensor | None, Tensor]],
+    x: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    *,
+    stride: int,
+) -> tuning.Trial:
+    """Holds engines of ``conv_weight_grad`` against the reference, as :func:`conv_trial` does.
+
+    Args:
+        run_engine: called as ``run_engine(engine, x, g, weight, scale, stride=...)``.
+        x, g, weight, stride: of the layer.
+    """
+    images = selfcheck.few_images(x, g)
+    source, gradient = selfcheck.Slot.like(x, images), selfcheck.Slot.like(g, images)
+    random = torch.Generator(x.device).manual_seed(0)
+    for slot in (source, gradient):
+        slot.randomise(random)
+    high = accumulator(x.dtype)
+    weight = torch.empty_like(weight).normal_(generator=random)
+    scale = torch.randn(weight.shape[0], generator=random, dtype=high, device=x.device)
+    expected = reference.conv_weight_grad(
+        source.view.to(high), gradient.view.to(high), weight.to(high), scale, stride=stride
+    )
+
+    def trial(engine: str) -> str | None:
+        found = run_engine(engine, source.view, gradient.view, weight, scale, stride=stride)
+        pairs = [
+            (f, e) for f, e in zip(found, expected, strict=True) if f is not None and e is not None
+        ]
+        return selfcheck.disagreement(pairs, tolerance(x))
+
+    return trial

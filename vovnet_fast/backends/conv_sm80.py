@@ -92,9 +92,13 @@ class Config:
         self, tile: tuple[int, int], kernel: int, stride: int, capability: tuple[int, int]
     ) -> int | None:
         """The deepest ring of weights that a device has room for; None: it has none for any."""
-        room = _SHARED.get(capability, _SHARED_ELSEWHERE) << 10
-        fit = (s for s in STAGES if self.shared_bytes(tile, kernel, stride, s) <= room)
+        fit = (s for s in STAGES if self.shared_bytes(tile, kernel, stride, s) <= room(capability))
         return next(fit, None)
+
+
+def room(capability: tuple[int, int]) -> int:
+    """Bytes of shared memory that a block may have."""
+    return _SHARED.get(capability, _SHARED_ELSEWHERE) << 10
 
 
 def tiles_of(height: int, width: int, tile: tuple[int, int]) -> int:
@@ -160,29 +164,31 @@ def refusal(
         return f"no kernel for {x.dtype}, only for fp16, bf16, and fp32 as TF32"
     if x.dtype == torch.float32 and x.is_cuda and not tf32(x):
         return "products of fp32 may not be rounded to TF32 (torch.backends.cudnn.allow_tf32)"
-    if (kernel, stride) not in ((1, 1), (3, 1), (3, 2)):
-        return f"no kernel {kernel} with stride {stride}"
     if not configs(c_out):
         return f"no tiles of whole blocks for {c_out} output channels"
-    if c_in * x.element_size() % _UNIT or c_in == 0:
-        return f"{c_in} input channels are no multiple of {_UNIT} bytes"
-    views = {"x": x, "out": out, "add": add, "mask": mask}
+    if c_in == 0:
+        return "no input channels"
+    return unfit(kernel, stride, x=x, weight=weight, out=out, add=add, mask=mask)
+
+
+def unfit(kernel: int, stride: int, **views: Tensor | None) -> str | None:
+    """The reason why views do not consist of whole units, or are no layer's, or None."""
+    if (kernel, stride) not in ((1, 1), (3, 1), (3, 2)):
+        return f"no kernel {kernel} with stride {stride}"
     for name, view in views.items():
         if view is None:
             continue
         if view.data_ptr() % _UNIT:
             return f"{name} does not start at a multiple of {_UNIT} bytes"
-        steps = [s for s, size in zip(view.stride(), view.shape, strict=True) if size > 1]
-        if view.shape[3] > 1:
-            steps = steps[:-1]
+        steps = [s for s, size in zip(view.stride()[:3], view.shape, strict=False) if size > 1]
         size = view.element_size()
         if any(step * size % _UNIT for step in steps) or view.shape[3] * size % _UNIT:
             return (
-                f"{name} has strides {view.stride()} and {view.shape[3]} channels: no multiples "
+                f"{name} has {view.shape[3]} channels and strides {view.stride()}: no multiples "
                 f"of {_UNIT} bytes"
             )
-    if max(x.shape[:3].numel(), out.shape[:3].numel()) >= _PIXEL_LIMIT:
-        return f"{x.shape[:3].numel()} pixels are counted in 64 bits"
+        if view.shape[:3].numel() >= _PIXEL_LIMIT:
+            return f"{view.shape[:3].numel()} pixels are counted in 64 bits"
     return None
 
 

@@ -19,10 +19,12 @@ MIN_CAPABILITY = (8, 0)
 
 _ops = _extension.CUDA
 
+_CHOSEN = ("conv", "conv_statistics", "conv_input_grad", "conv_weight_grad")
 _CONVOLUTIONS = (
     "backends._cuda_conv",
     "backends._engines",
     "backends.conv_sm80",
+    "backends.conv_sm80_grad",
     "backends.conv_sm90",
 )
 
@@ -62,7 +64,7 @@ def _refusal(device: torch.device) -> str | None:
 
 def sources(function: str) -> tuple[str, ...]:
     """Modules of this package that compute a function with static choices."""
-    own = _CONVOLUTIONS if function in ("conv", "conv_statistics", "conv_input_grad") else ()
+    own = _CONVOLUTIONS if function in _CHOSEN else ()
     return ("backends.cuda", *own, *_extension.SOURCES)
 
 
@@ -78,7 +80,7 @@ def extension() -> Any:
 conv = _cuda_conv.conv
 conv_statistics = _cuda_conv.conv_statistics
 conv_input_grad = _cuda_conv.conv_input_grad
-conv_weight_grad = _ops.conv_weight_grad
+conv_weight_grad = _cuda_conv.conv_weight_grad
 normalize = _ops.normalize
 batch_norm_merge = _ops.batch_norm_merge
 batch_norm_finish = _ops.batch_norm_finish

@@ -193,9 +193,9 @@ def run(args: argparse.Namespace) -> None:
             markup=False,
         )
     if device.type == "cuda":
-        for engine, reason in _cuda_conv.offered(device).items():
-            if reason is not None:
-                console.print(f"{engine} is not considered: {reason}", markup=False)
+        for engine, why in _cuda_conv.offered(device).items():
+            if why is not None:
+                console.print(f"{engine} is not considered: {why}", markup=False)
     known = tuning.table().choices().get(tuning.machine(device), {})
     console.print(f"{len(known)} choices of engines are known for this machine{_kinds(known)}")
 

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 
+from .. import _optional
 from .tables import Choice, Choices, Table, export, load, merge, read
 
 __all__ = ["Choice", "Choices", "Table", "choose", "export", "load", "merge", "read", "table"]
@@ -188,18 +189,23 @@ def machine(device: torch.device) -> str:
     """What a measurement depends on besides the problem."""
     if device.type != "cuda":
         return f"{device.type}; torch {torch.__version__}"
-    import triton
-
+    without = _optional.why_not("triton")
     properties = torch.cuda.get_device_properties(device)
     return "; ".join(
         (
             f"{properties.name} sm_{properties.major}{properties.minor}",
             f"driver {_driver_version()}",
             f"torch {torch.__version__}",
-            f"triton {triton.__version__}",
+            _triton_version() if without is None else "no triton",
             f"cudnn {torch.backends.cudnn.version()}",
         )
     )
+
+
+def _triton_version() -> str:
+    import triton
+
+    return f"triton {triton.__version__}"
 
 
 def _driver_version() -> str:

@@ -32,6 +32,9 @@ template <int N>
 void load_matrices(uint32_t (&words)[N], uint32_t from) {
   on_cpu::load_matrices(VF_PLACE, words, N, from);
 }
+inline void load_transposed(uint32_t (&words)[4], uint32_t from) {
+  on_cpu::load_transposed(VF_PLACE, words, from);
+}
 template <class T>
 void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   on_cpu::multiply_add<T>(VF_PLACE, sums, a, b0, b1);
@@ -77,6 +80,14 @@ __device__ __forceinline__ void load_matrices(uint32_t (&words)[4], uint32_t fro
 __device__ __forceinline__ void load_matrices(uint32_t (&words)[2], uint32_t from) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
                : "=r"(words[0]), "=r"(words[1])
+               : "r"(shared_window(from))
+               : "memory");
+}
+
+// The same of halves, each matrix transposed.
+__device__ __forceinline__ void load_transposed(uint32_t (&words)[4], uint32_t from) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
                : "r"(shared_window(from))
                : "memory");
 }

@@ -5,14 +5,20 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from ... import selfcheck, tuning
+from ... import tuning
 from ..._dtypes import accumulator
-from ...compat import zip
-from .. import _aten, reference
-from .._engines import ATEN, aten, in_place, input_grad_trial, problem, tf32, tolerance
+from .. import _aten
+from .._engines import (
+    ATEN,
+    aten,
+    in_place,
+    input_grad_trial,
+    problem,
+    tf32,
+    weight_grad_trial,
+)
 from .choosing import choose, form, load_kernels
 
 
@@ -130,34 +136,10 @@ def choose_weight_grad_engine(
     def run(engine: str) -> None:
         run_weight_grad_engine(engine, x, g, weight, scale, stride=stride)
 
-    prepare = functools.partial(_weight_grad_trial, x, g, weight, stride=stride)
-    return choose(x, layer, key, aten(x, g), run, prepare)
-
-
-def _weight_grad_trial(x: Tensor, g: Tensor, weight: Tensor, *, stride: int) -> tuning.Trial:
-    """Holds engines against the reference, as :func:`conv_trial` does for the convolution."""
-    images = selfcheck.few_images(x, g)
-    source, gradient = selfcheck.Slot.like(x, images), selfcheck.Slot.like(g, images)
-    random = torch.Generator(x.device).manual_seed(0)
-    for slot in (source, gradient):
-        slot.randomise(random)
-    high = accumulator(x.dtype)
-    weight = torch.empty_like(weight).normal_(generator=random)
-    scale = torch.randn(weight.shape[0], generator=random, dtype=high, device=x.device)
-    expected = reference.conv_weight_grad(
-        source.view.to(high), gradient.view.to(high), weight.to(high), scale, stride=stride
+    prepare = functools.partial(
+        weight_grad_trial, run_weight_grad_engine, x, g, weight, stride=stride
     )
-
-    def trial(engine: str) -> str | None:
-        found = run_weight_grad_engine(
-            engine, source.view, gradient.view, weight, scale, stride=stride
-        )
-        pairs = [
-            (f, e) for f, e in zip(found, expected, strict=True) if f is not None and e is not None
-        ]
-        return selfcheck.disagreement(pairs, tolerance(x))
-
-    return trial
+    return choose(x, layer, key, aten(x, g), run, prepare)
 
 
 def run_weight_grad_engine(

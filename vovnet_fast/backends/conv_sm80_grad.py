@@ -1,0 +1,106 @@
+"""The weight gradient of :mod:`.conv_sm80` as an engine: fp16 and bf16, summed in fp32.
+
+A step is 64 pixels: those of the gradient, and the strip of the input with its halo, which all
+taps read. The pixels are divided into parts, whose sums are added up in order: results do not
+change from run to run. ``csrc/cuda/conv_sm80/weight_grad.cuh`` has the kernel, which no GPU has run
+yet.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from . import _extension, conv_sm80
+from ._extension import fields
+from .conv_sm80 import capability, room, strip_rows, tiles_of
+
+_TILES = {3: (64, 64), 1: (128, 128)}
+"""Output and input channels of a block, by kernel: grad_block_out and grad_block_in there."""
+
+_SHAPES = ((4, 16), (2, 32), (1, 64))  # Pixels of a step, which are 64: its height and width.
+_STAGES = (3, 2)  # Steps that are in shared memory, the better first.
+_BLOCKS = 264  # To be made of a layer, by parts: two for each processor of a large device.
+_FEWEST_STEPS = 4  # Of a part.
+
+
+def name(kernel: int) -> str:
+    """What the engine is called: the channels of its tiles follow."""
+    return f"{conv_sm80.NAME} {'x'.join(map(str, _TILES[kernel]))}"
+
+
+def refusal(x: Tensor, g: Tensor, kernel: int, *, stride: int = 1) -> str | None:
+    """The reason why the kernel cannot take these arguments of :func:`run`, or None."""
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"no kernel for {x.dtype}, only for fp16 and bf16"
+    return conv_sm80.unfit(kernel, stride, x=x, g=g)
+
+
+def engines(x: Tensor, g: Tensor, kernel: int, *, stride: int = 1) -> list[str]:
+    """The name of the engine where it is on offer for these arguments of :func:`run`."""
+    if conv_sm80.why_not(x.device) is not None:
+        return []
+    return [] if refusal(x, g, kernel, stride=stride) is not None else [name(kernel)]
+
+
+def shapes(kernel: int, stride: int) -> list[tuple[int, int]]:
+    """Heights and widths of steps of which every device has room for two."""
+    least = room((8, 6))
+    return [shape for shape in _SHAPES if 2 * stage_bytes(shape, kernel, stride) <= least]
+
+
+def _shape(height: int, width: int, kernel: int, stride: int) -> tuple[int, int]:
+    """That with the fewest steps, and of these with the least to fetch."""
+
+    def cost(shape: tuple[int, int]) -> tuple[int, int]:
+        return tiles_of(height, width, shape), strip_rows(shape, kernel, stride)
+
+    return min(shapes(kernel, stride), key=cost)
+
+
+def run(x: Tensor, g: Tensor, kernel: int, *, stride: int = 1) -> Tensor:
+    """Gradient of the weight of a convolution, padded by K // 2: ``[C_out, K, K, C_in]`` in fp32.
+
+    Args:
+        x: ``[N, H, W, C_in]`` view, the input, in fp16 or bf16.
+        g: ``[N, H', W', C_out]`` view, the gradient of the output, dtype of ``x``.
+        kernel: K, 1 or 3.
+        stride: 1, or 2 where K is 3.
+    """
+    n, h, w, c_out = g.shape
+    c_in = x.shape[3]
+    size = tuple((s - 1) // stride + 1 for s in x.shape[1:3])
+    assert size == (h, w), f"x is {tuple(x.shape)}, g {tuple(g.shape)}, stride {stride}"
+    height, width = (h, w)
+    if kernel == 1 and all(v.stride(1) == w * v.stride(2) for v in (x, g)):
+        height, width = 1, h * w
+    tile = _shape(height, width, kernel, stride)
+    blocks = -(-c_out // _TILES[kernel][0]) * -(-c_in // _TILES[kernel][1])
+    steps = n * tiles_of(height, width, tile)
+    parts = max(min(-(-_BLOCKS // blocks), steps // _FEWEST_STEPS), 1)
+    out = fields.new_high(x, c_out, kernel, kernel, c_in)
+    partials = fields.new_high(x, parts, *out.shape) if parts > 1 else None
+    given = dict(
+        x=fields.view("x", x, x, n, *x.shape[1:3], c_in),
+        g=fields.view("g", g, x, n, h, w, c_out),
+        partials=None if partials is None else fields.pointer("partials", partials),
+        out=fields.pointer("out", out),
+        n=n, out_height=height, out_width=width, c_in=c_in, c_out=c_out, parts=parts,
+        height=height if kernel == 1 else x.shape[1], width=width if kernel == 1 else x.shape[2],
+        kernel=kernel, stride=stride, tile_h=tile[0], tile_w=tile[1],
+        stages=_stages(tile, kernel, stride, capability(x.device)), dtype=fields.DTYPES[x.dtype],
+    )  # fmt: skip
+    _extension.CUDA.call("conv_sm80_weight_grad", x.device, **given)
+    return out
+
+
+def stage_bytes(tile: tuple[int, int], kernel: int, stride: int) -> int:
+    """Bytes of shared memory of a step."""
+    outputs, inputs = _TILES[kernel]
+    return 2 * (tile[0] * tile[1] * outputs + strip_rows(tile, kernel, stride) * inputs)
+
+
+def _stages(tile: tuple[int, int], kernel: int, stride: int, on: tuple[int, int]) -> int:
+    """The most that a device has room for; every device has it for two."""
+    size = stage_bytes(tile, kernel, stride)
+    return next((stages for stages in _STAGES if stages * size <= room(on)), _STAGES[-1])
