@@ -265,7 +265,7 @@ def test_banks_that_rows_share_are_counted(faults):
 def test_under_sanitizers(once, tmp_path):
     """AddressSanitizer and UndefinedBehaviorSanitizer find nothing in the kernels."""
     # Without the forms that are not chosen: compiling them takes longer than running the others.
-    flags = (*cuda_on_cpu.SANITIZE, "-O0", "-DVF_EVERY_DTYPE=0")
+    flags = (*cuda_on_cpu.SANITIZE, "-O0", "-DVF_EVERY_DTYPE=0", "-DVF_CONV_SM80_FEW")
     module = cuda_on_cpu.build(tmp_path, once, flags)
     chosen = "host and (float16 and not bfloat16 or single and float32) or watched"
     files = __file__, str(Path(__file__).with_name("test_conv_sm80.py"))

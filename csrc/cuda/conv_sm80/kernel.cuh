@@ -223,19 +223,20 @@ VF_DEVICE void add_and_mask(const Problem& p, const Share& share, Sums<PIXELS, N
   for (int i = 0; i < 2 * kDown<PIXELS>; ++i) {
     if ((share.inside >> i & 1) == 0) continue;
     const int index = pixel_index<PIXELS>(share.warp_down, i / 2, i % 2);
-    const T* add = reinterpret_cast<const T*>(p.add + offset(p, share.tile, index, p.add_pitch));
-    const T* mask = reinterpret_cast<const T*>(p.mask + offset(p, share.tile, index, p.mask_pitch));
+    const int64_t to_add = offset(p, share.tile, index, p.add_pitch);
+    const int64_t to_mask = offset(p, share.tile, index, p.mask_pitch);
 #pragma unroll
     for (int j = 0; j < kAcross<N>; ++j) {
       const int channel = share.tile.first + column_of<N>(share.warp_across, j);
       float* y = &sums.of[i / 2][j][i % 2 * 2];
       if (channel < p.add_c) {
-        const auto raw = load<2>(add + channel);
+        const auto raw = load<2>(reinterpret_cast<const T*>(p.add + to_add) + channel);
 #pragma unroll
         for (int k = 0; k < 2; ++k) y[k] += widen(raw.element[k]);
       }
       if (channel >= unmasked) {
-        const auto raw = load<2>(mask + (channel - unmasked));
+        const auto raw =
+            load<2>(reinterpret_cast<const T*>(p.mask + to_mask) + (channel - unmasked));
 #pragma unroll
         for (int k = 0; k < 2; ++k) y[k] = relu_gradient(y[k], widen(raw.element[k]));
       }
