@@ -18,6 +18,7 @@ Beside them lies what they share:
 ``cudnn_graph``   cuDNN's graphs, from a slot into a slot, an engine of ``triton``
 ``_engines``      what choosing among engines takes: names of problems, trials
 ``_predict``      which engines are worth measuring
+``eight_bits``    which backend's ops run a network in int8 or fp8
 ================  ===========================================================
 
 A backend asked for by name that cannot run is an error, never a silent fallback. Asked
