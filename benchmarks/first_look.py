@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from vovnet_fast import VoVNet, backends, use_backend
 from vovnet_fast import _provenance as provenance
-from vovnet_fast.backends import reference
+from vovnet_fast.backends import eight_bits, reference
 from vovnet_fast.specs import VoVNetSpec
 from vovnet_fast.tools.bench.stopwatch import Stopwatch, spread
 from vovnet_fast.tools.bench.training import Shape, image
@@ -213,6 +213,30 @@ def networks(device: torch.device, checks: Checks, end: float) -> None:
                 checks(f"{name} {text(shape)} in {short} on {backend}", check)
 
 
+def in_eight_bits(form: str, device: torch.device) -> str:
+    """Hold a network in eight bits on Triton against the integers, and fp8 against e4m3."""
+    ops, reason = eight_bits.find("triton", device, form, ())
+    if ops is None:
+        raise Missing(str(reason))
+    from tests.quantization.cases import images, quantized
+
+    name, x = ("V-39-eSE", images(1, height=96, width=128)) if device.type == "cuda" else (
+        "detectron2", images(1, height=33, width=32)
+    )  # fmt: skip
+    model = copy.deepcopy(quantized(name, form)).to(device)
+    found, wanted = [], []
+    for backend, features in (("triton", found), ("reference", wanted)):
+        with use_backend(backend):
+            features += model(x.to(device))
+    if form == "int8":
+        differ = sum(int((a != b).sum()) for a, b in zip(found, wanted, strict=True))
+        assert not differ, f"{differ} numbers differ from those of the integers"
+        return "the integers, bit for bit"
+    error = max(((a - b).norm() / b.norm()).item() for a, b in zip(found, wanted, strict=True))
+    assert error < 0.02, f"error {error:.2e} against e4m3 with exact sums, allowed 0.02"
+    return f"error {error:.2e} against e4m3 with exact sums"
+
+
 def _networks(device: torch.device) -> Iterator[tuple[str, str | VoVNetSpec, Shape]]:
     """Name, architecture and images."""
     if device.type == "cuda":
@@ -248,6 +272,8 @@ def main(arguments: list[str] | None = None) -> int:
     with torch.no_grad():
         for backend in backends.NAMES:
             checks(f"a kernel of {backend}", lambda backend=backend: simplest(backend, device))
+        for form in ("int8", "fp8"):
+            checks(f"a network in {form} on triton", functools.partial(in_eight_bits, form, device))
         networks(device, checks, end)
     print("all that could be checked is right" if not checks.failed else f"{checks.failed} failed")
     return 1 if checks.failed else 0

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vovnet_fast import backends, freeze
+from vovnet_fast import backends, freeze, quantize, use_backend
+from vovnet_fast.backends import eight_bits
 from vovnet_fast.tools.bench.training import image
 
 from . import runtimes
@@ -138,6 +139,53 @@ def _frozen_graph(case: Case) -> Model:
     return freeze(build(case.spec, case.dtype, case.device), graph=True)
 
 
+EIGHT_BITS = 0.3
+"""How far features in eight bits may be from eager's: of random weights and images int8 makes some
+hundredths, fp8 a tenth."""
+
+_CALIBRATION = 64
+"""Height and width of what a network in eight bits is calibrated on: speed asks for no more."""
+
+
+def _quantized(dtype: str, *, graph: bool = False) -> Callable[[Case], Model]:
+    def make(case: Case) -> Model:
+        if graph:
+            only(case, "cuda", "CUDA graphs need an NVIDIA GPU")
+        found, reason = eight_bits.find(_BACKENDS[case.device.type], case.device, dtype, ())
+        if found is None:
+            raise Missing(f"{dtype}: {reason}")
+        some = case.images()[:1, :, :_CALIBRATION, :_CALIBRATION].float()
+        network = build(case.spec, torch.float32, case.device)
+        with use_backend("reference"):
+            model = quantize(
+                network, [some], dtype, calibrator="minmax", stem="int8", bias_correction=False,
+                report=False,
+            )  # fmt: skip
+        if not graph:
+            return model
+        with use_backend("triton"):
+            return _Graphed(model, case.images())
+
+    return make
+
+
+_BACKENDS = {"cpu": "cpu", "cuda": "triton"}
+
+
+def _in_eight_bits() -> Iterator[Peer]:
+    for backend, dtype, graph in (
+        ("cpu", "int8", False), ("triton", "int8", False), ("triton", "fp8", False),
+        ("triton", "int8", True), ("triton", "fp8", True),
+    ):  # fmt: skip
+        settings = f"vovnet_fast.quantize in {dtype}, backend {backend}"
+        yield Peer(
+            f"fused, {dtype}{', graph' if graph else ''}", _quantized(dtype, graph=graph),
+            f"{settings}, a CUDA graph" if graph else settings, backend=backend,
+            apart=EIGHT_BITS,
+            opaque="calls of the extension are recorded" if backend == "cpu" else "",
+        )  # fmt: skip
+
+
 def _ours() -> Iterator[Peer]:
     yield Peer("frozen", _frozen, "vovnet_fast.freeze on plain PyTorch")
     for name in backends.NAMES:
@@ -182,6 +230,7 @@ _LISTED = [
         f"batch norms folded into weights and biases, {_CL}, a CUDA graph",
     ),
     *_ours(),
+    *_in_eight_bits(),
     Peer("timm", _timm, f"timm's network of the same convolutions, {_CL}", same=False),
     Peer(
         "onnxruntime", runtimes.onnxruntime,

@@ -144,7 +144,7 @@ def pointer_blocks(c_out: int, limit: int) -> tuple[int, ...]:
 POINTER_LIMIT = 192
 """Output channels of a program: 128 pixels by 224 channels spill registers on sm_80."""
 
-_TMA_SHAPES: dict[tuple[int, ...], tuple[tuple[int, int, int, bool], ...]] = {
+TMA_SHAPES: dict[tuple[int, ...], tuple[tuple[int, int, int, bool], ...]] = {
     # Accumulators: (pixels, warps, stages, persistent), largest tile first.
     (256,): ((128, 8, 3, False), (128, 8, 3, True)),
     (128, 64): ((256, 8, 3, False), (128, 8, 3, False), (128, 8, 3, True)),
@@ -165,7 +165,7 @@ def tma_blocks(c_out: int) -> list[tuple[int, ...]]:
     A warpgroup multiplies 64 output channels at a time, so that 192 is (128, 64)
     exactly, and 80 cannot do better than (128,).
     """
-    waste = {blocks: -c_out % sum(blocks) for blocks in _TMA_SHAPES}
+    waste = {blocks: -c_out % sum(blocks) for blocks in TMA_SHAPES}
     return [blocks for blocks in waste if waste[blocks] == min(waste.values())][:2]
 
 
@@ -216,7 +216,7 @@ def _tma_candidates(
         block_k, depth = block_k // 2, 2
     found = []
     for blocks in tma_blocks(c_out)[: 2 if itemsize == 2 else 1]:
-        for pixels, warps, stages, persistent in _TMA_SHAPES[blocks]:
+        for pixels, warps, stages, persistent in TMA_SHAPES[blocks]:
             accumulated = pixels * sum(blocks)
             if _spills(capability, accumulated, kind):
                 continue

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from .conv_config import ConvConfig, candidates
+from .conv_eight_bits_config import candidates as eight_bit_candidates
 from .conv_weight_grad_config import WeightGradConfig
 from .conv_weight_grad_config import candidates as weight_grad_candidates
 from .cost_model import WEIGHT_GRAD, Layer, Prediction
@@ -34,6 +35,11 @@ _ASPECT = 0.6  # Height over width of their maps.
 @functools.cache  # Asked for at every launch.
 def configurations(layer: Layer, capability: tuple[int, int]) -> tuple[Any, ...]:
     """The shipped configurations that can compute a layer, in one order for all layers."""
+    if layer.precision == "int8" or layer.precision == "fp8":
+        return eight_bit_candidates(
+            capability, layer.c_in, layer.c_out, layer.precision,
+            kernel=layer.kernel, tma=layer.tma, both=layer.added > 0,
+        )  # fmt: skip
     options: dict[str, Any] = dict(
         kernel=layer.kernel, dtype=layer.dtype, tf32=layer.tf32, tma=layer.tma
     )

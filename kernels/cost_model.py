@@ -54,12 +54,13 @@ class Layer:
             the convolution's output channels. A weight gradient has the convolution's own.
         kernel: 3 or 1.
         stride: 1 or 2.
-        dtype: of the activations.
+        dtype: of the activations; int8 for bytes.
         tf32: fp32 products may be rounded to TF32.
         kind: of the epilogue, or ``weight gradient``.
         tma: whether bulk copies can take the tensors.
         transposed: the input gradient of a stride of 2.
-        added, masked: channels of the activations that a gradient's epilogue reads.
+        added, masked: channels of the activations that a gradient's epilogue reads. In eight bits
+            the bytes a pixel of a feature that is written beside, or beyond those, activations.
     """
 
     batch: int
@@ -80,6 +81,8 @@ class Layer:
     @property
     def precision(self) -> Precision:
         """Which products it is made of."""
+        if self.dtype.itemsize == 1:
+            return "int8" if self.dtype == torch.int8 else "fp8"
         return "half" if self.dtype.itemsize == 2 else "tf32" if self.tf32 else "exact"
 
     @property

@@ -54,7 +54,7 @@ def _instructions(
     if device.capability >= (9, 0):
         return LOOP_INSTRUCTIONS * threads + vectors
     # A warp's instruction multiplies 16 x 8 x 16 halves, and needs 3 / 8 of a load.
-    size = 16 * 8 * (16 if precision == "half" else 8)
+    size = 16 * 8 * {"half": 16, "int8": 32, "fp8": 32}.get(precision, 8)
     return multiply_adds / size * 32 * 1.375 + vectors
 
 

@@ -16,7 +16,7 @@ import torch
 from ._common import capability, planned_for, processors
 from .resources import nearest
 
-Precision = Literal["half", "tf32", "exact"]
+Precision = Literal["half", "tf32", "exact", "int8", "fp8"]
 
 REACHED = 0.9
 """Of a data sheet's rates, by the best kernels. Assumed."""
@@ -35,6 +35,7 @@ class Device:
         capability: compute capability.
         processors: streaming multiprocessors.
         half, tf32, exact: FLOP/s of products in fp16 or bf16, in TF32, in fp32.
+        int8, fp8: the same in eight bits, with sums in int32 and in fp32; 0 where there are none.
         dram: bytes/s of memory, read and written together.
         l2: bytes/s from L2 into all processors.
         l2_size: bytes of L2.
@@ -53,10 +54,13 @@ class Device:
     l2_size: int
     clock: float
     source: str
+    int8: float
+    fp8: float
 
     def flops(self, precision: Precision) -> float:
         """FLOP/s of all processors together."""
-        return {"half": self.half, "tf32": self.tf32, "exact": self.exact}[precision]
+        found: float = getattr(self, precision)
+        return found
 
     @property
     def l2_port(self) -> float:
@@ -76,39 +80,43 @@ class Device:
 
 _MEASURED = (
     "copy and bf16 matmul measured on one; L2: the middle of public microbenchmarks' 5.5 to "
-    "7 TB/s; fp32 and TF32: data sheet"
+    "7 TB/s; fp32, TF32: data sheet; eight bits: twice bf16"
 )
 _SHEET = "0.9 of the data sheet; L2 and clock assumed"
 
 H100 = Device(
     "H100", (9, 0), 132, half=798e12, tf32=399e12, exact=60e12,
     dram=3.0e12, l2=6.25e12, l2_size=50 << 20, clock=1.7e9, source=_MEASURED,
+    int8=1596e12, fp8=1596e12,
 )  # fmt: skip
-H200 = dataclasses.replace(H100, name="H200", half=790e12, tf32=395e12, dram=4.3e12)
+H200 = dataclasses.replace(
+    H100, name="H200", half=790e12, tf32=395e12, dram=4.3e12, int8=1580e12, fp8=1580e12
+)
 
 
 def _sheet(
     name: str, number: tuple[int, int], count: int, half: float, exact: float, dram: float,
-    l2: float, l2_mib: int, clock: float,
+    l2: float, l2_mib: int, clock: float, int8: float, fp8: float,
 ) -> Device:  # fmt: skip
-    """Half and exact in TFLOP/s, memory and L2 in TB/s, as on the data sheet."""
+    """Products in TFLOP/s, without sparsity, memory and L2 in TB/s, as on the data sheet."""
     return Device(
         name, number, count, half * REACHED * 1e12, half / 2 * REACHED * 1e12,
         exact * REACHED * 1e12, dram * REACHED * 1e12, l2 * 1e12, l2_mib << 20, clock, _SHEET,
+        int8 * REACHED * 1e12, fp8 * REACHED * 1e12,
     )  # fmt: skip
 
 
 CARDS = (
     # A100: of the 5120 bytes a clock that NVIDIA's white paper gives its L2, two thirds.
-    _sheet("A100", (8, 0), 108, 312, 19.5, 1.94, 4.7, 40, 1.4e9),
-    _sheet("RTX 3090", (8, 6), 82, 71, 35.6, 0.936, 2.5, 6, 1.7e9),
+    _sheet("A100", (8, 0), 108, 312, 19.5, 1.94, 4.7, 40, 1.4e9, 624, 0),
+    _sheet("RTX 3090", (8, 6), 82, 71, 35.6, 0.936, 2.5, 6, 1.7e9, 284, 0),
     # Jetson AGX: its L2's rate is that of the RTX 3090, by processor and clock.
-    _sheet("Orin", (8, 7), 16, 42.5, 5.3, 0.205, 0.37, 4, 1.3e9),
-    _sheet("RTX 4090", (8, 9), 128, 165, 82.6, 1.008, 5.0, 72, 2.5e9),
+    _sheet("Orin", (8, 7), 16, 42.5, 5.3, 0.205, 0.37, 4, 1.3e9, 85, 0),
+    _sheet("RTX 4090", (8, 9), 128, 165, 82.6, 1.008, 5.0, 72, 2.5e9, 661, 330),
     H100,
     H200,
-    _sheet("B200", (10, 0), 148, 2250, 75, 8.0, 10.0, 126, 1.8e9),
-    _sheet("RTX 5090", (12, 0), 170, 209, 104.8, 1.792, 6.0, 96, 2.4e9),
+    _sheet("B200", (10, 0), 148, 2250, 75, 8.0, 10.0, 126, 1.8e9, 4500, 4500),
+    _sheet("RTX 5090", (12, 0), 170, 209, 104.8, 1.792, 6.0, 96, 2.4e9, 838, 419),
 )
 
 
@@ -132,6 +140,8 @@ def scaled(card: Device, count: int) -> Device:
         tf32=card.tf32 * ratio,
         exact=card.exact * ratio,
         l2=card.l2 * ratio,
+        int8=card.int8 * ratio,
+        fp8=card.fp8 * ratio,
         source=f"{card.name}'s by the processor ({card.source})",
     )
 

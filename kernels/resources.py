@@ -118,7 +118,7 @@ def of(
         capability: of the device.
         kind: of the epilogue, or ``weight gradient``.
         kernel: 3 or 1.
-        precision: ``half``, ``tf32`` or ``exact``.
+        precision: ``half``, ``tf32``, ``exact``, ``int8`` or ``fp8``.
     """
     known = tables()
     # Bulk copies, and with them all names of the tma form, begin with sm_90.
@@ -147,7 +147,7 @@ def estimate(
     precision: str,
 ) -> Resources:
     """From the sums that a thread holds, and the tiles that the pipeline does."""
-    itemsize = 2 if precision == "half" else 4
+    itemsize = {"half": 2, "int8": 1, "fp8": 1}.get(precision, 4)
     channels = sum(config.block_out)
     if isinstance(config, ConvConfig):
         rows, depth = config.pixels, config.block_k

@@ -15,6 +15,9 @@ V99, V39 = "V-99-eSE-6x3x640x1600", "V-39-eSE-1x3x800x1344"
 HEADLINE = f"({V99} or V-99-eSE-8x3x800x1344 or {V39})"
 """:data:`benchmarks.networks.HEADLINE`, as pytest's ``-k`` selects it."""
 
+EIGHT_BITS = "int8 or fp8"
+"""Networks in eight bits, by name."""
+
 MAPS = "400x672 or 200x336 or 100x168 or 50x84 or 25x42"
 """Those of 800x1344."""
 
@@ -67,13 +70,18 @@ def _headline(make: Maker) -> list[Step]:
     return [
         make.benchmark(
             "headline inference", "inference of V-99 and V-39 against all peers", 130, 200,
-            _INFERENCE, "-k", HEADLINE,
+            _INFERENCE, "-k", f"{HEADLINE} and not ({EIGHT_BITS})",
             rehearsed=[_INFERENCE, "-k", f"{small}-1x3x128x128 and (eager or folded)"],
         ),
         make.benchmark(
             "headline training", "training steps of V-99 and V-39 against all peers", 130, 200,
             _TRAINING, "-k", HEADLINE,
             rehearsed=[_TRAINING, "-k", f"{small} and (checkpoint or folding) and not fused"],
+        ),
+        make.benchmark(
+            "headline eight bits", "V-39 and V-99 in int8 and fp8, beside ours in bf16", 100, 200,
+            _INFERENCE, "-k", f"({V39} or {V99}) and ({EIGHT_BITS} or fused-graph-triton)",
+            rehearsed=[_INFERENCE, "-k", f"{small}-1x3x128x128 and fused-int8-cpu"],
         ),
         make.benchmark(
             "headline compiled", "V-39 under torch.compile, max-autotune, and TensorRT", 120, 200,

@@ -54,7 +54,7 @@ def tables():
     """Rows by architecture, compiled side by side where they are not known."""
     running = {
         arch: start("-m", "vovnet_fast.aot", "--json", "--arch", arch, "--known", known(arch))
-        for arch in ("sm_90", "sm_80")
+        for arch in ("sm_90", "sm_80", "sm_89")
     }
     return {arch: finish(process) for arch, process in running.items()}
 
@@ -76,6 +76,31 @@ def spills(row):
     if triton.__version__.startswith("3.6.") and kernel in SPILLED_BY_3_6:
         return row["spilled"] > 64
     return row["spilled"] or {"STL", "LDL"} & set(row["instructions"])
+
+
+EIGHT_BITS = "conv eight bits"
+
+
+def in_eight_bits(rows, form, *, wide=False):
+    """The convolutions in a format, or those of a wide stem, which multiply other numbers."""
+    rows = [r for r in rows if r["kernel"] == EIGHT_BITS and r["layer"].endswith("wide") == wide]
+    return [r for r in rows if f" {form}" in r["layer"]]
+
+
+def in_floats(rows):
+    return [r for r in rows if r["kernel"] != EIGHT_BITS]
+
+
+def check_eight_bits(rows, form, multiply):
+    """Convolutions multiply bytes, and those by bulk copies without a detour through registers."""
+    found = in_eight_bits(rows, form)
+    assert len(found) > 10
+    assert not named(found, lambda r: not r["instructions"].get(multiply))
+    tma = [r for r in found if r["config"].startswith("tma")]
+    for name in ("UTMALDG", "UTMASTG"):
+        assert not named(tma, lambda r, name=name: not r["instructions"].get(name))
+    assert not named(tma, lambda r: {f"{multiply}(R)", "LDSM"} & set(r["instructions"]))
+    return {r["config"].split("-")[0] for r in found}
 
 
 def check_limits(rows):
@@ -140,7 +165,7 @@ def check_weight_gradients(rows, multiply):
     assert not named(pointer, lambda r: not r["instructions"].get("LDGSTS"))
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90"])
 def test_what_is_committed_is_what_is_shipped(tables, arch):
     written = [json.loads(line) for line in known(arch).read_text().splitlines()]
     if tables[arch][0]["key"] not in {row["key"] for row in written}:
@@ -167,13 +192,30 @@ def test_rows_that_are_read_are_the_compilers(tables):
     running = {arch: start("-c", SOME, arch, "20") for arch in tables}
     for arch, process in running.items():
         found = finish(process)
-        assert len(found) > 5
+        assert len(found) > (1 if arch == "sm_89" else 5)
         assert not [row for row in found if row not in tables[arch]]
 
 
-@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+@pytest.mark.parametrize("arch", ["sm_80", "sm_89", "sm_90"])
 def test_limits(tables, arch):
     check_limits(tables[arch])
+
+
+def test_eight_bits(tables):
+    assert check_eight_bits(tables["sm_80"], "int8", "IMMA") == {"pointer"}
+    assert check_eight_bits(tables["sm_89"], "fp8", "QMMA") == {"pointer"}
+    assert check_eight_bits(tables["sm_90"], "int8", "IGMMA") == {"pointer", "tma"}
+    assert check_eight_bits(tables["sm_90"], "fp8", "QGMMA") == {"pointer", "tma"}
+    assert {r["layer"].rpartition(" ")[2] for r in tables["sm_89"]} <= {
+        "fp8",
+        "feature",
+        "both",
+        "wide",
+    }
+    check_async_copies(tables["sm_89"])
+    assert not named(tables["sm_89"], lambda r: r["shared"] > SMEM_OF_ADA)
+    (wide,) = in_eight_bits(tables["sm_80"], "int8", wide=True)
+    assert wide["instructions"]["HMMA"], "int16 is multiplied in fp16"
 
 
 def test_sm_80(tables):
@@ -183,12 +225,12 @@ def test_sm_80(tables):
     check_async_copies(rows)
     check_weight_gradients(rows, "HMMA")
     assert not named(rows, lambda r: r["shared"] > SMEM_OF_ADA)
-    tensor_cores = [r for r in convs if "float32" not in r["layer"]]
+    tensor_cores = [r for r in in_floats(convs) if "float32" not in r["layer"]]
     assert not named(tensor_cores, lambda r: not r["instructions"].get("HMMA"))
 
 
 def test_sm_90(tables):
-    check_bulk_copies(tables["sm_90"], "HGMMA")
+    check_bulk_copies(in_floats(tables["sm_90"]), "HGMMA")
     check_async_copies(tables["sm_90"])
     check_weight_gradients(tables["sm_90"], "HGMMA")
 
@@ -352,7 +394,7 @@ def test_every_layer_in_every_configuration(arch):
     rows = finish(start("-m", "vovnet_fast.aot", "--json", "--all", "--arch", arch))
     check_limits(rows)
     if arch != "sm_80":
-        check_bulk_copies(rows, "HGMMA" if arch == "sm_90" else "UTCHMMA")
+        check_bulk_copies(in_floats(rows), "HGMMA" if arch == "sm_90" else "UTCHMMA")
 
 
 def test_help_is_printed(capsys):

@@ -8,6 +8,7 @@ before any GPU runs it. The tests hold the same rows against limits.
 :mod:`.job`           one kernel to compile
 :mod:`.convolutions`  the jobs of the convolutions, forward and backward
 :mod:`.elementwise`   those of everything else
+:mod:`.eight_bits`    those of int8 and fp8
 :mod:`.compiler`      compiling a job, disassembling, and counting instructions
 :mod:`.shipped`       all jobs of an architecture, and their rows: compiled, or known
 :mod:`.resources`     the tables of ``kernels/resources/``, written anew

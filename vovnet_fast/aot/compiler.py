@@ -22,6 +22,14 @@ INSTRUCTIONS = {
     "HGMMA(R)": r"\bHGMMA\S* R\d+, R\d+, gdesc",  # Of these, first operand from registers.
     "UTCHMMA": r"\bUTCHMMA\b",  # MMA of sm_100.
     "HMMA": r"\bHMMA\b",  # Warp MMA.
+    "IGMMA": r"\bIGMMA\b",  # Warpgroup MMA of int8,
+    "QGMMA": r"\bQGMMA\b",  # of fp8,
+    "IGMMA(R)": r"\bIGMMA\S* R\d+, R\d+, gdesc",  # and of these as above.
+    "QGMMA(R)": r"\bQGMMA\S* R\d+, R\d+, gdesc",
+    "UTCIMMA": r"\bUTCIMMA\b",  # MMA of sm_100, of int8,
+    "UTCQMMA": r"\bUTCQMMA\b",  # of fp8.
+    "IMMA": r"\bIMMA\b",  # Warp MMA of int8,
+    "QMMA": r"\bQMMA\b",  # of fp8.
     "UTMALDG": r"\bUTMALDG\b",  # Bulk copy to shared memory.
     "UTMASTG": r"\bUTMASTG\b",  # Bulk copy from shared memory.
     "LDGSTS": r"\bLDGSTS\b",  # cp.async.

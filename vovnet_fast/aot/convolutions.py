@@ -51,7 +51,7 @@ def _conv_job(
     return Job("conv", layer, config.name, launch, essential)
 
 
-_LAYERS: tuple[tuple[int, int, int, int], ...] = (
+LAYERS: tuple[tuple[int, int, int, int], ...] = (
     # C_in, C_out, kernel, stride: layers of the specs that together meet every configuration.
     (3, 64, 3, 2),
     (64, 64, 3, 1),
@@ -92,7 +92,7 @@ def _conv_jobs(capability: tuple[int, int]) -> Iterator[Job]:
     variants = [(dtype, False) for dtype in halves] + [(torch.float32, t) for t in (True, False)]
     seen = set()
     for dtype, tf32 in variants:
-        for c_in, c_out, kernel, stride in _LAYERS:
+        for c_in, c_out, kernel, stride in LAYERS:
             tma = _bulk_copies(c_in, stride, tf32)
             for config in candidates(
                 capability, c_in, c_out, kernel=kernel, dtype=dtype, tf32=tf32, tma=tma
@@ -167,7 +167,7 @@ def _conv_training_jobs(capability: tuple[int, int]) -> Iterator[Job]:
     seen = set()
     for dtype, tf32 in variants:
         precision = "tf32" if tf32 else str(dtype).removeprefix("torch.")
-        for layer, kind in itertools.product(_LAYERS, kinds):
+        for layer, kind in itertools.product(LAYERS, kinds):
             c_in, c_out, kernel, stride = layer
             # A product of the gradient of the output is as wide as the input.
             k, width = (c_in, c_out) if kind == "statistics" else (c_out, c_in)
@@ -203,7 +203,7 @@ def _conv_weight_grad_jobs(capability: tuple[int, int]) -> Iterator[Job]:
 
     variants = ((torch.float16, False), (torch.float32, True), (torch.float32, False))
     seen = set()
-    for (dtype, tf32), layer in itertools.product(variants, _LAYERS):
+    for (dtype, tf32), layer in itertools.product(variants, LAYERS):
         c_in, c_out, kernel, stride = layer
         precision = "tf32" if tf32 else str(dtype).removeprefix("torch.")
         channels = c_in if c_in == 3 else c_in + 5 * c_out

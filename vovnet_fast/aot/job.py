@@ -10,7 +10,7 @@ import torch
 if TYPE_CHECKING:
     from ..kernels._common import Launch
 
-ARCHITECTURES = ("sm_80", "sm_90", "sm_100")
+ARCHITECTURES = ("sm_80", "sm_89", "sm_90", "sm_100")
 
 
 @dataclass(frozen=True)

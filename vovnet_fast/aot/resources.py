@@ -1,13 +1,14 @@
 """The tables of registers and shared memory that choices are made from, written anew.
 
 ``python -m vovnet_fast.aot --resources`` compiles every configuration of the convolutions
-in half precision once an architecture, and writes ``kernels/resources/``.
+in half precision and in eight bits once an architecture, and writes ``kernels/resources/``.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import functools
+import itertools
 import json
 import multiprocessing
 import os
@@ -17,30 +18,34 @@ from typing import Any
 
 from . import compiler
 from .convolutions import conv_jobs
+from .eight_bits import conv_jobs as eight_bit_conv_jobs
 from .job import Job, capability
 
 ARCHITECTURES = ("sm_80", "sm_90")
 """Others take the table of the nearest of these."""
 
-PRECISION = "half"
-"""What the tables hold: fp32 is estimated. The two half precisions compile to the same."""
+PRECISIONS = {"float16": "half", "int8": "int8", "fp8": "fp8"}
+"""What the tables hold, by what a job's layer says: fp32 is estimated, and fp8 on sm_89. The two
+half precisions compile to the same."""
 
 
 def key(job: Job) -> tuple[str, str] | None:
     """(row, configuration) that a job is the compiler's word for; None if it is for none."""
     from ..kernels.resources import row
 
-    if job.kernel not in _KINDS or "float16" not in job.layer:
+    words = job.layer.partition(",")[0].split()
+    if job.kernel not in _KINDS or words[-1] not in PRECISIONS:
         return None
     constants = job.launch.constants
     kind = _KINDS[job.kernel]
     if not kind:
         kind = "gradient" if constants["ADD"] or constants["MASK"] else "forward"
-    return row(kind, constants["KERNEL"], PRECISION), job.config
+    return row(kind, constants["KERNEL"], PRECISIONS[words[-1]]), job.config
 
 
 _KINDS = {
     "conv": "forward",
+    "conv eight bits": "forward",
     "conv statistics": "statistics",
     "conv input gradient": "",  # Without anything added or masked it is a forward one.
     "conv weight gradient": "weight gradient",
@@ -50,7 +55,7 @@ _KINDS = {
 def jobs(arch: str) -> Iterator[tuple[tuple[str, str], Job]]:
     """The first job for each configuration of each row."""
     seen = set()
-    for job in conv_jobs(arch):
+    for job in itertools.chain(conv_jobs(arch), eight_bit_conv_jobs(arch)):
         found = key(job)
         if found is not None and found not in seen:
             seen.add(found)

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from . import eight_bits
 from .compiler import Row, compile_job, key
 from .convolutions import conv_jobs
 from .elementwise import backward_jobs, elementwise_jobs
@@ -14,8 +15,14 @@ from .job import ARCHITECTURES, Job
 
 
 def jobs(arch: str) -> list[Job]:
-    """Everything that is shipped for ``arch``, over the layers of the published networks."""
-    return [*conv_jobs(arch), *elementwise_jobs(), *backward_jobs()]
+    """Everything that is shipped for ``arch``, over the layers of the published networks.
+
+    Of sm_89 that is fp8: all else is as for sm_80.
+    """
+    found = [*eight_bits.conv_jobs(arch), *eight_bits.elementwise_jobs(arch)]
+    if arch == "sm_89":
+        return found
+    return [*conv_jobs(arch), *elementwise_jobs(), *backward_jobs(), *found]
 
 
 def rows(

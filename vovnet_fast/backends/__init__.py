@@ -21,6 +21,7 @@ Beside them lies what they share:
 ``_cuda_conv``      the choice among engines of ``cuda``
 ``_engines``        what choosing among engines takes: names of problems, trials
 ``_predict``        which engines are worth measuring
+``eight_bits``      which backend's ops run a network in int8 or fp8
 ==================  =========================================================
 
 A backend asked for by name that cannot run is an error, never a silent fallback. Asked

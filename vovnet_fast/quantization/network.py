@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from .. import arithmetic, backends, compat
 from ..arithmetic.layers import QuantizedNetwork
-from ..backends import BackendError
+from ..backends import eight_bits
 from ..backends.cpu import convolution
 from ..backends.cpu import int8 as cpu
 from ..compat import zip
@@ -23,11 +24,13 @@ from ..ops import _checks
 from ..ops.features import check_size
 from ..ops.memory import Arena
 from ..replay.caches import Workspace, Workspaces
+from ..specs import VoVNetSpec
 from . import layout
 from .formats import Format
 from .layout import Architecture
 from .report import Report, Row
 from .running import plan, run
+from .walking import Names
 
 
 class _Made(NamedTuple):
@@ -37,7 +40,7 @@ class _Made(NamedTuple):
         tensors: the buffers.
         versions: how often each had been written to.
         network: they are.
-        workspaces: memory and recorded calls of the ``cpu`` backend, by shape of the images.
+        workspaces: memory, and recorded calls of the ``cpu`` backend, by shape of the images.
     """
 
     tensors: tuple[Tensor, ...]
@@ -56,12 +59,25 @@ class _Caches:
         return _Caches, ()
 
 
+@functools.cache  # Asked for at every call.
+def _needs(spec: VoVNetSpec, out_features: tuple[str, ...]) -> tuple[str, ...]:
+    """The ops that a network uses."""
+    blocks = Names(spec, out_features).blocks
+    used = {
+        "depthwise": spec.depthwise,
+        "gates": any(plan.ese for plan in blocks),
+        "apply_gates": bool(blocks),
+    }
+    return ("quantize_image", "conv", "max_pool", *(name for name in used if used[name]))
+
+
 class QuantizedVoVNet(AllOrNothing):
     """An inference module in int8 or fp8, which :func:`vovnet_fast.quantize` makes.
 
     It computes what :mod:`vovnet_fast.arithmetic` says, int8 bit for bit on every device: on
     processors with AVX2 by the extension, in memory that is planned once for each shape of images
-    and by calls that are recorded on the second; elsewhere, and in fp8, by plain PyTorch in fp64:
+    and by calls that are recorded on the second; on NVIDIA GPUs that have the products by Triton's
+    kernels, fp8 too, once these have been found right there; elsewhere by plain PyTorch in fp64:
     exact, and slow. All tensors are buffers.
     ``to(device)``, ``state_dict``, ``deepcopy`` and ``pickle`` work (PyTorch pickles no e4m3: fp8
     is kept by :meth:`save`); dtypes are fixed, :meth:`train` changes nothing, and autocast is
@@ -150,11 +166,11 @@ class QuantizedVoVNet(AllOrNothing):
                 cannot run here.
         """
         self._check(x)
-        fast = self._runs_fast(x)
+        ops = self._fast_ops(x)
         with torch.no_grad():
             pixels = x.float().permute(0, 2, 3, 1)
-            if fast:
-                found = self._run_fast(pixels)
+            if ops is not None:
+                found = self._run_fast(ops, pixels)
             else:
                 found = run(self.architecture.form.ops, pixels, self.network)
             return tuple(
@@ -162,41 +178,44 @@ class QuantizedVoVNet(AllOrNothing):
                 for feature in found
             )
 
-    def _runs_fast(self, x: Tensor) -> bool:
-        """Whether the extension computes, and not plain PyTorch.
+    def _fast_ops(self, x: Tensor) -> ModuleType | None:
+        """The ops of a backend, or None where plain PyTorch computes.
 
         Raises:
             BackendError: a backend was asked for by name that cannot run.
         """
         name = backends.chosen()
         if name == "reference":
-            return False
-        reason = cpu.why_not(x.device)
-        if self.dtype != "int8":
-            reason = f"it has no ops in {self.dtype} yet"
-        elif name not in ("auto", "cpu"):
-            reason = "it has no ops in eight bits yet"
+            return None
         watched = watching(x, modules=False)
-        if reason is None and watched is not None and not (watched.knows_ops and name == "cpu"):
-            reason = watched.why
-        if reason is not None and name != "auto":
-            raise BackendError(
-                f"the {name} backend cannot run a VoVNet in {self.dtype}: {reason}; "
-                "use reference, or auto"
-            )
-        return reason is None
+        if watched is not None and not (watched.knows_ops and name != "auto"):
+            eight_bits.require(name, self.dtype, watched.why)
+            return None
+        ops, reason = eight_bits.find(
+            name, x.device, self.dtype, _needs(self.spec, self.out_features)
+        )
+        eight_bits.require(name, self.dtype, reason)
+        return ops
 
-    def _run_fast(self, pixels: Tensor) -> list[Tensor]:
-        """On the ``cpu`` backend, from the second call for a shape on by recorded calls."""
+    def _run_fast(self, ops: ModuleType, pixels: Tensor) -> list[Tensor]:
+        """On a backend, in memory that is planned once for a shape; on ``cpu`` from the second call
+        on by recorded calls."""
         made = self._made()
-        key = pixels.shape
+        if pixels.is_cuda and torch.cuda.is_current_stream_capturing():
+            # Someone else's graph: memory is that graph's, and no arena of later calls.
+            return run(ops, pixels, made.network)
+        # What a stream is given it does in order: only there can memory be used again before the
+        # work on it is done.
+        key: Hashable = pixels.shape
+        if pixels.is_cuda:
+            key = pixels.shape, torch.cuda.current_stream(pixels.device).cuda_stream
         workspace = made.workspaces.take(key)
         if workspace is None:
             n, h, w, c = pixels.shape
-            sizes = plan((n, c, h, w), made.network)
-            workspace = Workspace(Arena(sizes, cpu.ACTIVATION, pixels.device))
-        work = functools.partial(run, cpu, network=made.network, memory=workspace.arena)
-        found = workspace.replay(work, pixels, made.tensors)
+            sizes = plan((n, c, h, w), made.network, self.architecture.form.ops)
+            workspace = Workspace(Arena(sizes, ops.ACTIVATION, pixels.device))
+        work = functools.partial(run, ops, network=made.network, memory=workspace.arena)
+        found = workspace.replay(work, pixels, made.tensors) if ops is cpu else work(pixels)
         made.workspaces.give(key, workspace)
         return found
 
@@ -219,7 +238,9 @@ class QuantizedVoVNet(AllOrNothing):
     def refresh(self) -> None:
         """Forget what was made of the buffers: after writes that PyTorch does not count, as
         those through ``tensor.data``, NumPy, DLPack or shared memory."""
-        convolution.forget(tensor for tensor in self._buffers.values() if tensor is not None)
+        tensors = [tensor for tensor in self._buffers.values() if tensor is not None]
+        convolution.forget(tensors)
+        eight_bits.forget(tensors)
         self._caches.made = None
 
     def report(self) -> Report:

@@ -40,20 +40,25 @@ def run(
     return _Run(ops, network, Memory() if memory is None else memory).features(x)
 
 
-def plan(shape: tuple[int, int, int, int], network: QuantizedNetwork) -> dict[str, int]:
-    """What an :class:`~vovnet_fast.ops.memory.Arena` of bytes needs for images of ``[N, C, H, W]``,
-    in int8."""
+def plan(
+    shape: tuple[int, int, int, int], network: QuantizedNetwork, ops: ModuleType = int8
+) -> dict[str, int]:
+    """What an :class:`~vovnet_fast.ops.memory.Arena` of bytes needs for images of ``[N, C, H, W]``.
+
+    ``ops`` says what activations and images are, and runs nothing.
+    """
     n, c, h, w = shape
     memory = Plan()
-    run(cast(ModuleType, _Idle), torch.empty(n, h, w, c, device="meta"), network, memory)
+    idle = cast(ModuleType, _Idle(ops))
+    run(idle, torch.empty(n, h, w, c, device="meta"), network, memory)
     return memory.sizes
 
 
 class _Idle:
     """Ops of tensors without memory, which compute nothing."""
 
-    ACTIVATION = int8.ACTIVATION
-    image_dtype = staticmethod(int8.image_dtype)
+    def __init__(self, ops: ModuleType) -> None:
+        self.ACTIVATION, self.image_dtype = ops.ACTIVATION, ops.image_dtype
 
     @staticmethod
     def conv(x: Tensor, *_: object, pool: bool = False, **options: object) -> Tensor | None:

@@ -9,6 +9,9 @@ beside a slot is found out.
 runs (:mod:`vovnet_fast.backends`), and has those checked that are not known: the slim check of
 :mod:`.cases`. ``vovnet-fast doctor`` runs the thorough one, of everything.
 
+What computes in eight bits is held against :mod:`vovnet_fast.arithmetic` (:mod:`.eight_bits`): the
+numbers of int8 must be the same, those of fp8 a step apart at most.
+
 A function that passed is remembered in ``verified.json`` beside the tuning file
 (:mod:`vovnet_fast.tuning`), for this machine, this dtype, the code that computes it
 (:mod:`.sources`), and, where it sums products in fp32, whether torch allows TF32. One that failed

@@ -92,7 +92,7 @@ def run(
             for case, dtype in _shown(wanted, words) if progress else wanted:
                 rows.append(_run_case(case, backend, dtype, device))
 
-    _run_apart(work)
+    run_apart(work)
     return rows
 
 
@@ -121,7 +121,7 @@ def launches(
         found.extend(recorded)
 
     # What the caller plans for is a context variable, and not one of torch's.
-    _run_apart(functools.partial(contextvars.copy_context().run, work))
+    run_apart(functools.partial(contextvars.copy_context().run, work))
     return found
 
 
@@ -143,7 +143,7 @@ def _shown(items: Iterable[_Item], words: str) -> Iterator[_Item]:
     return iter(track(list(items), words, console=Console(stderr=True)))
 
 
-def _run_apart(work: Callable[[], None]) -> None:
+def run_apart(work: Callable[[], None]) -> None:
     """Run in a thread of its own.
 
     It knows nothing of the caller's autocast, inference mode, dispatch modes and default

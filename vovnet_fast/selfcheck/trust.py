@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from .. import tuning
-from . import runner, sources
+from . import eight_bits, runner, sources
 from .calls import backend_module
 from .cases import PRODUCTS
 
@@ -51,7 +51,7 @@ def trusted(
     Args:
         backend: its name.
         device: where they are to run.
-        dtype: of the activations, one of :data:`.runner.DTYPES`.
+        dtype: of the activations, one of :data:`.runner.DTYPES` or of :data:`.eight_bits.FORMS`.
         functions: of the backend.
     """
     with _lock:  # Threads that ask at the same time wait for one answer.
@@ -86,7 +86,10 @@ def _find_out(
     compiles = device.type == "cuda"
     if compiles and backend == "triton":
         _compile(functions, dtype, device)
-    rows = runner.run(backend, device, [dtype], functions, slim=True, progress=compiles)
+    if dtype in eight_bits.FORMS:
+        rows = eight_bits.run(backend, device, dtype, functions)
+    else:
+        rows = runner.run(backend, device, [dtype], functions, slim=True, progress=compiles)
     failures = [row for row in rows if not row.passed]
     failed = {row.function for row in failures}
     if failures:

@@ -8,6 +8,7 @@ tensors in Triton's interpreter (``TRITON_INTERPRET=1``).
 :mod:`.convolution_gradients`    their gradients, likewise
 :mod:`.passes`                   all the other functions
 :mod:`.choosing`                 the kernels, and the choice among them and libraries
+:mod:`.int8`, :mod:`.fp8`        the ops of :mod:`vovnet_fast.arithmetic`, by :mod:`.eight_bits`
 ===============================  =========================================================
 """
 
