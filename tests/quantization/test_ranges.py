@@ -96,8 +96,8 @@ def test_a_uniform_distribution_is_hardly_cut(calibrator):
 
 def test_mse_is_the_best_of_all_ranges():
     """By the error itself, of the values and not of bins."""
-    torch.manual_seed(0)
-    x = torch.distributions.Exponential(1.0).sample((200_000,))
+    # Quantiles of an exponential distribution: what a seed draws is another thing in every torch.
+    x = -((torch.arange(200_000) + 0.5) / 200_000).log()
     x[:20] *= 4
 
     def error(reach):
