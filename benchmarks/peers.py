@@ -143,8 +143,9 @@ EIGHT_BITS = 0.3
 """How far features in eight bits may be from eager's: of random weights and images int8 makes some
 hundredths, fp8 a tenth."""
 
-_CALIBRATION = 64
-"""Height and width of what a network in eight bits is calibrated on: speed asks for no more."""
+_CALIBRATION = 320
+"""Height and width, at most, of the image that a network in eight bits is calibrated on. On one of
+64 pixels a last stage would see four of them, and cut much of what larger images make."""
 
 
 def _quantized(dtype: str, *, graph: bool = False) -> Callable[[Case], Model]:
