@@ -5,6 +5,8 @@ import types
 import pytest
 import torch
 
+pytest.importorskip("triton")  # The cost model is the kernels'.
+
 from tests.csrc import cuda_on_cpu
 from tests.csrc.test_conv_sm80 import Layer
 from vovnet_fast import _optional, tuning

@@ -111,6 +111,19 @@ _KERNELS = {
     "norm_sums_kernel": _Kernel(NORM_BACKWARD, ("partials_ptr",)),
     "norm_input_grad_kernel": _Kernel(NORM_BACKWARD),
     "sum_rows_kernel": _Kernel("sums of partials"),
+    "conv_eight_bits_pointer_kernel": _Kernel(
+        _CONV, ("out_ptr", "feature_ptr", "pool_ptr"), _conv_multiply_adds
+    ),
+    "conv_eight_bits_tma_kernel": _Kernel(
+        _CONV,
+        ("out_desc_0", "out_desc_1", "feature_desc_0", "feature_desc_1", "pool_ptr"),
+        _conv_multiply_adds,
+    ),
+    "depthwise_eight_bits_kernel": _Kernel(DEPTHWISE, multiply_adds=lambda arguments: 9),
+    "image_eight_bits_kernel": _Kernel("round images"),
+    "mean_eight_bits_kernel": _Kernel(ESE_POOL, ("mean_ptr",)),
+    "gates_eight_bits_kernel": _Kernel(ESE_POOL, multiply_adds=_inputs_of_fc),
+    "apply_eight_bits_kernel": _Kernel(POINTWISE, ("out_ptr", "feature_ptr")),
 }
 
 
@@ -145,9 +158,11 @@ def launch_work(launch: Launch) -> Work:
     # A tensor descriptor keeps its tensor as its base.
     operands = {name: getattr(value, "base", value) for name, value in launch.args.items()}
     outputs = [operands.pop(name) for name in names]
+    # In eight bits there may be no activation, where a feature alone is wanted.
+    result = next(output for output in outputs if output is not None)
     return Work(
         kernel.kind.format(**launch.constants),
-        int(2 * outputs[0].numel() * kernel.multiply_adds(launch.args | launch.constants)),
+        int(2 * result.numel() * kernel.multiply_adds(launch.args | launch.constants)),
         bytes_of(operands.values()),
         bytes_of(outputs),
     )
