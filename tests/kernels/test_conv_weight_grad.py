@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from tests.kernels.forms import require, why_not
 from vovnet_fast.backends import triton as backend
-from vovnet_fast.backends.triton import convolution_gradients
+from vovnet_fast.backends._engines import weight_grad_trial
 from vovnet_fast.compat import zip
 from vovnet_fast.kernels import conv_weight_grad as module
 from vovnet_fast.kernels import conv_weight_grad_tma
@@ -422,19 +422,18 @@ def test_engines_agree(kernel, stride, dtype, case):
 
 
 @pytest.mark.usefixtures("_exact_fp32")
-def test_a_wrong_engine_fails_its_trial(case, monkeypatch):
+def test_a_wrong_engine_fails_its_trial(case):
     layer = case(2, 3, 7, 16, 48, torch.float16)
     names, _ = engines(layer)
-    trial = convolution_gradients._weight_grad_trial(layer.x, layer.g, layer.weight, stride=1)
+    right, arguments = backend.run_weight_grad_engine, (layer.x, layer.g, layer.weight)
+    trial = weight_grad_trial(right, *arguments, stride=1)
     assert [trial(name) for name in names] == [None] * len(names)
-    right = backend.run_weight_grad_engine
 
     def wrong(*args, **options):
         dweight, dscale, dshift = right(*args, **options)
         return dweight, dscale, dshift * 1.1
 
-    monkeypatch.setattr(convolution_gradients, "run_weight_grad_engine", wrong)
-    assert "allowed" in trial(names[1])
+    assert "allowed" in weight_grad_trial(wrong, *arguments, stride=1)(names[1])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU may be measured")
