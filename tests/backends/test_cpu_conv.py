@@ -14,7 +14,7 @@ from tests.extension_cases import Tensors, require
 from tests.features import compared
 from vovnet_fast import tuning
 from vovnet_fast.backends import _extension, cpu, reference
-from vovnet_fast.backends.cpu import convolution, weight_grad
+from vovnet_fast.backends.cpu import convolution, packing, weight_grad
 from vovnet_fast.selfcheck import calls, cases
 from vovnet_fast.tuning import processor
 
@@ -155,9 +155,9 @@ def test_a_weight_of_any_strides_is_packed_as_its_copy_is(engine, kernel, c_in):
                 exact = weight * scale[:, None, None, None]
                 if transposed:
                     exact = exact.flip(1, 2).permute(3, 1, 2, 0)
-                copied = convolution._pack(engine, exact.to(dtype).contiguous())
+                copied = packing.pack(engine, exact.to(dtype).contiguous())
                 options = dict(dtype=dtype, transposed=transposed)
-                assert torch.equal(convolution._pack(engine, weight, scale, **options), copied)
+                assert torch.equal(packing.pack(engine, weight, scale, **options), copied)
 
 
 def test_a_weight_of_any_dtype_is_packed_as_it_is_rounded(engine):
@@ -166,8 +166,8 @@ def test_a_weight_of_any_dtype_is_packed_as_it_is_rounded(engine):
             for last in (False, True):
                 weight = torch.randn(20, 70, 3, 3).to(given).permute(0, 2, 3, 1)
                 weight = weight.contiguous() if last else weight
-                rounded = convolution._pack(engine, weight.to(dtype).contiguous())
-                assert torch.equal(convolution._pack(engine, weight, dtype=dtype), rounded)
+                rounded = packing.pack(engine, weight.to(dtype).contiguous())
+                assert torch.equal(packing.pack(engine, weight, dtype=dtype), rounded)
 
 
 def test_wide_weights_are_packed_transposed(engine):
@@ -175,12 +175,12 @@ def test_wide_weights_are_packed_transposed(engine):
     for dtype in DTYPES[engine]:
         weight, scale = torch.randn(300, 3, 3, 333).to(dtype), torch.rand(300)
         expected = (weight.float() * scale[:, None, None, None]).to(dtype)
-        expected = convolution._pack(engine, expected.flip(1, 2).permute(3, 1, 2, 0).contiguous())
+        expected = packing.pack(engine, expected.flip(1, 2).permute(3, 1, 2, 0).contiguous())
         by_taps = weight.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
         for number in (1, 2, 7):
             with threads(number):
                 for given in (weight, by_taps):
-                    found = convolution._pack(engine, given, scale, transposed=True)
+                    found = packing.pack(engine, given, scale, transposed=True)
                     assert torch.equal(found, expected)
 
 
@@ -285,7 +285,7 @@ def test_a_slow_engine_is_avoided(monkeypatch, without_amx, module, name, slow):
     """By the clock that is measured with, which has no other hands."""
     now, asked = [0.0], []
     monkeypatch.setattr(processor.time, "perf_counter", lambda: now[0])
-    monkeypatch.setattr(convolution, "_pack", lambda engine, weight: weight)
+    monkeypatch.setattr(packing, "pack", lambda engine, weight: weight)
 
     def run(engine, *args, **kwargs):
         asked.append(engine)
@@ -321,13 +321,13 @@ def test_engines_are_timed_by_what_they_do(module):
 @pytest.fixture
 def packed(monkeypatch, engine):
     """The engine, and a list of the weights that were packed."""
-    found, pack = [], convolution._pack
+    found, pack = [], packing.pack
 
     def note(name, weight, **options):
         found.append(weight.shape)
         return pack(name, weight, **options)
 
-    monkeypatch.setattr(convolution, "_pack", note)
+    monkeypatch.setattr(packing, "pack", note)
     return engine, found
 
 
@@ -352,26 +352,26 @@ def test_a_weight_is_packed_once(packed):
 def test_a_packed_weight_goes_with_its_weight(packed):
     engine, _ = packed
     dtype = DTYPES[engine][0]
-    before = len(convolution._kept)
+    before = len(packing._kept)
     tensors = parameters(dtype, 8, 1, 1, 16)
     run(engine, torch.randn(1, 5, 6, 16).to(dtype), *tensors)
-    assert len(convolution._kept) == before + 1
+    assert len(packing._kept) == before + 1
     del tensors
     gc.collect()
-    assert len(convolution._kept) == before
+    assert len(packing._kept) == before
 
 
 def test_a_weight_that_trains_is_packed_every_time(packed):
     """Autograd holds it until the backward pass: so would it hold its packed form."""
     engine, found = packed
     dtype = DTYPES[engine][0]
-    before = len(convolution._kept)
+    before = len(packing._kept)
     weight, *vectors = parameters(dtype, 8, 3, 3, 16)
     weight.requires_grad_()
     for number in (1, 2):
         run(engine, torch.randn(1, 5, 6, 16).to(dtype), weight, *vectors)
         assert len(found) == number
-    assert len(convolution._kept) == before
+    assert len(packing._kept) == before
 
 
 def test_inference_tensors_are_packed_every_time(packed):

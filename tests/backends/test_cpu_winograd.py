@@ -13,7 +13,7 @@ from tests.extension_cases import Tensors, require
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, _environment, freeze, tuning, use_backend
 from vovnet_fast.backends import _extension, reference
-from vovnet_fast.backends.cpu import convolution, winograd
+from vovnet_fast.backends.cpu import convolution, packing, winograd
 from vovnet_fast.selfcheck import calls, cases
 from vovnet_fast.tuning import processor
 
@@ -118,8 +118,8 @@ def test_a_scaled_and_a_transposed_weight_are_packed_as_their_copies_are(engine)
     exact = weight * scale[:, None, None, None]
     for transposed in (False, True):
         copy = exact.flip(1, 2).permute(3, 1, 2, 0) if transposed else exact
-        found = convolution._pack(engine, weight, scale, transposed=transposed)
-        assert torch.equal(found, convolution._pack(engine, copy.contiguous()))
+        found = packing.pack(engine, weight, scale, transposed=transposed)
+        assert torch.equal(found, packing.pack(engine, copy.contiguous()))
 
 
 def test_what_it_does_not_compute_is_refused(engine):
@@ -134,7 +134,7 @@ def test_what_it_does_not_compute_is_refused(engine):
             stride=1, relu=True, pool=False,
         )  # fmt: skip
     with pytest.raises(ValueError, match="needs scale and shift"):
-        convolution._launch(engine, x, convolution._pack(engine, weight), torch.empty(x.shape), 3)
+        convolution._launch(engine, x, packing.pack(engine, weight), torch.empty(x.shape), 3)
     with pytest.raises(ValueError, match="tiles of 2 or 4 pixels"):
         _extension.load("cpu").conv_winograd_pack_bytes(3, 16, 16)
 
@@ -239,8 +239,8 @@ def test_the_fastest_is_measured_once(monkeypatch, chosen, fast):
 def test_maps_of_several_sizes_share_no_packed_form(monkeypatch, chosen):
     """A network that meets both in turn packs for each of them once."""
     monkeypatch.setenv("VOVNET_FAST_TUNE", "0")
-    packed, pack = [], convolution._pack
-    monkeypatch.setattr(convolution, "_pack", lambda *a: packed.append(a[0]) or pack(*a))
+    packed, pack = [], packing.pack
+    monkeypatch.setattr(packing, "pack", lambda *a: packed.append(a[0]) or pack(*a))
     tensors = parameters(torch.float32, 96, 3, 3, 96)
     winograd.lasting(tensors[:1])
     for pixels in (1024, 300, 9) * 2:

@@ -11,7 +11,7 @@ from tests.tiny import TINY
 from vovnet_fast import VoVNet, freeze, use_backend
 from vovnet_fast.backends import _extension, conv_sm90, cpu
 from vovnet_fast.backends._extension import fields
-from vovnet_fast.backends.cpu import convolution
+from vovnet_fast.backends.cpu import convolution, packing
 from vovnet_fast.compat import zip
 
 SHAPE = (1, 2, 2, 8)
@@ -91,7 +91,7 @@ def test_every_other_pointer_is_refused(given):
         ("weight", lambda x: ops.pack(x, None, torch.empty(8, 3, 3, 8))),
         ("weight", lambda x: ops.pack_transposed(x, None, torch.empty(8, 3, 3, 8))),
         ("products", lambda x: ops.pack_backward(x, filters, None)),
-        *(("weight", lambda x, e=e: convolution._pack(e, x)) for e in convolution.engines()),
+        *(("weight", lambda x, e=e: packing.pack(e, x)) for e in convolution.engines()),
     ]
     for name, use in uses:
         with pytest.raises((TypeError, RuntimeError)) as caught:

@@ -24,7 +24,7 @@ from vovnet_fast.arithmetic.layers import (
 )
 from vovnet_fast.backends import _extension
 from vovnet_fast.backends._extension import halves
-from vovnet_fast.backends.cpu import convolution, int8, weight_grad, winograd
+from vovnet_fast.backends.cpu import convolution, int8, packing, weight_grad, winograd
 
 CPU = torch.device("cpu")
 REFUSALS = (TypeError, ValueError, OverflowError)
@@ -201,13 +201,13 @@ def fuzz(seed, path):
                 options = dict(stride=1, relu=True, pool=True)
                 for _ in range(8):
                     convolution.run_engine(engine, x, weight, scale, scale, out, **options)
-                    convolution.forget([weight])
+                    packing.forget([weight])
     for engine in winograd.SIDES if spoiling.conv_winograd_runs() else ():
         x, weight, scale = torch.rand(1, 5, 7, 8), torch.rand(24, 3, 3, 8), torch.rand(24)
         for _ in range(8):
             out, options = torch.empty(1, 5, 7, 24), dict(stride=1, relu=True, pool=False)
             convolution.run_engine(engine, x, weight, scale, scale, out, **options)
-            convolution.forget([weight])
+            packing.forget([weight])
     for engine in spoiling.conv_weight_grad_engines():
         for kernel in (1, 3):
             for dtype in (torch.float32, torch.bfloat16) if engine == "fma" else (torch.bfloat16,):

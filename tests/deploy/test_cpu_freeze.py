@@ -15,7 +15,7 @@ from tests.fused import needs_traces
 from tests.tiny import FIRST, TINY
 from vovnet_fast import VoVNet, backends, freeze
 from vovnet_fast.backends import _extension
-from vovnet_fast.backends.cpu import convolution
+from vovnet_fast.backends.cpu import convolution, packing
 from vovnet_fast.compat import zip
 
 PUBLISHED = ["V-19-slim-dw-eSE", "V-19-slim-eSE", "ese_vovnet19b_dw", "vovnet-19-slim"]
@@ -69,13 +69,13 @@ def test_the_number_of_threads_does_not_change_a_bit(dtype):
 
 def test_weights_are_packed_once(monkeypatch):
     """And by a copy, or after loading others, again: with those."""
-    packed, pack = [], convolution._pack
+    packed, pack = [], packing.pack
 
     def note(engine, weight):
         packed.append(weight.shape)
         return pack(engine, weight)
 
-    monkeypatch.setattr(convolution, "_pack", note)
+    monkeypatch.setattr(packing, "pack", note)
     frozen, x = freeze(network("detectron2")), torch.randn(1, 3, 40, 40)
     layers = len(frozen._widths) if convolution.choose_engine(torch.float32) != "aten" else 0
     first = run(frozen, x)

@@ -21,7 +21,7 @@ from tests.extension_cases import require
 from tests.features import compared
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, backends, ops
-from vovnet_fast.backends.cpu import convolution
+from vovnet_fast.backends.cpu import convolution, packing
 from vovnet_fast.compat import zip
 from vovnet_fast.network import decision, keeping, structure
 from vovnet_fast.replay import fingerprint
@@ -133,7 +133,7 @@ def test_from_the_third_call_on_nothing_is_folded_packed_or_launched_by_python(m
         raise AssertionError("it was to be kept")
 
     for module, name in (
-        (model, "fold"), (ops, "features"), (convolution, "_pack"), (replay_kept, "run"),
+        (model, "fold"), (ops, "features"), (packing, "pack"), (replay_kept, "run"),
     ):  # fmt: skip
         monkeypatch.setattr(module, name, never)
     run(model, x)
@@ -471,13 +471,13 @@ def test_weights_that_change_at_every_call_are_never_packed_for_later():
 def test_weights_that_are_written_to_while_they_are_packed_are_not_kept(monkeypatch):
     model, x = network(), image()
     run(model, x)
-    pack = convolution._pack
+    pack = packing.pack
 
     def written(engine, weight, **options):
         conv_of(model).weight.data.mul_(1.0001)
         return pack(engine, weight, **options)
 
-    monkeypatch.setattr(convolution, "_pack", written)
+    monkeypatch.setattr(packing, "pack", written)
     run(model, x)
     if convolution.choose_engine(torch.float32) != "aten":
         assert form(model) is None
@@ -511,11 +511,11 @@ def test_it_goes_with_the_module():
     model, x = network(), image()
     settle(model, x)
     gone = weakref.ref(form(model).params.stem[0].scale)
-    packed = len(convolution._kept)
+    packed = len(packing._kept)
     del model
     gc.collect()
     assert gone() is None
-    assert len(convolution._kept) < packed or convolution.choose_engine(torch.float32) == "aten"
+    assert len(packing._kept) < packed or convolution.choose_engine(torch.float32) == "aten"
 
 
 @pytest.mark.parametrize("begin", ["train", "gradient"])
@@ -604,7 +604,7 @@ def test_it_works_after_a_fork_while_others_held_its_lock():
     with threads(1):
         expected = settle(model, x)
         kept = keeping._kept[model]
-        with kept._lock, convolution._lock:  # As if another thread were about to pack.
+        with kept._lock, packing._lock:  # As if another thread were about to pack.
             child = os.fork()
             if child == 0:
                 fine = all(same(run(model, x), expected) for _ in range(TIMES))

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import backends, compat, first_use
 from .._dtypes import accumulator
 from ..backends import cpu
-from ..backends.cpu import convolution, winograd
+from ..backends.cpu import packing, winograd
 from ..network import decision
 from ..network.filling import AllOrNothing
 from ..network.watchers import watching
@@ -392,5 +392,5 @@ def _layout(wanted: torch.memory_format) -> torch.memory_format:
 def _forget(module: FrozenVoVNet, *_: Any) -> None:
     """Drop what points to memory of buffers that may have been replaced."""
     module._caches.graphs.wait()
-    convolution.forget(module._caches.tensors)
+    packing.forget(module._caches.tensors)
     module._caches = Caches()

@@ -15,8 +15,8 @@ from torch import Tensor
 from .. import arithmetic, backends, compat
 from ..arithmetic.layers import QuantizedNetwork
 from ..backends import eight_bits
-from ..backends.cpu import convolution
 from ..backends.cpu import int8 as cpu
+from ..backends.cpu import packing
 from ..compat import zip
 from ..network.filling import AllOrNothing, CheckpointError
 from ..network.watchers import watching
@@ -239,7 +239,7 @@ class QuantizedVoVNet(AllOrNothing):
         """Forget what was made of the buffers: after writes that PyTorch does not count, as
         those through ``tensor.data``, NumPy, DLPack or shared memory."""
         tensors = [tensor for tensor in self._buffers.values() if tensor is not None]
-        convolution.forget(tensors)
+        packing.forget(tensors)
         eight_bits.forget(tensors)
         self._caches.made = None
 

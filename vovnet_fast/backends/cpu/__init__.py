@@ -32,7 +32,9 @@ def sources(function: str) -> tuple[str, ...]:
     """Modules of this package that compute a function."""
     own: tuple[str, ...] = ()
     if function in _CONVOLUTIONS:
-        own = ("backends.cpu.convolution", "backends.cpu.scratch", "backends.cpu.winograd")
+        own = tuple(
+            f"backends.cpu.{room}" for room in ("convolution", "packing", "scratch", "winograd")
+        )
     elif function == "conv_weight_grad":
         own = (
             "backends.cpu.convolution",

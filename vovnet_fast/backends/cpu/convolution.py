@@ -21,21 +21,16 @@ bits; none depends on the number of threads.
 from __future__ import annotations
 
 import functools
-import os
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from ... import _environment
-from ... import _pages as pages
 from ...tuning import processor
 from .. import _aten, _extension
-from .._extension.fields import DTYPES, array, packed, pointer, view, weight_strides
-from . import scratch, winograd
+from .._extension.fields import DTYPES, packed, pointer, view
+from . import packing, winograd
 
 ATEN = "aten"
 
@@ -104,7 +99,7 @@ def _trial(dtype: torch.dtype) -> Callable[[str], None]:
 
     def run(engine: str) -> None:
         if engine not in tiles:
-            tiles[engine] = _pack(engine, weight)
+            tiles[engine] = packing.pack(engine, weight)
         _launch(engine, x, tiles[engine], out, 3)
 
     return run
@@ -118,7 +113,7 @@ def _winograd_trial() -> Callable[[str], None]:
 
     def run(engine: str) -> None:
         if engine not in tiles:
-            tiles[engine] = _pack(engine, weight)
+            tiles[engine] = packing.pack(engine, weight)
         _launch(engine, x, tiles[engine], out, 3, scale=address, shift=address)
 
     return run
@@ -152,7 +147,7 @@ def conv_statistics(x: Tensor, weight: Tensor, out: Tensor, *, stride: int = 1) 
     if out.numel() == 0 or engine == ATEN:
         weight = weight.to(x.dtype).contiguous()
         return _extension.CPU.conv_statistics(x, weight, out, stride=stride)
-    form = _pack(engine, weight, dtype=x.dtype, lent=weight.requires_grad)
+    form = packing.pack(engine, weight, dtype=x.dtype, lent=weight.requires_grad)
     _launch(engine, x, form, out, weight.shape[1], stride=stride)
     n, tiles, c_out = out.shape[0], _extension.CPU.tiles(out), out.shape[3]
     partials = out.new_empty(n, tiles, 3, c_out, dtype=torch.float32)
@@ -179,7 +174,7 @@ def conv_input_grad(
         form = g.new_empty(weight.shape)
         _extension.CPU.pack(weight, scale, form)
         return _extension.CPU.accumulate(_aten.input_grad_of(g, form, out, stride), out, add, mask)
-    tiles = _pack(engine, weight, scale, dtype=out.dtype, transposed=True, lent=True)
+    tiles = packing.pack(engine, weight, scale, dtype=out.dtype, transposed=True, lent=True)
     return _launch(engine, g, tiles, out, weight.shape[1], add=add, mask=mask)
 
 
@@ -201,7 +196,7 @@ def run_engine(
     if pool:
         sizes = out_height, out_width, x.shape[3], c_out, weight.shape[1], stride
         partials = scale.new_empty(n, _extension.load("cpu").conv_parts(engine, *sizes), c_out)
-    tiles = _tiles(engine, weight, x.dtype)  # Held here: it may be kept by nobody else.
+    tiles = packing.tiles_of(engine, weight, x.dtype)  # Held here: it may be kept by nobody else.
     _launch(
         engine, x, tiles, out, weight.shape[1], stride=stride, relu=relu,
         scale=packed("scale", scale, torch.float32, c_out),
@@ -256,69 +251,6 @@ def _launch(
     )
 
 
-# --------------------------------------------------------------------------------------
-# Packed weights
-# --------------------------------------------------------------------------------------
-
-
-class _Packed(NamedTuple):
-    """A weight as an engine takes it, and what it was made of."""
-
-    engine: str
-    pointer: int
-    version: int
-    tiles: Tensor
-
-
-_kept = WeakTensorKeyDictionary()
-"""Packed forms by weight and engine, for as long as it lives: a frozen network packs only once."""
-
-_lock = threading.Lock()
-
-
-def _renew_lock() -> None:
-    """In a process that was forked while another thread held the lock, which is not there."""
-    global _lock
-    _lock = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_lock)
-
-
-def _tiles(engine: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The packed form of a weight for activations of a dtype.
-
-    It is kept of those that are as activations are, where frozen networks have theirs; not of one
-    that trains, which autograd holds until the backward pass, and that would hold it as well.
-    """
-    trains = weight.requires_grad
-    if trains or weight.dtype != dtype or not weight.is_contiguous():
-        return _pack(engine, weight, dtype=dtype, lent=trains)  # No such call is ever recorded.
-    return kept_tiles(engine, weight, _pack)
-
-
-def kept_tiles(engine: str, weight: Tensor, pack: Callable[[str, Tensor], Tensor]) -> Tensor:
-    """What a weight was packed to, packed again where it has changed since."""
-    if weight.is_inference():  # It does not count what is written to it.
-        return pack(engine, weight)
-    with _lock:
-        found: _Packed | None = _kept.get(weight, {}).get(engine)
-    now = (engine, weight.data_ptr(), weight._version)
-    if found is not None and found[:3] == now and _environment.flag("CHECK"):
-        if not torch.equal(found.tiles, pack(engine, weight)):
-            raise RuntimeError(
-                f"a weight of {list(weight.shape)} was written to in a way that PyTorch does not "
-                "count (tensor.data, NumPy, DLPack, shared memory), and what was packed of it is "
-                "not what it is now: call refresh() of the frozen network after such writes"
-            )
-    elif found is None or found[:3] != now:
-        found = _Packed(*now, pages.kept(pack(engine, weight)))
-        with _lock:
-            _kept.setdefault(weight, {})[engine] = found
-    return found.tiles
-
-
 def stand_in(weight: Tensor) -> Tensor:
     """What :func:`conv` takes in place of a weight that will not change, and need not be kept.
 
@@ -326,66 +258,4 @@ def stand_in(weight: Tensor) -> Tensor:
     form, for the engine that is in use now. Where weights are not packed it is the weight itself.
     """
     engine = choose_engine(weight.dtype)
-    if engine == ATEN or weight.numel() == 0:
-        return weight
-    with torch.inference_mode(False):
-        alone = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
-    packed_form = _Packed(
-        engine, alone.data_ptr(), alone._version, pages.kept(_pack(engine, weight))
-    )
-    with _lock:
-        _kept[alone] = {engine: packed_form}
-    return alone
-
-
-def forget(weights: Iterable[Tensor]) -> None:
-    """Drop the packed forms of weights, which were written to without PyTorch's counting it."""
-    with _lock:
-        for weight in weights:
-            _kept.pop(weight, None)
-
-
-def _pack(
-    engine: str,
-    weight: Tensor,
-    scale: Tensor | None = None,
-    *,
-    dtype: torch.dtype | None = None,
-    transposed: bool = False,
-    lent: bool = False,
-) -> Tensor:
-    """``weight * scale``, rounded once, as an engine takes it.
-
-    Args:
-        engine: by name.
-        weight: ``[C_out, K, K, C_in]`` view, any strides, any floating dtype.
-        scale: ``[C_out]``, any floating dtype, or None for one.
-        dtype: of activations, to which it is rounded; that of ``weight`` by default.
-        transposed: for the gradient of the input of the convolution that has this weight.
-        lent: in memory that the next call writes to (:mod:`.scratch`).
-    """
-    c_out, kernel, _, c_in = weight.shape
-    cpu = _extension.load("cpu")
-    outputs, inputs = (c_in, c_out) if transposed else (c_out, c_in)
-    side = winograd.SIDES.get(engine)
-    if side is None:
-        size = cpu.conv_pack_bytes(engine, outputs, kernel, inputs)
-        pack = functools.partial(cpu.conv_pack, torch.get_num_threads(), engine)
-    else:
-        size = cpu.conv_winograd_pack_bytes(side, outputs, inputs)
-        pack = functools.partial(cpu.conv_winograd_pack, torch.get_num_threads(), side)
-    given = (pointer("weight", weight), DTYPES[weight.dtype]), array("scale", scale, c_out)
-    if lent:
-        tiles = scratch.lend("tiles", size)
-    else:
-        with torch.inference_mode(False):
-            tiles = torch.empty(size, dtype=torch.uint8, device="cpu")
-    pack(
-        weight=given[0],
-        scale=given[1],
-        out=pointer("tiles", tiles),
-        transposed=int(transposed),
-        dtype=DTYPES[dtype or weight.dtype],
-        **weight_strides(weight),
-    )
-    return tiles
+    return weight if engine == ATEN or weight.numel() == 0 else packing.stand_in(engine, weight)

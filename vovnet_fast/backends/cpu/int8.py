@@ -24,7 +24,7 @@ from ...arithmetic.layers import QuantizedConv, QuantizedDepthwise, QuantizedGat
 from ...specs import Pool
 from .. import _extension
 from .._extension.fields import image, packed, pointer, view, windows
-from . import convolution
+from . import packing
 
 __all__ = [
     "ACTIVATION", "apply_gates", "conv", "depthwise", "engines", "gates", "image_dtype",
@@ -105,7 +105,7 @@ def run_engine(
     if pool and out is not None:
         sizes = height, width, x.shape[3], c_out, kernel, stride
         partials = out.new_empty(n, cpu.int8_conv_parts(engine, *sizes), c_out, dtype=torch.int32)
-    tiles = convolution.kept_tiles(engine, layer.weight, _pack)  # Held here, as nobody else may.
+    tiles = packing.kept_tiles(engine, layer.weight, _pack)  # Held here, as nobody else may.
     cpu.int8_conv(
         torch.get_num_threads(),
         engine,
@@ -165,7 +165,7 @@ def gates(sums: Tensor, num_pixels: int, layer: QuantizedGate) -> Tensor:
     mean = sums.new_empty(n, c, dtype=torch.int16)
     out = sums.new_empty(n, c)
     most = int(layer.most) if layer.table is None else TABLE - 1
-    weight = convolution.kept_tiles("gates", layer.weight, _as_it_is)
+    weight = packing.kept_tiles("gates", layer.weight, _as_it_is)
     _extension.load("cpu").int8_gates(
         torch.get_num_threads(),
         partials=packed("sums", sums, torch.int32, n, tiles, c),
