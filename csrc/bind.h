@@ -16,6 +16,7 @@
 
 #include "conditions.h"
 #include "cpu/conv_engines.h"
+#include "cpu/conv_unpacked.h"
 #include "cpu/conv_winograd.h"
 #include "cpu/fingerprint.h"
 #include "cpu/int8_conv_engines.h"
@@ -255,6 +256,22 @@ inline void bind_cpu_conv_winograd(py::module_ m) {
     const auto params = read<ConvPackParams>("conv_winograd_pack", fields);
     const py::gil_scoped_release released;
     cpu::conv_winograd_pack(params, side, threads);
+  });
+}
+
+// `name(threads, **fields)`.
+inline void bind_cpu_conv_unpacked(py::module_ m) {
+  m.def("conv_unpacked_runs", &cpu::conv_unpacked_runs);
+  m.def("conv_unpacked", [](int threads, const py::kwargs& fields) {
+    run<ConvUnpackedParams>("conv_unpacked", fields, threads, cpu::conv_unpacked);
+  });
+  m.def("conv_unpacked_input_grad", [](int threads, const py::kwargs& fields) {
+    run<ConvUnpackedInputGradParams>("conv_unpacked_input_grad", fields, threads,
+                                     cpu::conv_unpacked_input_grad);
+  });
+  m.def("conv_unpacked_weight_grad", [](int threads, const py::kwargs& fields) {
+    run<ConvUnpackedWeightGradParams>("conv_unpacked_weight_grad", fields, threads,
+                                      cpu::conv_unpacked_weight_grad);
   });
 }
 

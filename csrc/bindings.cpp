@@ -54,6 +54,7 @@ PYBIND11_MODULE(_C, m) {
   vovnet_fast::bind::bind_cpu(cpu);
   vovnet_fast::bind::bind_cpu_conv(cpu);
   vovnet_fast::bind::bind_cpu_conv_winograd(cpu);
+  vovnet_fast::bind::bind_cpu_conv_unpacked(cpu);
   vovnet_fast::bind::bind_cpu_conv_weight_grad(cpu);
   vovnet_fast::bind::bind_cpu_int8_conv(cpu);
   vovnet_fast::bind::bind_recording(cpu);

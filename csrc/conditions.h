@@ -36,16 +36,21 @@ inline void tensors(const EpilogueParams& p) {
   packed("statistics", p.statistics, high, {p.n, tiles, kStatisticsRows, p.c}, kOptional);
 }
 
-inline void tensors(const ConvParams& p) {
-  const int64_t bytes = bytes_of("dtype", p.dtype);
-  choice("kernel", p.kernel, {1, 3});
-  choice("relu", p.relu, {0, 1});
-  strided_output(p);
-  if (p.c_in < 1) refuse("c_in", "at least 1", std::to_string(p.c_in));
+// What is added to a gradient's first channels, and what masks its last ones.
+template <class Params>
+void accumulated(const Params& p, int64_t bytes, const Image& out) {
+  if (p.add_c > out.c) refuse("add_c", "at most the channels of out", std::to_string(p.add_c));
+  if (p.mask_c > out.c) refuse("mask_c", "at most the channels of out", std::to_string(p.mask_c));
+  view("add", p.add, bytes, {out.n, out.height, out.width, p.add_c}, kOptional);
+  view("mask", p.mask, bytes, {out.n, out.height, out.width, p.mask_c}, kOptional);
+}
+
+// What becomes of a convolution's sums: the epilogue of a layer, or that of a gradient.
+template <class Params>
+void epilogue(const Params& p, int64_t bytes) {
   const Image out{p.n, p.out_height, p.out_width, p.c_out};
-  view("x", p.x, bytes, {p.n, p.height, p.width, p.c_in});
+  choice("relu", p.relu, {0, 1});
   view("out", p.out, bytes, out);
-  packed("tiles", p.tiles, bytes, {p.c_out, p.kernel, p.kernel, p.c_in}, false, kTilesAlignment);
   together("scale", p.scale, "shift", p.shift);
   if (p.scale == nullptr && (p.pool_partials != nullptr || p.relu != 0)) {
     refuse("pool_partials and relu", "None and 0 where scale is None", "others");
@@ -53,13 +58,20 @@ inline void tensors(const ConvParams& p) {
   if (p.scale != nullptr && (p.add.data != nullptr || p.mask.data != nullptr)) {
     refuse("add and mask", "None where scale is given", "an address");
   }
-  if (p.add_c > p.c_out) refuse("add_c", "at most c_out", std::to_string(p.add_c));
-  if (p.mask_c > p.c_out) refuse("mask_c", "at most c_out", std::to_string(p.mask_c));
-  view("add", p.add, bytes, {p.n, p.out_height, p.out_width, p.add_c}, kOptional);
-  view("mask", p.mask, bytes, {p.n, p.out_height, p.out_width, p.mask_c}, kOptional);
+  accumulated(p, bytes, out);
   packed("scale", p.scale, 4, {p.c_out}, kOptional);
   packed("shift", p.shift, 4, {p.c_out}, kOptional);
-  packed("pool_partials", p.pool_partials, 4, {out.n, out.height, out.c}, kOptional);
+}
+
+inline void tensors(const ConvParams& p) {
+  const int64_t bytes = bytes_of("dtype", p.dtype);
+  choice("kernel", p.kernel, {1, 3});
+  strided_output(p);
+  if (p.c_in < 1) refuse("c_in", "at least 1", std::to_string(p.c_in));
+  view("x", p.x, bytes, {p.n, p.height, p.width, p.c_in});
+  packed("tiles", p.tiles, bytes, {p.c_out, p.kernel, p.kernel, p.c_in}, false, kTilesAlignment);
+  epilogue(p, bytes);
+  packed("pool_partials", p.pool_partials, 4, {p.n, p.out_height, p.out_width, p.c_out}, kOptional);
 }
 
 template <class Params>
@@ -98,6 +110,44 @@ inline void tensors(const ConvWeightGradFinishParams& p) {
   filter("dweight", Array{p.dweight, kFloat32}, p);
   packed("scale", p.scale, 4, {p.c_out});
   packed("dscale", p.dscale, 4, {p.c_out});
+}
+
+template <class Params>
+void unpacked(const Params& p) {
+  choice("kernel", p.kernel, {1, 3});
+  strided_output(p);
+  if (p.c_in < 1) refuse("c_in", "at least 1", std::to_string(p.c_in));
+  filter("weight", p.weight, p);
+}
+
+inline void tensors(const ConvUnpackedParams& p) {
+  const int64_t bytes = bytes_of("dtype", p.dtype);
+  unpacked(p);
+  view("x", p.x, bytes, {p.n, p.height, p.width, p.c_in});
+  epilogue(p, bytes);
+  packed("pool_partials", p.pool_partials, 4, {p.n, p.c_out}, kOptional);
+}
+
+inline void tensors(const ConvUnpackedInputGradParams& p) {
+  const int64_t bytes = bytes_of("dtype", p.dtype);
+  const Image out{p.n, p.height, p.width, p.c_in};
+  unpacked(p);
+  view("g", p.g, bytes, {p.n, p.out_height, p.out_width, p.c_out});
+  view("out", p.out, bytes, out);
+  accumulated(p, bytes, out);
+  packed("scale", p.scale, 4, {p.c_out}, kOptional);
+}
+
+inline void tensors(const ConvUnpackedWeightGradParams& p) {
+  const int64_t bytes = bytes_of("dtype", p.dtype);
+  unpacked(p);
+  view("x", p.x, bytes, {p.n, p.height, p.width, p.c_in});
+  view("g", p.g, bytes, {p.n, p.out_height, p.out_width, p.c_out});
+  filter("dweight", Array{p.dweight, kFloat32}, p);
+  together("scale", p.scale, "dscale", p.dscale);
+  packed("scale", p.scale, 4, {p.c_out}, kOptional);
+  packed("dscale", p.dscale, 4, {p.c_out}, kOptional);
+  packed("dshift", p.dshift, 4, {p.c_out});
 }
 
 inline void tensors(const AccumulateParams& p) {

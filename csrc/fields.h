@@ -34,6 +34,15 @@ VF_FIELDS(ConvWeightGradParams, x, g, partials, out, n, height, width, out_heigh
           c_out, parts, kernel, stride, dtype)
 VF_FIELDS(ConvWeightGradFinishParams, products, weight, scale, dweight, dscale, c_out, kernel, c_in,
           stride_o, stride_h, stride_w, stride_i)
+VF_FIELDS(ConvUnpackedParams, x, out, add, mask, weight, scale, shift, pool_partials, n, height,
+          width, out_height, out_width, c_in, c_out, add_c, mask_c, stride_o, stride_h, stride_w,
+          stride_i, kernel, stride, relu, dtype)
+VF_FIELDS(ConvUnpackedInputGradParams, g, out, add, mask, weight, scale, n, height, width,
+          out_height, out_width, c_in, c_out, add_c, mask_c, stride_o, stride_h, stride_w, stride_i,
+          kernel, stride, dtype)
+VF_FIELDS(ConvUnpackedWeightGradParams, x, g, weight, scale, dweight, dscale, dshift, n, height,
+          width, out_height, out_width, c_in, c_out, stride_o, stride_h, stride_w, stride_i, kernel,
+          stride, dtype)
 VF_FIELDS(AccumulateParams, z, out, add, mask, n, height, width, c, add_c, mask_c, dtype)
 VF_FIELDS(DepthwiseParams, x, out, weight, n, height, width, out_height, out_width, c, stride,
           dtype)

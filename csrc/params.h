@@ -99,6 +99,50 @@ struct ConvWeightGradFinishParams {
       stride_i;  // of weight, no two of whose numbers share memory
 };
 
+// out = a convolution by a weight as its module has it, padded by kernel / 2. The CPU half only.
+struct ConvUnpackedParams {
+  View x;               // [N, H, W, C_in]
+  View out;             // [N, H', W', C_out], H' = (H - 1) / stride + 1
+  View add, mask;       // absent, or as ConvParams has them
+  Array weight;         // [C_out, K, K, C_in], any dtype; not packed, its strides are below
+  const void* scale;    // [C_out] fp32, or null together with shift
+  const void* shift;    // [C_out] fp32
+  void* pool_partials;  // [N, C_out] fp32, or null: sums of what is stored, before it is rounded;
+                        // only with scale
+  int64_t n, height, width, out_height, out_width, c_in, c_out, add_c, mask_c;
+  int64_t stride_o, stride_h, stride_w, stride_i;  // of weight
+  int32_t kernel, stride, relu, dtype;
+};
+
+// out = mask(the gradient of the input of that convolution + add). The CPU half only.
+struct ConvUnpackedInputGradParams {
+  View g;             // [N, H', W', C_out], H' = (H - 1) / stride + 1
+  View out;           // [N, H, W, C_in]
+  View add;           // [N, H, W, add_c], added to the first channels, or absent; may be out
+  View mask;          // [N, H, W, mask_c], activations of the last channels, or absent
+  Array weight;       // [C_out, K, K, C_in], any dtype; not packed, its strides are below
+  const void* scale;  // [C_out] fp32: g is multiplied by it; or null
+  int64_t n, height, width, out_height, out_width, c_in, c_out, add_c, mask_c;
+  int64_t stride_o, stride_h, stride_w, stride_i;  // of weight
+  int32_t kernel, stride, dtype;
+};
+
+// Gradients of its weight times scale: of both, and of the shift. The CPU half only.
+struct ConvUnpackedWeightGradParams {
+  View x;        // [N, H, W, C_in]
+  View g;        // [N, H', W', C_out], H' = (H - 1) / stride + 1
+  Array weight;  // [C_out, K, K, C_in], any dtype, its strides are below; read where there is a
+                 // scale
+  const void* scale;  // [C_out] fp32, or null
+  void* dweight;      // fp32, with the strides of weight
+  void* dscale;       // [C_out] fp32, or null together with scale
+  void* dshift;       // [C_out] fp32: sums of g
+  int64_t n, height, width, out_height, out_width, c_in, c_out;
+  int64_t stride_o, stride_h, stride_w,
+      stride_i;  // of weight, no two of whose numbers share memory
+  int32_t kernel, stride, dtype;
+};
+
 // out = mask(z + add): after another library's input gradient.
 struct AccumulateParams {
   View z, out;  // [N, H, W, C]; out may be z

@@ -14,7 +14,7 @@ from tests.extension_cases import Tensors, require
 from tests.features import compared
 from vovnet_fast import tuning
 from vovnet_fast.backends import _extension, cpu, reference
-from vovnet_fast.backends.cpu import convolution, packing, weight_grad
+from vovnet_fast.backends.cpu import convolution, packing, unpacked, weight_grad
 from vovnet_fast.selfcheck import calls, cases
 from vovnet_fast.tuning import processor
 
@@ -91,6 +91,7 @@ def test_against_fp64(engine, pool):
 def chosen(monkeypatch, engine):
     """The engine, which is what the backend's functions choose."""
     monkeypatch.setattr(convolution, "choose_engine", lambda dtype: engine)
+    monkeypatch.setattr(unpacked, "faster", lambda layer, engine, run: False)
     return engine
 
 

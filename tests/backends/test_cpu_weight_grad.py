@@ -10,7 +10,7 @@ from tests.extension_cases import Tensors, require
 from tests.features import compared
 from vovnet_fast import backends, ops
 from vovnet_fast.backends import _aten, _extension, cpu, reference
-from vovnet_fast.backends.cpu import convolution, weight_grad
+from vovnet_fast.backends.cpu import convolution, unpacked, weight_grad
 from vovnet_fast.selfcheck import calls, cases
 
 CPU = torch.device("cpu")
@@ -46,6 +46,7 @@ def engine(request, monkeypatch):
     """An engine by name, on one of the instruction sets that it runs on, which is chosen."""
     name, isa = request.param
     monkeypatch.setattr(weight_grad, "choose_engine", lambda dtype: name)
+    monkeypatch.setattr(unpacked, "faster", lambda layer, engine, run: False)
     with instruction_set(isa):
         yield name
 

@@ -24,7 +24,7 @@ from vovnet_fast.arithmetic.layers import (
 )
 from vovnet_fast.backends import _extension
 from vovnet_fast.backends._extension import halves
-from vovnet_fast.backends.cpu import convolution, int8, packing, weight_grad, winograd
+from vovnet_fast.backends.cpu import convolution, int8, packing, unpacked, weight_grad, winograd
 
 CPU = torch.device("cpu")
 REFUSALS = (TypeError, ValueError, OverflowError)
@@ -116,7 +116,7 @@ class Spoiling:
         found = getattr(self._half, name)
         if name in OF_SIZES:
             return lambda *given: self._sizes(name, found, given)
-        if name.endswith("_engines") or name == "conv_winograd_runs":
+        if name.endswith("_engines") or name in ("conv_winograd_runs", "conv_unpacked_runs"):
             return found
         return lambda *given, **fields: self._fields(name, found, given, fields)
 
@@ -208,6 +208,15 @@ def fuzz(seed, path):
             out, options = torch.empty(1, 5, 7, 24), dict(stride=1, relu=True, pool=False)
             convolution.run_engine(engine, x, weight, scale, scale, out, **options)
             packing.forget([weight])
+    for kernel in (1, 3) if spoiling.conv_unpacked_runs() else ():
+        for dtype in (torch.float32, torch.bfloat16):
+            x, g = (torch.rand(1, 3, 4, c, dtype=dtype) for c in (20, 24))
+            weight, scale = torch.rand(24, 20, kernel, kernel).permute(0, 2, 3, 1), torch.rand(24)
+            for _ in range(4):
+                options = dict(stride=1, relu=True, pool=True)
+                unpacked.conv(x, weight, scale, scale, torch.empty_like(g), **options)
+                unpacked.input_grad(g, weight, scale, torch.empty_like(x), stride=1, add=x, mask=x)
+                unpacked.weight_grad(x, g, weight, scale, stride=1)
     for engine in spoiling.conv_weight_grad_engines():
         for kernel in (1, 3):
             for dtype in (torch.float32, torch.bfloat16) if engine == "fma" else (torch.bfloat16,):
@@ -258,6 +267,7 @@ OTHERS = {
     "conv_engines",
     "int8_conv_engines",
     "conv_winograd_runs",
+    "conv_unpacked_runs",
     "fingerprint",
     "conv_weight_grad_engines",
     "isa",

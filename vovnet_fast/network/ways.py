@@ -11,13 +11,17 @@ from __future__ import annotations
 import copy
 import functools
 import math
+import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import backends, compat
+from ..compat import zip
 from ..tuning import processor
 from . import decision
 from .structure import has_hooks
@@ -44,9 +48,14 @@ def choose(network: VoVNet, x: Tensor) -> str:
     """The way to run a network's parts on images ``[N, C, H, W]``."""
     if not _chosen_by_time(network, x):
         return MIXED
-    prepare = functools.partial(_trial, network, x)
     return processor.choose(
-        _problem(network, x), CANDIDATES, MIXED, prepare, steps=True, favourite=MODULES
+        _problem(network, x),
+        CANDIDATES,
+        MIXED,
+        functools.partial(_trial, network, x),
+        steps=True,
+        favourite=MODULES,
+        unless=functools.partial(_would_be_seen, network),
     )
 
 
@@ -65,7 +74,7 @@ def run(network: VoVNet, x: Tensor, way: str) -> tuple[Tensor, ...]:
 
 
 def _chosen_by_time(network: VoVNet, x: Tensor) -> bool:
-    """Whether there is a choice, and nobody who would see what is tried."""
+    """Whether there is a choice. It is asked at every step."""
     return (
         x.device.type == "cpu"
         and not compat.is_compiling()
@@ -75,31 +84,61 @@ def _chosen_by_time(network: VoVNet, x: Tensor) -> bool:
         and decision.needs_gradient(network, x)
         and watching(x) is None
         and backends.select(x.device, decision.compute_dtype(x), ()) == "cpu"
-        and not any(map(_would_be_seen, network.children()))
-        and network._why_other_parts() is None
     )
 
 
-def _would_be_seen(child: nn.Module) -> bool:
-    """Whether somebody would notice that it is run: by a hook, or in another process."""
-    return any(has_hooks(m) or isinstance(m, nn.SyncBatchNorm) for m in child.modules())
+def _would_be_seen(network: VoVNet) -> bool:
+    """Whether nothing may be tried: somebody would notice, by a hook, or in another process, or the
+    network is made of other parts than what is measured would be remembered for."""
+    below = (m for child in network.children() for m in child.modules())
+    seen = any(has_hooks(m) or isinstance(m, nn.SyncBatchNorm) for m in below)
+    return seen or network._why_other_parts() is not None
 
 
 def _problem(network: VoVNet, x: Tensor) -> str:
     """Names what times depend on. Images of similar sizes are one problem."""
     n, _, height, width = _measured_size(x)
     layout = "channels_last" if _is_channels_last(x) else "contiguous"
-    modes = "".join(
-        ("b" if any(parts.batch for parts in part.conv_layers().values()) else "f")
-        + ("g" if decision.needs_gradient(part, x) else "n")
-        for part in (network.stem, *network._blocks())
-    )
     pixels = 2 ** round(math.log2(n * height * width))
     return (
         f"training step of {network.spec.name}, {pixels} pixels, {layout}, "
         f"{decision.compute_dtype(x)}, input gradient {x.requires_grad}, "
-        f"{','.join(network.out_features)}, parts {modes}"
+        f"{','.join(network.out_features)}, parts {_modes(network)}"
     )
+
+
+def _modes(network: VoVNet) -> str:
+    """Of stem and stages: norms by the batch's statistics or by running ones, trained or not."""
+    modes = []
+    for part in _leaves(network):
+        flags = 0
+        for module in part:
+            own = module.__dict__  # As it is read at every step, of all modules.
+            weight = own["_parameters"].get("weight")
+            flags |= weight is not None and weight.requires_grad
+            flags |= 2 * (own["training"] and isinstance(module, _BatchNorm))
+        modes.append(("fn", "fg", "bn", "bg")[flags])
+    return "".join(modes)
+
+
+_known: WeakKeyDictionary[nn.Module, list[list[weakref.ref[nn.Module]]]] = WeakKeyDictionary()
+
+
+def _leaves(network: VoVNet) -> list[list[nn.Module]]:
+    """The modules without children of each child. One that is no longer there may still be among
+    them while it lives: what that changes is what is taken to be measured, and no number."""
+    for _ in range(2):
+        known = _known.get(network)
+        if known is None:
+            known = _known[network] = [
+                [weakref.ref(m) for m in child.modules() if not m._modules]
+                for child in network.children()
+            ]
+        found = [[module for ref in part if (module := ref()) is not None] for part in known]
+        if all(len(a) == len(b) for a, b in zip(found, known, strict=True)):
+            return found
+        del _known[network]
+    return found
 
 
 def _is_channels_last(x: Tensor) -> bool:

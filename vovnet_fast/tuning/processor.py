@@ -24,7 +24,7 @@ ROUNDS, MOST_ROUNDS, SECONDS = 2, 8, 1.0
 while so much time has not passed. The median of the turns counts: a virtual machine's processor is
 a third faster for moments, and the least time would be that of who met one."""
 
-STEP_ROUNDS, STEP_SECONDS = 15, 6.0
+STEP_ROUNDS, STEP_SECONDS = 40, 6.0
 """The same of training steps, between which there is less to choose, and of which more follow."""
 
 HOPELESS = 1.3
@@ -46,6 +46,7 @@ def choose(
     *,
     steps: bool = False,
     favourite: str | None = None,
+    unless: Callable[[], bool] | None = None,
 ) -> str:
     """The fastest of several ways to solve a problem.
 
@@ -62,6 +63,7 @@ def choose(
             another one.
         favourite: the candidate to take unless another is faster by more than turns differ by
             themselves (:data:`MARGIN`).
+        unless: whether nothing may be tried; asked where nothing is known.
 
     Returns:
         a name out of ``candidates``, or ``static``.
@@ -72,7 +74,7 @@ def choose(
     known = table.get(machine, problem)
     if known is not None:
         return known if known in candidates else static
-    if not tuning.enabled():
+    if not tuning.enabled() or (unless is not None and unless()):
         return static
     if steps:
         _announce()

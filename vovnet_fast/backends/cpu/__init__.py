@@ -33,12 +33,15 @@ def sources(function: str) -> tuple[str, ...]:
     own: tuple[str, ...] = ()
     if function in _CONVOLUTIONS:
         own = tuple(
-            f"backends.cpu.{room}" for room in ("convolution", "packing", "scratch", "winograd")
+            f"backends.cpu.{room}"
+            for room in ("convolution", "packing", "scratch", "unpacked", "winograd")
+            for room in ("convolution", "packing", "scratch", "unpacked", "winograd")
         )
     elif function == "conv_weight_grad":
         own = (
             "backends.cpu.convolution",
             "backends.cpu.scratch",
+            "backends.cpu.unpacked",
             "backends.cpu.weight_grad",
         )
     return ("backends.cpu.__init__", *own, *_extension.SOURCES)

@@ -10,6 +10,9 @@ gradients of inputs, but for those of strided convolutions, which are oneDNN's:
 ``aten``    any                 oneDNN through ATen, then one pass into the slot
 ==========  ==================  =================================================
 
+All but the last multiply a packed weight. On small maps a weight that would be packed for one call
+may be multiplied as it is, which is faster there (:mod:`.unpacked`).
+
 In fp32, 3x3 layers of frozen networks are Winograd's where that is faster (:mod:`.winograd`).
 
 :data:`PREFERRED` is an order by dtype. The matrix unit is far ahead of the others. Between those
@@ -30,7 +33,7 @@ from torch import Tensor
 from ...tuning import processor
 from .. import _aten, _extension
 from .._extension.fields import DTYPES, packed, pointer, view
-from . import packing, winograd
+from . import packing, unpacked, winograd
 
 ATEN = "aten"
 
@@ -119,6 +122,22 @@ def _winograd_trial() -> Callable[[str], None]:
     return run
 
 
+def _unpacked_trial(engine: str, x: Tensor, weight: Tensor, out: Tensor) -> None:
+    stride = x.shape[1] // out.shape[1]
+    if engine == unpacked.NAME:
+        unpacked.conv(x, weight, None, None, out, stride=stride, relu=False)
+        return
+    form = packing.pack(engine, weight, dtype=x.dtype, lent=True)
+    _launch(engine, x, form, out, weight.shape[1], stride=stride)
+
+
+def _unpacked_grad_trial(engine: str, x: Tensor, weight: Tensor, g: Tensor) -> None:
+    stride = x.shape[1] // g.shape[1]
+    if engine == unpacked.NAME:
+        return unpacked.input_grad(g, weight, None, x, stride=stride)
+    return _packed_input_grad(engine, g, weight, None, x, stride)
+
+
 def conv(
     x: Tensor,
     weight: Tensor,
@@ -136,7 +155,11 @@ def conv(
         options: dict[str, Any] = dict(stride=stride, relu=relu, pool=pool)
         weight = weight.to(x.dtype).contiguous()
         return _extension.CPU.conv(x, weight, scale, shift, out, **options)
-    if not pool:
+    if packing.passes(weight, x.dtype):
+        layer = unpacked.layer_of("convolution of", out, weight, stride, x.dtype)
+        if unpacked.faster(layer, engine, _unpacked_trial):
+            return unpacked.conv(x, weight, scale, shift, out, stride=stride, relu=relu, pool=pool)
+    elif not pool:
         engine = winograd.choose(x, weight, stride, _winograd_trial, engine)
     return run_engine(engine, x, weight, scale, shift, out, stride=stride, relu=relu, pool=pool)
 
@@ -147,8 +170,12 @@ def conv_statistics(x: Tensor, weight: Tensor, out: Tensor, *, stride: int = 1) 
     if out.numel() == 0 or engine == ATEN:
         weight = weight.to(x.dtype).contiguous()
         return _extension.CPU.conv_statistics(x, weight, out, stride=stride)
-    form = packing.pack(engine, weight, dtype=x.dtype, lent=weight.requires_grad)
-    _launch(engine, x, form, out, weight.shape[1], stride=stride)
+    layer = unpacked.layer_of("convolution of", out, weight, stride, x.dtype)
+    if unpacked.faster(layer, engine, _unpacked_trial):
+        unpacked.conv(x, weight, None, None, out, stride=stride, relu=False)
+    else:
+        form = packing.pack(engine, weight, dtype=x.dtype, lent=weight.requires_grad)
+        _launch(engine, x, form, out, weight.shape[1], stride=stride)
     n, tiles, c_out = out.shape[0], _extension.CPU.tiles(out), out.shape[3]
     partials = out.new_empty(n, tiles, 3, c_out, dtype=torch.float32)
     _extension.CPU.epilogue(out, None, None, out, relu=False, statistics=partials)
@@ -170,6 +197,23 @@ def conv_input_grad(
     if out.numel() == 0 or engine == ATEN:
         options: dict[str, Any] = dict(stride=stride, add=add, mask=mask)
         return _extension.CPU.conv_input_grad(g, weight, scale, out, **options)
+    layer = unpacked.layer_of("input gradient of", g, weight, stride, out.dtype)
+    if unpacked.faster(layer, engine, _unpacked_grad_trial):
+        return unpacked.input_grad(g, weight, scale, out, stride=stride, add=add, mask=mask)
+    return _packed_input_grad(engine, g, weight, scale, out, stride, add, mask)
+
+
+def _packed_input_grad(
+    engine: str,
+    g: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    out: Tensor,
+    stride: int,
+    add: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> None:
+    """:func:`conv_input_grad` of a weight that is packed first."""
     if stride != 1:  # oneDNN's, which takes a weight that was not transposed.
         form = g.new_empty(weight.shape)
         _extension.CPU.pack(weight, scale, form)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import _extension
 from .._extension.fields import DTYPES, packed, pointer, view, weight_strides
-from . import convolution, scratch
+from . import convolution, scratch, unpacked
 
 
 def engines() -> tuple[str, ...]:
@@ -41,11 +41,29 @@ def conv_weight_grad(
     x: Tensor, g: Tensor, weight: Tensor, scale: Tensor | None, *, stride: int = 1
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """See :mod:`vovnet_fast.backends`."""
-    kernel, engine = weight.shape[1], choose_engine(x.dtype)
+    engine = choose_engine(x.dtype)
     if g.numel() == 0 or engine == convolution.ATEN:
         return _extension.CPU.conv_weight_grad(x, g, weight.contiguous(), scale, stride=stride)
+    layer = unpacked.layer_of("weight gradient of", g, weight, stride, x.dtype)
+    if unpacked.faster(layer, engine, _unpacked_trial) and unpacked.can_hold_gradient(weight):
+        return unpacked.weight_grad(x, g, weight, scale, stride=stride)
+    return _by_sums(engine, x, g, weight, scale, stride)
+
+
+def _unpacked_trial(engine: str, x: Tensor, weight: Tensor, g: Tensor) -> None:
+    scale, stride = torch.ones(g.shape[3]), x.shape[1] // g.shape[1]
+    if engine == unpacked.NAME:
+        unpacked.weight_grad(x, g, weight, scale, stride=stride)
+    else:
+        _by_sums(engine, x, g, weight, scale, stride)
+
+
+def _by_sums(
+    engine: str, x: Tensor, g: Tensor, weight: Tensor, scale: Tensor | None, stride: int
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """:func:`conv_weight_grad` in a layout of its own first."""
     # Without a scale they are the gradient itself.
-    products = sums(engine, x, g, kernel, stride=stride, lent=scale is not None)
+    products = sums(engine, x, g, weight.shape[1], stride=stride, lent=scale is not None)
     shift = _extension.CPU.channel_sums(g)
     if scale is None:
         return products, None, shift
