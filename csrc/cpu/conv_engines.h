@@ -4,7 +4,7 @@
 //   dpbf16   bf16, products of pairs (vdpbf16ps), sums in fp32      AVX512-BF16
 //   amx      bf16, products by the matrix unit, sums in fp32        AMX
 //
-// On NEON there are no weight gradients.
+// On NEON there are no weight gradients. Layers of few pixels have others: conv_unpacked.h.
 #pragma once
 
 #include <cstdint>

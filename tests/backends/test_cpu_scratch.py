@@ -105,6 +105,7 @@ def test_input_gradients_with_a_stride(dtype, size, kernel):
         eager = torch.empty_like(out)
         reference.conv_input_grad(g, weight.to(dtype), scale.to(dtype), eager, stride=2, mask=mask)
         error, theirs = ((t.double() - exact).abs().max() for t in (out, eager))
-        assert error <= 2 * theirs + torch.finfo(dtype).eps
+        # Of few products eager's own error is by chance less than one rounding of the sum.
+        assert error <= 2 * theirs + torch.finfo(dtype).eps * exact.abs().max()
         assert buffer[..., :4].isnan().all()
         assert buffer[..., 24:].isnan().all()
