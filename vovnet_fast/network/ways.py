@@ -12,8 +12,8 @@ import copy
 import functools
 import math
 import weakref
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .. import backends, compat
-from ..compat import zip
 from ..tuning import processor
 from . import decision
 from .structure import has_hooks
@@ -98,47 +97,77 @@ def _would_be_seen(network: VoVNet) -> bool:
 def _problem(network: VoVNet, x: Tensor) -> str:
     """Names what times depend on. Images of similar sizes are one problem."""
     n, _, height, width = _measured_size(x)
-    layout = "channels_last" if _is_channels_last(x) else "contiguous"
     pixels = 2 ** round(math.log2(n * height * width))
-    return (
-        f"training step of {network.spec.name}, {pixels} pixels, {layout}, "
-        f"{decision.compute_dtype(x)}, input gradient {x.requires_grad}, "
-        f"{','.join(network.out_features)}, parts {_modes(network)}"
+    layout = "channels_last" if _is_channels_last(x) else "contiguous"
+    dtype, gradient = decision.compute_dtype(x), x.requires_grad
+    return _words(
+        network.spec.name, pixels, layout, dtype, gradient, network.out_features, _modes(network)
     )
+
+
+@functools.lru_cache
+def _words(
+    spec: str,
+    pixels: int,
+    layout: str,
+    dtype: torch.dtype,
+    gradient: bool,
+    features: tuple[str, ...],
+    modes: str,
+) -> str:
+    return (
+        f"training step of {spec}, {pixels} pixels, {layout}, {dtype}, input gradient {gradient}, "
+        f"{','.join(features)}, parts {modes}"
+    )
+
+
+class _Leaves(NamedTuple):
+    """Modules of a part that have weights, and those that are batch norms."""
+
+    weighted: list[weakref.ref[nn.Module]]
+    norms: list[weakref.ref[nn.Module]]
+
+
+_known: WeakKeyDictionary[nn.Module, list[_Leaves]] = WeakKeyDictionary()
+"""By network, of stem and stages. One that is no longer there may still be among them while it
+lives: what that changes is what is taken to be measured, and no number."""
 
 
 def _modes(network: VoVNet) -> str:
     """Of stem and stages: norms by the batch's statistics or by running ones, trained or not."""
-    modes = []
-    for part in _leaves(network):
-        flags = 0
-        for module in part:
-            own = module.__dict__  # As it is read at every step, of all modules.
-            weight = own["_parameters"].get("weight")
-            flags |= weight is not None and weight.requires_grad
-            flags |= 2 * (own["training"] and isinstance(module, _BatchNorm))
-        modes.append(("fn", "fg", "bn", "bg")[flags])
-    return "".join(modes)
+    try:
+        return _modes_of(_known[network])
+    except (KeyError, AttributeError):  # Not looked at yet, or modules that are gone.
+        parts = _known[network] = [
+            _Leaves(
+                [
+                    weakref.ref(m)
+                    for m in child.modules()
+                    if m._parameters.get("weight") is not None
+                ],
+                [weakref.ref(m) for m in child.modules() if isinstance(m, _BatchNorm)],
+            )
+            for child in network.children()
+        ]
+        return _modes_of(parts)
 
 
-_known: WeakKeyDictionary[nn.Module, list[list[weakref.ref[nn.Module]]]] = WeakKeyDictionary()
+def _modes_of(parts: Iterable[_Leaves]) -> str:
+    # At every step: it looks no further than to the first that trains.
+    return "".join(
+        ("b" if any(ref().training for ref in norms) else "f")  # type: ignore[union-attr]
+        + ("g" if any(map(_trains, weighted)) else "n")
+        for weighted, norms in parts
+    )
 
 
-def _leaves(network: VoVNet) -> list[list[nn.Module]]:
-    """The modules without children of each child. One that is no longer there may still be among
-    them while it lives: what that changes is what is taken to be measured, and no number."""
-    for _ in range(2):
-        known = _known.get(network)
-        if known is None:
-            known = _known[network] = [
-                [weakref.ref(m) for m in child.modules() if not m._modules]
-                for child in network.children()
-            ]
-        found = [[module for ref in part if (module := ref()) is not None] for part in known]
-        if all(len(a) == len(b) for a, b in zip(found, known, strict=True)):
-            return found
-        del _known[network]
-    return found
+def _has_weight(module: nn.Module) -> bool:
+    return module._parameters.get("weight") is not None
+
+
+def _trains(ref: weakref.ref[nn.Module]) -> bool:
+    weight = ref()._parameters["weight"]  # type: ignore[union-attr]
+    return weight is not None and weight.requires_grad
 
 
 def _is_channels_last(x: Tensor) -> bool:
