@@ -107,10 +107,12 @@ EIGHT_BITS = (
     Choice("int8, 255 levels", {"levels": 255}),
     Choice("fp8", {"dtype": "fp8"}),
 )
+MSE = {"calibrator": "mse"}
 CHOICES = (
+    Choice("auto", {}),
     *(Choice(name, {"calibrator": name}) for name in ("minmax", "percentile", "entropy", "mse")),
-    Choice("mse, biases not corrected", {"bias_correction": False}),
-    Choice("mse, equalised", {"equalize": True}),
+    Choice("mse, biases not corrected", {**MSE, "bias_correction": False}),
+    Choice("mse, equalised", {**MSE, "equalize": True}),
 )
 
 

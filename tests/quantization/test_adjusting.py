@@ -56,7 +56,7 @@ def test_channels_of_unlike_ranges_are_made_alike():
 
     def least(folded):
         batches = Images([x], model)
-        ranges = calibrate(folded, batches, ("stem_2",), INT8, "minmax", 100)
+        [ranges] = calibrate(folded, batches, ("stem_2",), INT8, ["minmax"], 100)
         network = build(folded, ranges, INT8, ("stem_2",))
         return measure(network, folded, x)[-1].sqnr
 
@@ -73,7 +73,7 @@ def test_corrected_biases_keep_the_means(name, dtype):
     model, x = cases.model(name), cases.images(4)
     folded = Folded.of(fold(model, torch.float64)).map(torch.Tensor.float)
     with torch.no_grad():
-        ranges = calibrate(folded, Images([x], model), model.out_features, form, "minmax", 100)
+        [ranges] = calibrate(folded, Images([x], model), model.out_features, form, ["minmax"], 100)
         mended = correct_biases(folded, ranges, form, x, model.out_features)
         means = {}
         Floating(folded, lambda name, y: means.setdefault(name, y.mean((0, 2, 3)))).run(

@@ -12,6 +12,7 @@ from vovnet_fast.quantization.calibrating import Images, calibrate
 from vovnet_fast.quantization.floating import Folded
 from vovnet_fast.quantization.formats import Format
 from vovnet_fast.quantization.network import QuantizedVoVNet
+from vovnet_fast.quantization.quantize import GAIN, quantize
 from vovnet_fast.quantization.straight_through import dequantized
 
 FORMATS = [Format("int8", 127), Format("int8", 255, True)]
@@ -25,7 +26,7 @@ def made(name, form):
     batches = Images(cases.images(), model)
     exact = folded.map(torch.Tensor.float)
     with torch.no_grad():
-        ranges = calibrate(exact, batches, model.out_features, form, "minmax", 100)
+        [ranges] = calibrate(exact, batches, model.out_features, form, ["minmax"], 100)
         return folded, ranges, build(folded, ranges, form, model.out_features)
 
 
@@ -99,3 +100,36 @@ def test_the_table_of_sigmoids():
     assert table[1024] == 10000
     assert (table + table.flip(0).roll(1) - 20000)[1:].abs().max() <= 1
     assert (table[1:] >= table[:-1]).all()
+
+
+def test_auto_takes_the_best_of_what_it_tries():
+    """Of two calibrators and two stems; a wide stem has to be better by more than nothing."""
+    taken = set()
+    for seed in range(6):
+        model = cases.model("detectron2")
+        torch.manual_seed(seed)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 4:  # Some channels with large values.
+                    parameter[torch.randint(len(parameter), (seed,))] *= 4
+        x = cases.images(seed=seed)
+        with torch.no_grad():
+            features = model(x)
+
+        def least(model=model, x=x, features=features, **options):
+            found = quantize(model, x, report=False, **options)
+            pairs = [(a.double(), b) for a, b in zip(features, found(x), strict=True)]
+            return min(
+                float(10 * (a.square().sum() / (a - b).square().sum()).log10()) for a, b in pairs
+            )
+
+        with torch.no_grad():
+            ways = {
+                (name, stem): least(calibrator=name, stem=stem)
+                for name in ("mse", "minmax")
+                for stem in ("int8", "wide")
+            }
+            found = least()
+        assert found >= max(ways.values()) - GAIN - 1e-3
+        taken.add(min(ways, key=lambda way, ways=ways, found=found: abs(ways[way] - found)))
+    assert len({name for name, _ in taken}) == 2

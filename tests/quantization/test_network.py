@@ -274,5 +274,5 @@ def test_it_tells_what_is_done_next():
     model, images = cases.model(), [cases.images(2)]
     vovnet_fast.quantize(model, images, stem="auto", told=told.append, **cases.QUICK)
     assert told == [
-        "correcting biases", "comparing a narrow stem and a wide one", "measuring what it costs",
+        "correcting biases", "comparing what was chosen in several ways", "measuring what it costs",
     ]  # fmt: skip

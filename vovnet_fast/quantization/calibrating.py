@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 import torch
@@ -103,10 +103,10 @@ def calibrate(
     images: Images,
     out_features: tuple[str, ...],
     form: Format,
-    calibrator: str,
+    calibrators: Sequence[str],
     percentile: float,
-) -> dict[str, Range]:
-    """The range of every activation by its name.
+) -> list[dict[str, Range]]:
+    """The range of every activation by its name, as each calibrator has it.
 
     That of the images is what they reach, whatever the calibrator: they are cut by whoever made
     them, and have no outliers.
@@ -116,7 +116,7 @@ def calibrate(
         images: to measure on.
         out_features: names.
         form: for whom.
-        calibrator: one of :data:`.ranges.CALIBRATORS`.
+        calibrators: some of :data:`.ranges.CALIBRATORS`.
         percentile: of that calibrator.
 
     Raises:
@@ -148,6 +148,16 @@ def calibrate(
             f"quantize: all images are {values} throughout, and what is measured on them holds "
             "for no others: give some dozens of those that the network is for"
         )
+    return [_ranges(folded, histograms, form, name, percentile) for name in calibrators]
+
+
+def _ranges(
+    folded: Folded,
+    histograms: dict[str, Histogram],
+    form: Format,
+    calibrator: str,
+    percentile: float,
+) -> dict[str, Range]:
     found = {}
     for name, histogram in histograms.items():
         chosen = "minmax" if name == IMAGE else calibrator

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from ..arithmetic.layers import QuantizedNetwork
-from ..compat import zip
 from ..deploy.freeze import folded as fold
 from ..deploy.freeze import require_model, require_options
 from ..deploy.frozen import FrozenVoVNet
@@ -32,7 +31,13 @@ from .network import QuantizedVoVNet
 from .ranges import CALIBRATORS, Range
 from .report import Row, least_sqnr, measure
 
-STEMS = ("auto", "int8", "wide")
+AUTO = "auto"
+STEMS = (AUTO, "int8", "wide")
+
+TRIED = ("mse", "minmax")
+"""Calibrators that ``auto`` chooses from. Each activation's own error is least by ``mse``, but what
+is cut of large values adds up over layers, where roundings average out: of trained networks some
+are far better by one, and some a little by the other (docs/quantization.md)."""
 
 GAIN = 0.1
 """dB of the least SQNR of a feature by which a wide stem has to be better under ``auto``."""
@@ -42,7 +47,7 @@ def quantize(
     model: VoVNet,
     images: Iterable[Tensor],
     dtype: str = "int8",
-    calibrator: str = "mse",
+    calibrator: str = AUTO,
     *,
     levels: int | None = None,
     percentile: float = 99.99,
@@ -66,7 +71,8 @@ def quantize(
             any sizes; or one such batch. It is gone through once.
         dtype: ``int8``, or ``fp8`` for e4m3.
         calibrator: how the range of an activation is chosen, ``minmax``, ``percentile``, ``mse``
-            or ``entropy``; see :mod:`.ranges`.
+            or ``entropy``, see :mod:`.ranges`; ``auto`` takes the one of :data:`TRIED` by which the
+            least SQNR of a feature is better on the first images.
         levels: the largest activation of int8: 127, which every instruction set multiplies
             exactly, or 255, whose error is half of that; see :mod:`vovnet_fast.arithmetic`.
         percentile: of the calibrator of that name: how many values of a hundred are not cut.
@@ -110,7 +116,7 @@ def fine_tuning(
     model: VoVNet,
     images: Iterable[Tensor],
     dtype: str = "int8",
-    calibrator: str = "mse",
+    calibrator: str = AUTO,
     *,
     levels: int | None = None,
     percentile: float = 99.99,
@@ -180,22 +186,31 @@ def _prepare(
     exact = folded.map(torch.Tensor.float)
     if equalize:
         exact = adjusting.equalize(exact, batches.kept, wanted)
-    ranges = calibrate(exact, batches, wanted, form, calibrator, percentile)
-    forms = [form, form._replace(wide_stem=True)] if stem == "auto" else [form]
-    weights = [exact] * len(forms)
-    if bias_correction:
-        told("correcting biases")
-        weights = [
-            adjusting.correct_biases(exact, ranges, each, batches.kept, wanted) for each in forms
-        ]
-    chosen = 0
-    if stem == "auto":
-        told("comparing a narrow stem and a wide one")
-        networks = [build(*each, wanted) for each in zip(weights, [ranges] * 2, forms, strict=True)]
-        narrow, wide = least_sqnr(networks, exact, batches.kept)
-        chosen = int(wide >= narrow + GAIN)
-    folded, form = weights[chosen], forms[chosen]
-    return _Prepared(exact, folded, ranges, form, wanted, batches.kept)
+    names = TRIED if calibrator == AUTO else (calibrator,)
+    found = calibrate(exact, batches, wanted, form, names, percentile)
+
+    def candidates(form: Format) -> list[_Prepared]:
+        made = []
+        for ranges in found:
+            weights = exact
+            if bias_correction:
+                weights = adjusting.correct_biases(exact, ranges, form, batches.kept, wanted)
+            made.append(_Prepared(exact, weights, ranges, form, wanted, batches.kept))
+        return made
+
+    told("correcting biases" if bias_correction else "rounding weights")
+    narrow = candidates(form)
+    wide = candidates(form._replace(wide_stem=True)) if stem == AUTO else []
+    if len(narrow) + len(wide) == 1:
+        return narrow[0]
+    told("comparing what was chosen in several ways")
+    networks = [each.network() for each in (*narrow, *wide)]
+    reached = least_sqnr(networks, exact, batches.kept)
+    best = max(range(len(narrow)), key=reached.__getitem__)
+    if wide:
+        other = max(range(len(narrow), len(reached)), key=reached.__getitem__)
+        best = other if reached[other] >= reached[best] + GAIN else best
+    return (*narrow, *wide)[best]
 
 
 def _require(
@@ -217,7 +232,11 @@ def _require(
             "quantize: the model is in training mode, and what is measured holds for evaluation: "
             "call eval() first"
         )
-    for name, value, known in (("calibrator", calibrator, CALIBRATORS), ("stem", stem, STEMS)):
+    known_calibrators = (AUTO, *CALIBRATORS)
+    for name, value, known in (
+        ("calibrator", calibrator, known_calibrators),
+        ("stem", stem, STEMS),
+    ):
         if value not in known:
             raise ValueError(f"quantize: {name} must be one of {', '.join(known)}, got {value!r}")
     if not 50 < percentile <= 100:

@@ -14,7 +14,7 @@ from .. import _optional
 from ..arithmetic import DTYPES, LEVELS, fp8
 from ..quantization import formats
 from ..quantization.network import QuantizedVoVNet
-from ..quantization.quantize import STEMS, quantize
+from ..quantization.quantize import AUTO, STEMS, quantize
 from ..quantization.ranges import CALIBRATORS
 from . import images, sources
 
@@ -53,9 +53,10 @@ def add(commands: argparse._SubParsersAction) -> None:
     )
     command.add_argument(
         "--calibrator",
-        choices=CALIBRATORS,
-        default="mse",
-        help="how ranges of activations are chosen (default: %(default)s)",
+        choices=(AUTO, *CALIBRATORS),
+        default=AUTO,
+        help="how ranges of activations are chosen; auto compares mse and minmax (default: "
+        "%(default)s)",
     )
     command.add_argument(
         "--percentile",
