@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
@@ -186,12 +187,17 @@ def run(
     elif params.depthwise is not None:
         params = params._replace(depthwise=params.depthwise.to(x.dtype).contiguous())
     weight, scale, shift, stride, depthwise, eps, group = params
-    if depthwise is not None:
+    conv, statistics = backend.conv, backend.conv_statistics
+    if depthwise is not None and hasattr(backend, "depthwise_conv"):
+        spatial = functools.partial(memory.scratch, "spatial", x, *out.shape[:3], x.shape[3])
+        both = backend.depthwise_conv, backend.depthwise_conv_statistics
+        conv, statistics = (functools.partial(f, taps=depthwise, spatial=spatial) for f in both)
+    elif depthwise is not None:
         x, stride = _spatial(backend, x, depthwise, stride, out, memory), 1
     if eps is None:
-        return Kept(backend.conv(x, weight, scale, shift, out, stride=stride, relu=True, pool=pool))
+        return Kept(conv(x, weight, scale, shift, out, stride=stride, relu=True, pool=pool))
     raw = memory.scratch("raw", out, *out.shape)
-    partials = backend.conv_statistics(x, weight, raw, stride=stride)
+    partials = statistics(x, weight, raw, stride=stride)
     norm = batch_norm.statistics(backend, partials, scale, shift, eps, group)
     return Kept(backend.normalize(raw, norm[SCALE], norm[SHIFT], out, pool=pool), raw, norm)
 

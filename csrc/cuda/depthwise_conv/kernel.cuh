@@ -12,7 +12,6 @@
 namespace vovnet_fast {
 namespace depthwise_conv {
 
-using conv_sm80::Ring;
 using conv_sm80::Share;
 using conv_sm80::Step;
 using conv_sm80::Sums;
@@ -29,19 +28,20 @@ VF_DEVICE void fetch_taps(const Problem& p, const Step& step, uint32_t to) {
   conv_sm80::copy_unit(to + unit_at(row, unit), inside ? from : p.depthwise, inside, wanted);
 }
 
-// Strip and taps of a chunk and the weights of the one before, as one group: they are wanted in the
-// same step.
+// The place before one of a ring.
+VF_DEVICE int before(const Problem& p, int stage) { return stage == 0 ? p.stages - 1 : stage - 1; }
+
+// Strip and taps of a chunk, into `stage`, and the weights of the chunk before, as one group: they
+// are wanted in the same step.
 template <int N>
-VF_DEVICE void fetch(const Problem& p, const Tile& tile, int chunk, Ring& strips, Ring& weights) {
+VF_DEVICE void fetch(const Problem& p, const Tile& tile, int chunk, int stage) {
   if (chunk < p.chunks) {
     const Step step = {chunk, 0};
-    conv_sm80::fetch_strip(p, tile, step, strips.stage);
-    fetch_taps(p, step, taps_at(p, N, strips.stage));
-    strips.advance(p.stages);
+    conv_sm80::fetch_strip(p, tile, step, stage);
+    fetch_taps(p, step, taps_at(p, N, stage));
   }
   if (chunk > 0 && chunk <= p.chunks) {
-    conv_sm80::fetch_weights<N>(p, tile, {chunk - 1, 0}, weights.stage);
-    weights.advance(p.stages);
+    conv_sm80::fetch_weights<N>(p, tile, {chunk - 1, 0}, before(p, stage));
   }
   conv_sm80::commit_copies();
 }
@@ -66,11 +66,11 @@ VF_DEVICE void depthwise(const Problem& p, uint32_t strip, uint32_t taps, uint32
     const int row = first + conv_sm80::tap_rows(p, tap);
     float weight[3][V];
 #pragma unroll
-    for (int i = 0; i < 3; ++i) {
-      cuda::unpack(weight[i], cuda::raw_of<T, V>(shared_unit(taps + unit_at(3 * i + tap, unit))));
-    }
-#pragma unroll
     for (int i = 0; i < LINES; ++i) {
+      if (i < 3) {  // Not before: they would take registers.
+        const uint4 word = shared_unit(taps + unit_at(3 * i + tap, unit));
+        cuda::unpack(weight[i], cuda::raw_of<T, V>(word));
+      }
       float x[V];
       cuda::unpack(x, cuda::raw_of<T, V>(shared_unit(strip + unit_at(row + i * p.pitch, unit))));
 #pragma unroll
@@ -115,11 +115,9 @@ __global__ void __launch_bounds__(kThreads, conv_sm80::kBlocks<kPixels, N>)
               conv_sm80::channel_unit_of(lane));
 
   Sums<kPixels, N> sums;
-  Ring fetched_strips, fetched_weights, strips, weights;
 #pragma unroll 1
-  for (int i = 0; i < p.stages - 1; ++i) {
-    fetch<N>(p, share.tile, i, fetched_strips, fetched_weights);
-  }
+  for (int i = 0; i < p.stages - 1; ++i) fetch<N>(p, share.tile, i, i);
+  int stage = 0;
 #pragma unroll 1
   for (int chunk = 0; chunk <= p.chunks; ++chunk) {
     // What this step reads was committed stages - 1 groups ago.
@@ -131,24 +129,23 @@ __global__ void __launch_bounds__(kThreads, conv_sm80::kBlocks<kPixels, N>)
     // All have what everyone fetched, and the pixels that everyone made; and are done with the step
     // before, whose places are taken.
     __syncthreads();
-    fetch<N>(p, share.tile, chunk + p.stages - 1, fetched_strips, fetched_weights);
+    fetch<N>(p, share.tile, chunk + p.stages - 1, before(p, stage));
     if (chunk < p.chunks) {
-      const uint32_t strip = conv_sm80::strip_at(p, strips.stage);
-      const uint32_t taps = taps_at(p, N, strips.stage), to = pixels_at(p, N, chunk);
+      const uint32_t strip = conv_sm80::strip_at(p, stage), taps = taps_at(p, N, stage);
+      const uint32_t to = pixels_at(p, N, chunk);
       const int units = Step{chunk, 0}.units(p);
       if (p.stride == 1) {
         depthwise<T, 1>(p, strip, taps, to, units);
       } else {
         depthwise<T, 2>(p, strip, taps, to, units);
       }
-      strips.advance(p.stages);
     }
     if (chunk > 0) {
-      conv_sm80::multiply<T, kPixels, N>(sums, rows, 0, pixels_at(p, N, chunk - 1),
-                                         conv_sm80::weights_at(p, N, weights.stage) + channels,
-                                         Step{chunk - 1, 0}.units(p));
-      weights.advance(p.stages);
+      conv_sm80::multiply<T, kPixels, N>(
+          sums, rows, 0, pixels_at(p, N, chunk - 1),
+          conv_sm80::weights_at(p, N, before(p, stage)) + channels, Step{chunk - 1, 0}.units(p));
     }
+    stage = stage + 1 == p.stages ? 0 : stage + 1;
   }
   __syncthreads();  // Sums may take the place of what was multiplied.
 
