@@ -19,9 +19,7 @@ from ..compat import zip
 from . import _cuda_conv, _extension, _predict_depthwise, reference
 from . import depthwise_conv as fused
 from ._engines import judge, problem, tf32, tolerance
-
-SEPARATE = "separate"
-"""The engine of two passes."""
+from .depthwise_conv import SEPARATE
 
 
 def depthwise_conv(
@@ -82,7 +80,7 @@ def _chosen(
     found: list[str] | tuning.Candidates = [SEPARATE, *own]
     if _optional.why_not("triton") is None:  # With which the predictions come.
         found = _predict_depthwise.candidates(
-            x, weight, out, own, SEPARATE, stride=stride, tf32=tf32(x),
+            x, weight, out, own, stride=stride, tf32=tf32(x),
             kind="statistics" if scale is None else "forward",
         )  # fmt: skip
     engine = tuning.choose(x.device, key, found, SEPARATE, run, prepare=prepare)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import tuning
-from . import conv_sm80, conv_sm90, cudnn_graph
+from . import conv_sm80, conv_sm90, cudnn_graph, depthwise_conv
 from ._engines import ATEN
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ WORTH = 1.25
 
 LIBRARIES = (ATEN, cudnn_graph.NAME, conv_sm80.NAME, conv_sm90.NAME)
 """How names of engines that are not Triton's begin. One of each kind is measured, its best."""
+
+_DEPTHWISE = (depthwise_conv.NAME, depthwise_conv.SEPARATE)
+"""Those of depthwise layers (:mod:`._predict_depthwise`)."""
 
 CUDNN_EFFICIENCY = 0.75
 """Of the rate of products, by cuDNN's convolutions on full processors. Assumed."""
@@ -195,8 +198,9 @@ def library(name: str, layer: Layer, device: Device) -> Prediction:
 
 
 def family(name: str) -> str:
-    """Which of :data:`LIBRARIES` an engine belongs to, or ``triton``."""
-    return next((found for found in LIBRARIES if name.startswith(found)), "triton")
+    """Which of :data:`LIBRARIES`, or engines of depthwise layers, it belongs to, or ``triton``."""
+    known = (*LIBRARIES, *_DEPTHWISE)
+    return next((found for found in known if name.startswith(found)), "triton")
 
 
 @functools.lru_cache(256)

@@ -10,6 +10,7 @@ import torch
 from .. import tuning
 from . import _predict, conv_sm80, depthwise_conv
 from ._engines import ATEN
+from .depthwise_conv import SEPARATE
 
 if TYPE_CHECKING:
     from ..kernels.conv_config import Kind
@@ -106,11 +107,11 @@ def predict(name: str, layer: Layer, stride: int, device: Device) -> Prediction:
 
 @functools.lru_cache(1 << 13)
 def _candidates(
-    layer: Layer, stride: int, device: Device, separate: str, own: tuple[str, ...]
+    layer: Layer, stride: int, device: Device, own: tuple[str, ...]
 ) -> tuning.Candidates:
-    seconds = {name: predict(name, layer, stride, device).seconds for name in (separate, *own)}
+    seconds = {name: predict(name, layer, stride, device).seconds for name in (SEPARATE, *own)}
     best = min(own, key=lambda name: seconds[name])
-    return tuning.Candidates(seconds, (separate, best))
+    return tuning.Candidates(seconds, (SEPARATE, best))
 
 
 def candidates(
@@ -118,7 +119,6 @@ def candidates(
     weight: torch.Tensor,
     out: torch.Tensor,
     own: list[str],
-    separate: str,
     *,
     stride: int,
     tf32: bool,
@@ -133,4 +133,4 @@ def candidates(
     layer = Layer(
         n, height, width, c_in, c_out, kernel=1, dtype=x.dtype, tf32=tf32, tma=False, kind=kind
     )  # fmt: skip
-    return _candidates(layer, stride, device.of(x.device), separate, tuple(own))
+    return _candidates(layer, stride, device.of(x.device), tuple(own))

@@ -25,6 +25,9 @@ from .conv_sm80 import MIN_CAPABILITY, ROW_BYTES, Launch, capability, tiles_of
 NAME = "depthwise-conv"
 """Names of engines begin with it; the pixels and the output channels of a tile follow."""
 
+SEPARATE = "separate"
+"""The engine of the depthwise pass and then a convolution."""
+
 PIXELS = 128
 """Output pixels of a tile: kPixels of csrc/cuda/depthwise_conv/layout.h."""
 

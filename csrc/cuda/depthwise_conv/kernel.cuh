@@ -141,14 +141,13 @@ __global__ void __launch_bounds__(kThreads, conv_sm80::kBlocks<kPixels, N>)
       }
     }
     if (chunk > 0) {
-      conv_sm80::multiply<T, kPixels, N>(
-          sums, rows, 0, pixels_at(p, N, chunk - 1),
-          conv_sm80::weights_at(p, N, before(p, stage)) + channels, Step{chunk - 1, 0}.units(p));
+      conv_sm80::multiply<T, kPixels, N>(sums, rows, 0, pixels_at(p, N, chunk - 1),
+                                         conv_sm80::weights_at(p, N, before(p, stage)) + channels,
+                                         Step{chunk - 1, 0}.units(p));
     }
     stage = stage + 1 == p.stages ? 0 : stage + 1;
   }
-  __syncthreads();  // Sums may take the place of what was multiplied.
-
+  // Behind the last barrier nobody reads strips: sums may take their place.
   share.inside = conv_sm80::pixels_inside<kPixels>(p, share);
   if (p.scale != nullptr) conv_sm80::scale_and_shift<kPixels, N>(p, share, sums);
   if (p.pool_partials != nullptr || p.statistics != nullptr) {
