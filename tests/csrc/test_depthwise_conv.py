@@ -264,7 +264,7 @@ def test_banks_never_conflict_and_products_are_not_padded(dtype, emulation):
         (dict(block_out=72), "no tiles of 16 x 8 pixels by 72 channels"),
         (dict(c_out=200), "for 200 output channels"),
         (dict(x=(1 << 20, 1 << 20, 1 << 14, 68)), "multiples of 16 bytes"),
-        (dict(out=((1 << 20) + 8, 1 << 20, 1 << 14, 256)), "multiples of 16 bytes"),
+        (dict(out=((1 << 20) + 8, 1 << 20, 1 << 14, 224)), "multiples of 16 bytes"),
         (dict(taps=(1 << 20) + 8), "address of taps must be a multiple of 16"),
         (dict(weight=(1 << 20) + 8), "multiples of 16 bytes"),
         (dict(scale=None), "scale must be given where shift is"),
@@ -277,10 +277,10 @@ def test_banks_never_conflict_and_products_are_not_padded(dtype, emulation):
 def test_what_cannot_be_is_said(wrong, words, emulation):
     at = 1 << 20
     given = dict(
-        x=(at, 1 << 20, 1 << 14, 64), out=(at, 1 << 20, 1 << 14, 256), taps=at, weight=at,
+        x=(at, 1 << 20, 1 << 14, 64), out=(at, 1 << 20, 1 << 14, 224), taps=at, weight=at,
         scale=at, shift=at, pool_partials=None, statistics=None, n=1, height=100, width=100,
-        out_height=100, out_width=100, c_in=64, c_out=256, stride=1, tile_h=16, tile_w=8,
-        block_out=256, stages=2, relu=0, dtype=0,
+        out_height=100, out_width=100, c_in=64, c_out=224, stride=1, tile_h=16, tile_w=8,
+        block_out=224, stages=2, relu=0, dtype=0,
     )  # fmt: skip
     with pytest.raises((ValueError, OverflowError), match=words):
         emulation.depthwise_conv(0, **{**given, **wrong})
@@ -360,7 +360,7 @@ def test_two_blocks_share_a_processor_where_registers_allow():
             stages = config.stages(tile, 1, capability)
             assert 2 * (config.shared_bytes(tile, 1, stages) + 1024) <= kibibytes << 10
     assert fused.Config(64).stages((8, 16), 1, (8, 6)) == 2
-    assert fused.Config(256).stages((8, 16), 1, (8, 0)) == 3
+    assert fused.Config(224).stages((8, 16), 1, (8, 0)) == 3
 
 
 def test_names_tell_the_tiles():

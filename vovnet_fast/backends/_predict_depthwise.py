@@ -68,7 +68,7 @@ def _fused(name: str, layer: Layer, stride: int, device: Device) -> Prediction:
         stages=stages,
         compulsory=read_once + written + weights + 4 * left * tiles * layer.c_out,
     )
-    registers = 128 if config.block_out <= 128 else 224
+    registers = 128 if config.block_out <= 128 else 227
     shared = config.shared_bytes(tile, stride, stages)
     resources = Resources(warps=conv_sm80.WARPS, registers=registers, shared=shared)
     return predict_work(name, work, device, _predict.sm80_precision(layer), resources)

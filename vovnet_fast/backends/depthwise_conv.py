@@ -36,7 +36,7 @@ TAPS = 9
 STAGES = (3, 2)
 """Depths of the rings, the better first."""
 
-_BLOCKS = (256, 224, 192, 160, 128, 112, 96, 80, 64)
+_BLOCKS = (224, 192, 160, 128, 112, 96, 80, 64)
 """Output channels of a tile."""
 
 _NARROW = 128

@@ -13,7 +13,7 @@
 // All of this is arithmetic: nothing was measured yet.
 //
 // Blocks of other output channels of the same pixels make the depthwise part again: tiles are as
-// wide as registers allow, 256 channels.
+// wide as a layer of a published network is.
 //
 // params.h has the arguments, plan.h makes of them what the kernel is told, layout.h says where
 // everything lies, kernel.cuh what a thread does. float16.cu, bfloat16.cu and float32.cu compile

@@ -22,11 +22,12 @@ constexpr int kTaps = 9;
 constexpr int kRun = kPixels / (kThreads / kUnits);  // Pixels, one below the other, of a thread.
 constexpr int kMinStages = 2, kMaxStages = 3;
 
-// f(output channels of a tile). Tests compile a few of them.
+// f(output channels of a tile): those of published networks, and what their multiples are made of.
+// Tests compile a few of them.
 #ifdef VF_CONV_SM80_FEW
 #define VF_DEPTHWISE_CONV_TILES(f) f(64) f(80) f(128) f(224)
 #else
-#define VF_DEPTHWISE_CONV_TILES(f) f(64) f(80) f(96) f(112) f(128) f(160) f(192) f(224) f(256)
+#define VF_DEPTHWISE_CONV_TILES(f) f(64) f(80) f(96) f(112) f(128) f(160) f(192) f(224)
 #endif
 
 // All that the kernel is told: the strips of a 3x3 and the weights of a 1x1, and the depthwise
