@@ -73,6 +73,17 @@ def test_json_says_the_same(capsys):
     assert set(found["engines"]) == {"conv-sm80", "conv-sm90", "depthwise-conv"}
 
 
+def test_engines_that_are_considered_are_named(monkeypatch):
+    """With what each is measured beside."""
+    monkeypatch.setattr(
+        _cuda_conv, "offered", lambda device: dict.fromkeys(("conv-sm80", "depthwise-conv"))
+    )
+    assert dict(doctor._engines()) == {
+        "conv-sm80": "considered beside cuDNN",
+        "depthwise-conv": "considered beside separate passes",
+    }
+
+
 def test_usable_backends_are_tested_and_pass(monkeypatch):
     """Those that a machine without a GPU has, as in a process without Triton's interpreter."""
     usable = [name for name in ("reference", "cpu") if backends.why_not(name, None) is None]
