@@ -22,8 +22,10 @@ from vovnet_fast.backends import (
 )
 from vovnet_fast.kernels import cost
 from vovnet_fast.kernels.device import CARDS
+from vovnet_fast.network.model import VoVNet
 from vovnet_fast.ops import conv
-from vovnet_fast.ops.memory import Memory
+from vovnet_fast.ops.features import plan, run
+from vovnet_fast.ops.memory import Arena, Memory
 
 A100, H100 = (next(card for card in CARDS if card.name == name) for name in ("A100", "H100"))
 FUSED, SEPARATE = depthwise_conv.NAME, depthwise_conv.SEPARATE
@@ -243,6 +245,36 @@ def test_backends_without_one_kernel_take_two_passes():
     conv.run(reference, pair.x, params(pair), pair.out, memory)
     assert memory.roles == ["spatial"]
     torch.testing.assert_close(pair.out.double(), pair.affine().relu(), rtol=5e-3, atol=5e-3)
+
+
+@torch.no_grad()
+def test_a_network_in_an_arena(measured, monkeypatch):
+    """All depthwise layers of V-19-slim-dw, the stem's with stride 2 too, from slot to slot."""
+    _, ran = measured
+
+    def choose(device, problem, candidates, static, run, timer=None, prepare=None):
+        return next((name for name in candidates if name.startswith(FUSED)), static)
+
+    monkeypatch.setattr(tuning, "choose", choose)
+    model = VoVNet("V-19-slim-dw-eSE").eval().to(HALF)
+    for norm in (module for module in model.modules() if hasattr(module, "running_var")):
+        norm.running_mean.normal_(std=0.1)
+        norm.running_var.uniform_(0.5, 1.5)
+    folded = model.fold(HALF)
+    image = torch.randn(1, 40, 72, 3, dtype=HALF)
+    sizes = plan((1, 3, 40, 72), folded, model.out_features)
+    arena = Arena(sizes, HALF, image.device)
+    ops = _extension.CUDA
+    passes = {name: getattr(ops, name) for name in ("gates", "apply_gates", "max_pool")}
+    backend = types.SimpleNamespace(**vars(on_host()), **passes)
+    found = run(backend, image, folded.packed(HALF), model.out_features, arena)
+    assert len(ran) == 14
+    assert all(engine.startswith(FUSED) for engine in ran)
+    exact = run(reference, image.double(), model.double().fold(torch.double),
+                         model.out_features)  # fmt: skip
+    for ours, expected in zip(found, exact):
+        error = (ours.double() - expected).norm() / expected.norm()
+        assert error < 5e-3
 
 
 # --------------------------------------------------------------------------------------

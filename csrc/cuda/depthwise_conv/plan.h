@@ -32,10 +32,11 @@ inline bool has_tiles(int block_out) {
 // Raises: it cannot take these arguments.
 inline Problem plan(const DepthwiseConvParams& params) {
   detail::require(params.tile_h * params.tile_w == kPixels && params.tile_h % kRun == 0 &&
-                      detail::has_tiles(params.block_out),
+                      detail::has_tiles(params.block_out) && params.c_out % params.block_out == 0,
                   "no tiles of " + std::to_string(params.tile_h) + " x " +
                       std::to_string(params.tile_w) + " pixels by " +
-                      std::to_string(params.block_out) + " channels");
+                      std::to_string(params.block_out) + " channels for " +
+                      std::to_string(params.c_out) + " output channels");
   detail::require(conv_sm80::detail::aligned(params.taps),
                   "the address of taps must be a multiple of 16 bytes");
   // A 3x3 convolution has the same strips and tiles.
