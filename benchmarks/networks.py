@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from vovnet_fast import VoVNet, _optional, backends, use_backend
-from vovnet_fast.backends import conv_sm80, conv_sm90
+from vovnet_fast.backends import conv_sm80, conv_sm90, depthwise_conv
 from vovnet_fast.backends._extension.passes import Passes
 from vovnet_fast.backends.cpu import convolution
 from vovnet_fast.network.fusing import Fusable
@@ -182,7 +182,8 @@ def _calls() -> Iterator[list[str]]:
     found: list[str] = []
     with contextlib.ExitStack() as stack:
         for owner, name in (
-            (Passes, "_run"), (convolution, "run_engine"), (conv_sm80, "run"), (conv_sm90, "run")
+            (Passes, "_run"), (convolution, "run_engine"), (conv_sm80, "run"), (conv_sm90, "run"),
+            (depthwise_conv, "run"),
         ):  # fmt: skip
             noted = _noting(found, getattr(owner, name), name)
             stack.enter_context(mock.patch.object(owner, name, noted))

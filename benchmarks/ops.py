@@ -257,6 +257,8 @@ def other_cases(spec: str, shape: Shape, stages: Sequence[int] = STAGES) -> Iter
         if block.depthwise:
             flop = 18 * math.prod(mid)
             yield _case("depthwise 3x3", "forward", mid, _depthwise, flop)
+            both = flop + 2 * math.prod(mid) * block.mid_channels
+            yield _case("depthwise 3x3 and 1x1", "forward", mid, _depthwise_layer, both)
             yield _case("depthwise 3x3 input gradient", "backward", mid, _depthwise_input, flop)
             yield _case("depthwise 3x3 weight gradient", "backward", mid, _depthwise_weight, flop)
             continue
@@ -440,6 +442,35 @@ def _depthwise(t: _Tensors, shape: NHWC) -> Work:
         return _nhwc(F.conv2d(dense, kernel, None, 1, 1, groups=shape[3]))
 
     return Work(ours, eager, (x, weight, out))
+
+
+def _depthwise_layer(t: _Tensors, shape: NHWC) -> Work:
+    """With the 1x1 and its norm and ReLU: in one kernel where a backend has it, and chooses it."""
+    c = shape[3]
+    x, out, between = (
+        t.slot(*shape),
+        t.room(*shape),
+        torch.empty(shape, dtype=t.dtype, device=t.device),
+    )
+    taps, weight = t.normal(3, 3, c, deviation=1 / 3), t.normal(c, 1, 1, c, deviation=c**-0.5)
+    scale, shift = t.uniform(c), t.uniform(c, low=-0.5, high=0.5)
+    norm, dense = _Norm.of(scale, shift), _dense(x)
+    kernel, pointwise = _depthwise_kernel(taps), _dense(weight)
+
+    def ours(backend: Any) -> Tensor:
+        if hasattr(backend, "depthwise_conv"):
+            options = dict(taps=taps, spatial=lambda: between)
+            backend.depthwise_conv(x, weight, scale, shift, out, **options)
+        else:
+            backend.depthwise(x, taps, between)
+            backend.conv(between, weight, scale, shift, out)
+        return out
+
+    def eager() -> Tensor:
+        z = F.conv2d(F.conv2d(dense, kernel, None, 1, 1, groups=c), pointwise)
+        return _nhwc(norm(z).relu_())
+
+    return Work(ours, eager, (x, taps, weight, out))
 
 
 def _depthwise_kernel(weight: Tensor) -> Tensor:

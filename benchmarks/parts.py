@@ -102,6 +102,8 @@ def _kind(name: str, args: tuple[Any, ...]) -> str:
 _FUNCTIONS = {
     "normalize": "batch norm",
     "depthwise": "depthwise 3x3",
+    "depthwise_conv": "depthwise 3x3 and 1x1",
+    "depthwise_conv_statistics": "depthwise 3x3 and 1x1",
     "depthwise_input_grad": "depthwise 3x3",
     "depthwise_weight_grad": "depthwise 3x3",
     "gates": "eSE pool + FC",

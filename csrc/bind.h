@@ -23,6 +23,7 @@
 #include "cpu/recording.h"
 #include "cuda/conv_sm80/launch.h"
 #include "cuda/conv_sm90/launch.h"
+#include "cuda/depthwise_conv/launch.h"
 #include "fields.h"
 #include "ops.h"
 
@@ -378,6 +379,7 @@ inline void bind_cuda(py::module_ m) {
   VF_OPS(VF_DEFINE)
   VF_DEFINE(conv_sm80, ConvSm80Params)
   VF_DEFINE(conv_sm80_weight_grad, ConvSm80WeightGradParams)
+  VF_DEFINE(depthwise_conv, DepthwiseConvParams)
 #ifdef VOVNET_FAST_WITH_CONV_SM90
   VF_DEFINE(conv_sm90, ConvSm90Params)
 #endif

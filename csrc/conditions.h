@@ -3,6 +3,7 @@
 
 #include "checks.h"
 #include "cpu/conv_engines.h"
+#include "depthwise_conv_conditions.h"
 #include "int8_conditions.h"
 
 namespace vovnet_fast {

@@ -4,6 +4,7 @@
 #include "cuda/conv_sm80/params.h"
 #include "cuda/conv_sm80/weight_grad_params.h"
 #include "cuda/conv_sm90/params.h"
+#include "cuda/depthwise_conv/params.h"
 #include "params.h"
 
 namespace vovnet_fast {
@@ -88,6 +89,9 @@ VF_FIELDS(ConvSm80Params, x, out, add, mask, weight, scale, shift, pool_partials
           tile_w, block_out, stages, relu, dtype)
 VF_FIELDS(ConvSm80WeightGradParams, x, g, partials, out, n, height, width, out_height, out_width,
           c_in, c_out, parts, kernel, stride, tile_h, tile_w, stages, dtype)
+VF_FIELDS(DepthwiseConvParams, x, out, taps, weight, scale, shift, pool_partials, statistics, n,
+          height, width, out_height, out_width, c_in, c_out, stride, tile_h, tile_w, block_out,
+          stages, relu, dtype)
 
 #undef VF_FIELDS
 

@@ -137,7 +137,9 @@ def _merged(rows: Iterable[Entry]) -> list[Entry]:
     return merged
 
 
-_FORMS = ("conv-sm80", "conv-sm90", "cudnn-graph", "tma", "pointer", "aten")
+_FORMS = (
+    "conv-sm80", "conv-sm90", "depthwise-conv", "separate", "cudnn-graph", "tma", "pointer", "aten",
+)  # fmt: skip
 
 
 def form_of(engine: str) -> str:

@@ -10,6 +10,8 @@ PYBIND11_MODULE(_cuda_on_cpu, m) {
     pybind11::dict found;
     found["copies"] = taken.copies;
     found["copy_conflicts"] = taken.copy_conflicts;
+    found["units"] = taken.units;
+    found["unit_conflicts"] = taken.unit_conflicts;
     found["matrices"] = taken.matrices;
     found["matrix_conflicts"] = taken.matrix_conflicts;
     found["products"] = taken.products;

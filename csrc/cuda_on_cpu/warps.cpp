@@ -30,19 +30,19 @@ struct Copy {
 struct Thread {
   std::vector<Copy> open;  // In no group yet.
   std::deque<std::vector<Copy>> groups;
-  size_t calls = 0;
+  size_t copy_calls = 0, unit_calls = 0;
 };
 
-// Addresses that lanes of a warp gave with the same call of copy_async.
+// Addresses that lanes of a warp gave with the same call.
 struct Call {
-  uint32_t to[kWarp];
+  uint32_t at[kWarp];
   uint32_t lanes = 0;
 };
 
 std::vector<char> memory;
 std::vector<Cell> cells;
 std::vector<Thread> threads;
-std::vector<std::vector<Call>> calls;  // By warp.
+std::vector<std::vector<Call>> copy_calls, unit_calls;  // By warp.
 Counts counts = {};
 bool early = false;
 
@@ -107,15 +107,43 @@ void land(const Copy& copy) {
   }
 }
 
-// Lanes of a phase whose units lie in the same banks: what that takes beyond one turn.
+// Lanes of a phase whose units lie in the same banks: what that takes beyond one turn. Those that
+// have the same unit share it.
 int conflicts(const uint32_t* addresses, uint32_t lanes) {
   int turns[kLineUnits] = {}, most = 0;
   for (int lane = 0; lane < kPhase; ++lane) {
     if ((lanes >> lane & 1) == 0) continue;
+    const auto same = [&](int other) {
+      return (lanes >> other & 1) != 0 && addresses[other] == addresses[lane];
+    };
+    bool shared = false;
+    for (int other = 0; other < lane; ++other) shared = shared || same(other);
+    if (shared) continue;
     int& count = turns[addresses[lane] / kUnit % kLineUnits];
     most = std::max(most, ++count);
   }
   return std::max(most - 1, 0);
+}
+
+// What the calls of all warps take beyond one turn a phase.
+uint64_t conflicts(const std::vector<std::vector<Call>>& calls) {
+  uint64_t found = 0;
+  for (const auto& of_warp : calls) {
+    for (const Call& call : of_warp) {
+      for (int first = 0; first < kWarp; first += kPhase) {
+        found += conflicts(call.at + first, call.lanes >> first);
+      }
+    }
+  }
+  return found;
+}
+
+// Call `number` of this lane.
+void note(std::vector<std::vector<Call>>& calls, size_t number, uint32_t at) {
+  auto& of_warp = calls[thread() / kWarp];
+  if (of_warp.size() <= number) of_warp.resize(number + 1);
+  of_warp[number].at[lane()] = at;
+  of_warp[number].lanes |= 1u << lane();
 }
 
 }  // namespace
@@ -124,7 +152,8 @@ void block_begins(unsigned count, uint32_t shared_bytes) {
   memory.assign(shared_bytes, static_cast<char>(kPoison));
   cells.assign(shared_bytes / kCell, Cell());
   threads.assign(count, Thread());
-  calls.assign((count + kWarp - 1) / kWarp, {});
+  copy_calls.assign((count + kWarp - 1) / kWarp, {});
+  unit_calls = copy_calls;
   counts.shared_bytes = std::max(counts.shared_bytes, uint64_t{shared_bytes});
 }
 
@@ -137,25 +166,17 @@ void thread_ends() {
 }
 
 void block_ends() {
-  for (const auto& of_warp : calls) {
-    for (const Call& call : of_warp) {
-      for (int first = 0; first < kWarp; first += kPhase) {
-        counts.copy_conflicts += conflicts(call.to + first, call.lanes >> first);
-      }
-    }
-  }
+  counts.copy_conflicts += conflicts(copy_calls);
+  counts.unit_conflicts += conflicts(unit_calls);
 }
 
 void copy_async(uint32_t to, const void* from, bool inside, bool wanted) {
   Thread& mine = threads[thread()];
-  const size_t number = mine.calls++;  // All lanes make the same calls, wanted or not.
+  const size_t number = mine.copy_calls++;  // All lanes make the same calls, wanted or not.
   if (!wanted) return;
   if (inside) check_aligned(from, kUnit);
   writes(to, kUnit, true);
-  auto& of_warp = calls[thread() / kWarp];
-  if (of_warp.size() <= number) of_warp.resize(number + 1);
-  of_warp[number].to[lane()] = to;
-  of_warp[number].lanes |= 1u << lane();
+  note(copy_calls, number, to);
   ++counts.copies;
   mine.open.push_back({to, inside ? from : nullptr});
   if (early) land(mine.open.back());
@@ -190,6 +211,20 @@ float load_shared(uint32_t from) {
 void store_shared(uint32_t to, float value) {
   writes(to, sizeof value, false);
   memcpy(&memory[to], &value, sizeof value);
+}
+
+void load_unit(void* unit, uint32_t from) {
+  reads(from, kUnit);
+  note(unit_calls, threads[thread()].unit_calls++, from);
+  ++counts.units;
+  memcpy(unit, &memory[from], kUnit);
+}
+
+void store_unit(uint32_t to, const void* unit) {
+  writes(to, kUnit, false);
+  note(unit_calls, threads[thread()].unit_calls++, to);
+  ++counts.units;
+  memcpy(&memory[to], unit, kUnit);
 }
 
 // ---- ldmatrix ----------------------------------------------------------------------------------

@@ -29,6 +29,10 @@ void wait_copies(int pending);
 
 float load_shared(uint32_t from);
 void store_shared(uint32_t to, float value);
+// The same of 16 bytes. All lanes of a warp make the same calls, in the same order, until one of
+// them makes none any more.
+void load_unit(void* unit, uint32_t from);
+void store_unit(uint32_t to, const void* unit);
 
 // ldmatrix.x2 or .x4: `count` words a lane.
 void load_matrices(const char* place, uint32_t* words, int count, uint32_t from);
@@ -60,6 +64,7 @@ uint32_t to_tf32(uint32_t bits);
 // What launches have done since they were last counted.
 struct Counts {
   uint64_t copies, copy_conflicts;      // of 16 bytes; phases of eight lanes that take longer
+  uint64_t units, unit_conflicts;       // of 16 bytes that are loaded or stored; the same
   uint64_t matrices, matrix_conflicts;  // of 8 x 8; those whose rows share banks
   uint64_t products;                    // mma.sync
   uint64_t shared_bytes;                // of a block, the most

@@ -38,8 +38,9 @@ def kernel_files():
 
 
 def conv_files():
-    """Those of the convolution for sm_80; that for Hopper has a simulator of its own."""
-    return sorted((CSRC / "cuda" / "conv_sm80").glob("*.cu"))
+    """Those of convolutions for sm_80; that for Hopper has a simulator of its own."""
+    folders = (CSRC / "cuda" / name for name in ("conv_sm80", "depthwise_conv"))
+    return [path for folder in folders for path in sorted(folder.glob("*.cu"))]
 
 
 def build(folder, once, flags=()):

@@ -67,9 +67,21 @@ def test_json_says_the_same(capsys):
         assert said == ("usable" if reason is None else f"not usable: {reason}")
     engines = _cuda_conv.offered(torch.device("cuda"))
     for name, reason in engines.items():
-        expected = "considered beside cuDNN" if reason is None else f"not considered: {reason}"
+        beside = "separate passes" if name == "depthwise-conv" else "cuDNN"
+        expected = f"considered beside {beside}" if reason is None else f"not considered: {reason}"
         assert found["engines"][name] == expected
-    assert set(found["engines"]) == {"conv-sm80", "conv-sm90"}
+    assert set(found["engines"]) == {"conv-sm80", "conv-sm90", "depthwise-conv"}
+
+
+def test_engines_that_are_considered_are_named(monkeypatch):
+    """With what each is measured beside."""
+    monkeypatch.setattr(
+        _cuda_conv, "offered", lambda device: dict.fromkeys(("conv-sm80", "depthwise-conv"))
+    )
+    assert dict(doctor._engines()) == {
+        "conv-sm80": "considered beside cuDNN",
+        "depthwise-conv": "considered beside separate passes",
+    }
 
 
 def test_usable_backends_are_tested_and_pass(monkeypatch):

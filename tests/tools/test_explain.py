@@ -79,10 +79,15 @@ def test_the_command(capsys):
     assert "choices of engines are known for this machine" in out
 
 
+DEPTHWISE = ("depthwise-conv 128x224", "depthwise-conv 128x64")
+
+
 def test_it_counts_choices_by_their_kind():
     names = ("conv-sm80 256x64", "conv-sm80 128x80", "tma-128x64-k64", "aten", "conv-sm80 128x64")
     known = {str(i): tuning.Choice(name) for i, name in enumerate(names)}
     assert _kinds(known) == ": 3 conv-sm80, 1 triton, 1 aten"
+    known = {str(i): tuning.Choice(name) for i, name in enumerate(("separate", *DEPTHWISE))}
+    assert _kinds(known) == ": 2 depthwise-conv, 1 separate"
     assert _kinds({}) == ""
 
 

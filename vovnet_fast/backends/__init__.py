@@ -18,9 +18,12 @@ Beside them lies what they share:
 ``conv_sm80_grad``  its weight gradient
 ``conv_sm90``       the extension's convolution for Hopper, an engine of two backends
 ``cudnn_graph``     cuDNN's graphs, from a slot into a slot, an engine of ``triton``
+``depthwise_conv``  the extension's depthwise 3x3 and 1x1 in one kernel, an engine of ``cuda``
 ``_cuda_conv``      the choice among engines of ``cuda``
+``_cuda_depthwise`` that for depthwise layers
 ``_engines``        what choosing among engines takes: names of problems, trials
 ``_predict``        which engines are worth measuring
+``_predict_depthwise``  the same of depthwise layers
 ``eight_bits``      which backend's ops run a network in int8 or fp8
 ==================  =========================================================
 
@@ -54,6 +57,12 @@ Forward:
     ``[6, C]`` statistics (:mod:`vovnet_fast.ops.batch_norm`) from several parts.
 ``depthwise(x, weight, out, *, stride)``
     depthwise 3x3, ``weight`` is ``[3, 3, C]``.
+``depthwise_conv(x, weight, scale, shift, out, *, taps, stride, relu, pool, spatial)``
+    ``conv`` of what ``depthwise`` makes of x with ``taps`` and ``stride``; ``weight`` is that of a
+    1x1. ``spatial()`` gives who needs it memory for what is between the two, contiguous. Without
+    this function and the next in a backend, ``depthwise`` and then ``conv`` are called.
+``depthwise_conv_statistics(x, weight, out, *, taps, stride, spatial)``
+    the same with ``conv_statistics``.
 ``gates(partials, num_pixels, fc_weight, fc_bias, kind)``
     ``[N, C]`` gates of effective Squeeze-Excitation from ``conv``'s partial sums, and the
     means that they come from.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _optional, tuning
-from . import _aten, _extension, _predict, conv_sm80, conv_sm80_grad, conv_sm90
+from . import _aten, _extension, _predict, conv_sm80, conv_sm80_grad, conv_sm90, depthwise_conv
 from ._engines import (
     ATEN,
     aten,
@@ -41,7 +41,9 @@ def cudnn() -> bool:
 
 def offered(device: torch.device) -> dict[str, str | None]:
     """Our own engines by name, with None if they are considered, or the reason why not."""
-    return {engine.NAME: engine.why_not(device) for engine in (conv_sm80, conv_sm90)}
+    return {
+        engine.NAME: engine.why_not(device) for engine in (conv_sm80, conv_sm90, depthwise_conv)
+    }
 
 
 def _choose(

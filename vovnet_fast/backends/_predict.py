@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import tuning
-from . import conv_sm80, conv_sm90, cudnn_graph
+from . import conv_sm80, conv_sm90, cudnn_graph, depthwise_conv
 from ._engines import ATEN
 
 if TYPE_CHECKING:
@@ -29,6 +29,9 @@ WORTH = 1.25
 
 LIBRARIES = (ATEN, cudnn_graph.NAME, conv_sm80.NAME, conv_sm90.NAME)
 """How names of engines that are not Triton's begin. One of each kind is measured, its best."""
+
+_DEPTHWISE = (depthwise_conv.NAME, depthwise_conv.SEPARATE)
+"""Those of depthwise layers (:mod:`._predict_depthwise`)."""
 
 CUDNN_EFFICIENCY = 0.75
 """Of the rate of products, by cuDNN's convolutions on full processors. Assumed."""
@@ -130,7 +133,7 @@ def _sm90(name: str, layer: Layer, device: Device) -> Prediction:
     return predict_work(name, work, device, layer.precision, whole)
 
 
-_SM80_SHARE = 0.6
+SM80_SHARE = 0.6
 """Of the rate of products of Hopper and Blackwell's servers that mma.sync reaches. Assumed."""
 
 _SM80_COPY_INSTRUCTIONS = 12  # For 16 bytes: addresses and masks. From the compiled loops, roughly.
@@ -153,7 +156,7 @@ def _sm80(name: str, layer: Layer, device: Device) -> Prediction:
     # Four warps share the pixels of a tile, and two its channels.
     read = (2 * config.pixels + 4 * config.block_out) * row
     products = sums * (row // itemsize) / (16 * 8 * 32 / itemsize) * 32  # Of a thread, each.
-    share = _SM80_SHARE if device.capability[0] in (9, 10) else 1.0
+    share = SM80_SHARE if device.capability[0] in (9, 10) else 1.0
     weights = layer.weight_elements * itemsize
     left = {"statistics": 3, "forward": int(kernel == 1)}.get(layer.kind, 0)
     beside = sum(c > 0 for c in (layer.added, layer.masked))
@@ -173,10 +176,10 @@ def _sm80(name: str, layer: Layer, device: Device) -> Prediction:
     registers = 128 if sums <= 64 * 32 * conv_sm80.WARPS else 255
     shared = config.shared_bytes(tile, kernel, stride, stages)
     resources = Resources(warps=conv_sm80.WARPS, registers=registers, shared=shared)
-    return predict_work(name, work, device, _sm80_precision(layer), resources)
+    return predict_work(name, work, device, sm80_precision(layer), resources)
 
 
-def _sm80_precision(layer: Layer) -> Precision:
+def sm80_precision(layer: Layer) -> Precision:
     """It multiplies fp32 as TF32 alone."""
     return "half" if layer.dtype.itemsize == 2 else "tf32"
 
@@ -195,8 +198,9 @@ def library(name: str, layer: Layer, device: Device) -> Prediction:
 
 
 def family(name: str) -> str:
-    """Which of :data:`LIBRARIES` an engine belongs to, or ``triton``."""
-    return next((found for found in LIBRARIES if name.startswith(found)), "triton")
+    """Which of :data:`LIBRARIES`, or engines of depthwise layers, it belongs to, or ``triton``."""
+    known = (*LIBRARIES, *_DEPTHWISE)
+    return next((found for found in known if name.startswith(found)), "triton")
 
 
 @functools.lru_cache(256)

@@ -1,9 +1,9 @@
 """The backend of the extension's CUDA half: the signatures of :mod:`vovnet_fast.backends`.
 
 Memory-bound functions are CUDA C++ (csrc/cuda). Convolutions are cuDNN's, through ATen,
-followed by one pass into the slot; on Hopper also those of :mod:`.conv_sm90`, where it is
-on offer. Runs on NVIDIA GPUs of compute capability 8.0 and newer that the extension was
-compiled for.
+followed by one pass into the slot, or the extension's own; a depthwise one and the 1x1 after it
+are one kernel where that is faster. Runs on NVIDIA GPUs of compute capability 8.0 and newer that
+the extension was compiled for.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from . import _cuda_conv, _extension
+from . import _cuda_conv, _cuda_depthwise, _extension
 
 MIN_CAPABILITY = (8, 0)
 
@@ -86,6 +86,8 @@ batch_norm_merge = _ops.batch_norm_merge
 batch_norm_finish = _ops.batch_norm_finish
 batch_norm_sums = _ops.batch_norm_sums
 batch_norm_input_grad = _ops.batch_norm_input_grad
+depthwise_conv = _cuda_depthwise.depthwise_conv
+depthwise_conv_statistics = _cuda_depthwise.depthwise_conv_statistics
 depthwise = _ops.depthwise
 depthwise_input_grad = _ops.depthwise_input_grad
 depthwise_weight_grad = _ops.depthwise_weight_grad

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -186,12 +187,18 @@ def run(
     elif params.depthwise is not None:
         params = params._replace(depthwise=params.depthwise.to(x.dtype).contiguous())
     weight, scale, shift, stride, depthwise, eps, group = params
-    if depthwise is not None:
+    conv = "conv"
+    options: dict[str, Any] = {}
+    if depthwise is not None and hasattr(backend, "depthwise_conv"):
+        room = functools.partial(memory.scratch, "spatial", x, *out.shape[:3], x.shape[3])
+        conv, options = "depthwise_conv", dict(taps=depthwise, spatial=room)
+    elif depthwise is not None:
         x, stride = _spatial(backend, x, depthwise, stride, out, memory), 1
     if eps is None:
-        return Kept(backend.conv(x, weight, scale, shift, out, stride=stride, relu=True, pool=pool))
+        options.update(stride=stride, relu=True, pool=pool)
+        return Kept(getattr(backend, conv)(x, weight, scale, shift, out, **options))
     raw = memory.scratch("raw", out, *out.shape)
-    partials = backend.conv_statistics(x, weight, raw, stride=stride)
+    partials = getattr(backend, f"{conv}_statistics")(x, weight, raw, stride=stride, **options)
     norm = batch_norm.statistics(backend, partials, scale, shift, eps, group)
     return Kept(backend.normalize(raw, norm[SCALE], norm[SHIFT], out, pool=pool), raw, norm)
 
