@@ -12,6 +12,8 @@ PYBIND11_MODULE(_cuda_on_cpu, m) {
     found["copy_conflicts"] = taken.copy_conflicts;
     found["matrices"] = taken.matrices;
     found["matrix_conflicts"] = taken.matrix_conflicts;
+    found["words"] = taken.words;
+    found["word_conflicts"] = taken.word_conflicts;
     found["products"] = taken.products;
     found["shared_bytes"] = taken.shared_bytes;
     return found;

@@ -2,6 +2,7 @@
 #include "warps.h"
 
 #include <deque>
+#include <set>
 #include <vector>
 
 #include "shared_memory.h"
@@ -13,6 +14,7 @@ constexpr uint32_t kCell = 4;       // Bytes that are followed together.
 constexpr uint32_t kUnit = 16;      // Bytes of a copy, and of a row of ldmatrix.
 constexpr uint32_t kLineUnits = 8;  // Units that the banks serve at once.
 constexpr int kPhase = 8;           // Lanes that are served together.
+constexpr int kBanks = 32;          // Of 4 bytes.
 constexpr int kNobody = -1, kMany = -2;
 constexpr int kPoison = 0xff;
 
@@ -30,10 +32,10 @@ struct Copy {
 struct Thread {
   std::vector<Copy> open;  // In no group yet.
   std::deque<std::vector<Copy>> groups;
-  size_t calls = 0;
+  size_t calls = 0, word_calls = 0;
 };
 
-// Addresses that lanes of a warp gave with the same call of copy_async.
+// Addresses that lanes of a warp gave with the same call of copy_async, store_unit or load_word.
 struct Call {
   uint32_t to[kWarp];
   uint32_t lanes = 0;
@@ -42,7 +44,7 @@ struct Call {
 std::vector<char> memory;
 std::vector<Cell> cells;
 std::vector<Thread> threads;
-std::vector<std::vector<Call>> calls;  // By warp.
+std::vector<std::vector<Call>> calls, word_calls;  // By warp.
 Counts counts = {};
 bool early = false;
 
@@ -118,6 +120,25 @@ int conflicts(const uint32_t* addresses, uint32_t lanes) {
   return std::max(most - 1, 0);
 }
 
+// The same of a warp's words: lanes that ask for the same one are served together.
+int word_conflicts(const Call& call) {
+  std::set<uint32_t> of_bank[kBanks];
+  size_t most = 1;
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if ((call.lanes >> lane & 1) == 0) continue;
+    const uint32_t word = call.to[lane] / kCell;
+    of_bank[word % kBanks].insert(word);
+    most = std::max(most, of_bank[word % kBanks].size());
+  }
+  return static_cast<int>(most - 1);
+}
+
+void note(std::vector<Call>& of_warp, size_t number, uint32_t to) {
+  if (of_warp.size() <= number) of_warp.resize(number + 1);
+  of_warp[number].to[lane()] = to;
+  of_warp[number].lanes |= 1u << lane();
+}
+
 }  // namespace
 
 void block_begins(unsigned count, uint32_t shared_bytes) {
@@ -125,6 +146,7 @@ void block_begins(unsigned count, uint32_t shared_bytes) {
   cells.assign(shared_bytes / kCell, Cell());
   threads.assign(count, Thread());
   calls.assign((count + kWarp - 1) / kWarp, {});
+  word_calls.assign(calls.size(), {});
   counts.shared_bytes = std::max(counts.shared_bytes, uint64_t{shared_bytes});
 }
 
@@ -144,6 +166,10 @@ void block_ends() {
       }
     }
   }
+  for (const auto& of_warp : word_calls) {
+    counts.words += of_warp.size();
+    for (const Call& call : of_warp) counts.word_conflicts += word_conflicts(call);
+  }
 }
 
 void copy_async(uint32_t to, const void* from, bool inside, bool wanted) {
@@ -152,10 +178,7 @@ void copy_async(uint32_t to, const void* from, bool inside, bool wanted) {
   if (!wanted) return;
   if (inside) check_aligned(from, kUnit);
   writes(to, kUnit, true);
-  auto& of_warp = calls[thread() / kWarp];
-  if (of_warp.size() <= number) of_warp.resize(number + 1);
-  of_warp[number].to[lane()] = to;
-  of_warp[number].lanes |= 1u << lane();
+  note(calls[thread() / kWarp], number, to);
   ++counts.copies;
   mine.open.push_back({to, inside ? from : nullptr});
   if (early) land(mine.open.back());
@@ -190,6 +213,21 @@ float load_shared(uint32_t from) {
 void store_shared(uint32_t to, float value) {
   writes(to, sizeof value, false);
   memcpy(&memory[to], &value, sizeof value);
+}
+
+uint32_t load_word(uint32_t from) {
+  reads(from, kCell);
+  note(word_calls[thread() / kWarp], threads[thread()].word_calls++, from);
+  uint32_t word;
+  memcpy(&word, &memory[from], sizeof word);
+  return word;
+}
+
+void store_unit(uint32_t to, const uint32_t (&words)[4]) {
+  writes(to, kUnit, false);
+  note(calls[thread() / kWarp], threads[thread()].calls++, to);
+  ++counts.copies;
+  memcpy(&memory[to], words, sizeof words);
 }
 
 // ---- ldmatrix ----------------------------------------------------------------------------------

@@ -30,6 +30,10 @@ void wait_copies(int pending);
 float load_shared(uint32_t from);
 void store_shared(uint32_t to, float value);
 
+// The same, for all lanes of a warp at once: 4 bytes, and 16.
+uint32_t load_word(uint32_t from);
+void store_unit(uint32_t to, const uint32_t (&words)[4]);
+
 // ldmatrix.x2 or .x4: `count` words a lane.
 void load_matrices(const char* place, uint32_t* words, int count, uint32_t from);
 
@@ -59,8 +63,10 @@ uint32_t to_tf32(uint32_t bits);
 
 // What launches have done since they were last counted.
 struct Counts {
-  uint64_t copies, copy_conflicts;      // of 16 bytes; phases of eight lanes that take longer
+  uint64_t copies, copy_conflicts;      // of 16 bytes, and store_unit; phases of eight lanes that
+                                        // take longer
   uint64_t matrices, matrix_conflicts;  // of 8 x 8; those whose rows share banks
+  uint64_t words, word_conflicts;       // of load_word, by warps; what they take beyond one turn
   uint64_t products;                    // mma.sync
   uint64_t shared_bytes;                // of a block, the most
 };

@@ -65,11 +65,9 @@ inline void check(const ConvSm80Params& params) {
       "addresses and strides must be multiples of 16 bytes (copy the tensor, or take another "
       "engine)");
   const int pixels = params.tile_h * params.tile_w;
-  require(params.tile_w % 8 == 0 && has_tiles(pixels, params.block_out) &&
-              params.c_out % params.block_out == 0,
+  require(params.tile_w % 8 == 0 && has_tiles(pixels, params.block_out),
           "no tiles of " + std::to_string(params.tile_h) + " x " + std::to_string(params.tile_w) +
-              " pixels by " + std::to_string(params.block_out) + " channels for " +
-              std::to_string(params.c_out) + " output channels");
+              " pixels by " + std::to_string(params.block_out) + " channels");
 }
 
 // The stride of an axis of size 1 says nothing: it may be anything.
@@ -113,6 +111,7 @@ inline Problem plan(const ConvSm80Params& params) {
   p.mask_c = static_cast<int32_t>(params.mask_c);
   p.kernel = params.kernel;
   p.stride = params.stride;
+  p.pad = params.kernel / 2;
   p.taps = p.kernel * p.kernel;
   p.tap_bytes = static_cast<int32_t>(params.c_in * bytes);
   p.filter_bytes = static_cast<int64_t>(p.taps) * p.tap_bytes;
@@ -126,7 +125,7 @@ inline Problem plan(const ConvSm80Params& params) {
   p.kernel_magic = magic(p.kernel);
   p.down = static_cast<int32_t>(ceil_div(params.out_height, params.tile_h));
   p.across = static_cast<int32_t>(ceil_div(params.out_width, params.tile_w));
-  p.groups = static_cast<int32_t>(params.c_out / params.block_out);
+  p.groups = static_cast<int32_t>(ceil_div(params.c_out, params.block_out));
   const int64_t units = params.c_in * bytes / kUnitBytes;
   p.chunks = static_cast<int32_t>(ceil_div(units, kUnits));
   p.last_units = static_cast<int32_t>(units - (p.chunks - 1) * static_cast<int64_t>(kUnits));
