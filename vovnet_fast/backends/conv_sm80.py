@@ -50,8 +50,6 @@ _BLOCKS = {128: (256, 224, 192, 160, 128, 112, 96, 80, 64), 256: (128, 112, 96, 
 IMAGE_CHANNELS = 3
 """Input channels of the first layer, whose pixels are gathered: kImageChannels there."""
 
-_IMAGE_TILE = (128, 64)  # Pixels and output channels of its tiles.
-
 STAGES = (4, 3)
 """Depths of the ring of weights, the better first."""
 
@@ -105,6 +103,10 @@ class Config:
         return next(fit, None)
 
 
+IMAGE_CONFIG = Config(128, 64)
+"""Tiles of the first layer: kImageTile and kImageOut there."""
+
+
 def room(capability: tuple[int, int]) -> int:
     """Bytes of shared memory that a block may have."""
     return _SHARED.get(capability, _SHARED_ELSEWHERE) << 10
@@ -135,7 +137,7 @@ def configs(c_out: int) -> list[Config]:
 
 def layer_configs(weight: Tensor) -> list[Config]:
     """Tiles for a layer with these weights, ``[C_out, K, K, C_in]``."""
-    return [Config(*_IMAGE_TILE)] if is_image(weight) else configs(weight.shape[0])
+    return [IMAGE_CONFIG] if is_image(weight) else configs(weight.shape[0])
 
 
 def named(name: str) -> Config:

@@ -1,9 +1,9 @@
 """The weight gradient of :mod:`.conv_sm80` as an engine: fp16, bf16 and TF32, summed in fp32.
 
-A step is 64 pixels, or 32 in fp32: those of the gradient, and the strip of the input with its halo,
-which all taps read; of images the patches, as rows of 27 channels. The pixels are divided into parts, whose sums are added up in order: results do not
-change from run to run. ``csrc/cuda/conv_sm80/weight_grad.cuh`` has the kernel, which no GPU has run
-yet.
+A step is 64 pixels, or 32 in fp32: those of the gradient, and the strip of the input with its
+halo, which all taps read; of images the patches, as rows of 27 channels. The pixels are divided
+into parts, whose sums are added up in order: results do not change from run to run.
+``csrc/cuda/conv_sm80/weight_grad.cuh`` has the kernel, which no GPU has run yet.
 """
 
 from __future__ import annotations
@@ -79,9 +79,7 @@ def _rows(tile: tuple[int, int], form: Form, stride: int) -> int:
     return tile[0] * tile[1] if isinstance(form, str) else strip_rows(tile, form, stride)
 
 
-def _shape(
-    height: int, width: int, form: Form, stride: int, itemsize: int = 2
-) -> tuple[int, int]:
+def _shape(height: int, width: int, form: Form, stride: int, itemsize: int = 2) -> tuple[int, int]:
     """That with the fewest steps, and of these with the least to fetch."""
 
     def cost(shape: tuple[int, int]) -> tuple[int, int]:
@@ -122,7 +120,8 @@ def run(x: Tensor, g: Tensor, kernel: int, *, stride: int = 1) -> Tensor:
         n=n, out_height=height, out_width=width, c_in=c_in, c_out=c_out, parts=parts,
         height=height if kernel == 1 else x.shape[1], width=width if kernel == 1 else x.shape[2],
         kernel=kernel, stride=stride, tile_h=tile[0], tile_w=tile[1],
-        stages=_stages(tile, of, stride, capability(x.device), itemsize), dtype=fields.DTYPES[x.dtype],
+        stages=_stages(tile, of, stride, capability(x.device), itemsize),
+        dtype=fields.DTYPES[x.dtype],
     )  # fmt: skip
     _extension.CUDA.call("conv_sm80_weight_grad", x.device, **given)
     return out
