@@ -19,4 +19,5 @@ PYBIND11_MODULE(_cuda_on_cpu, m) {
     return found;
   });
   m.def("copies_land_early", &cuda_on_cpu::copies_land_early);
+  m.def("tf32_rounds", &cuda_on_cpu::tf32_rounds);
 }

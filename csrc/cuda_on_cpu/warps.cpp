@@ -46,7 +46,7 @@ std::vector<Cell> cells;
 std::vector<Thread> threads;
 std::vector<std::vector<Call>> calls, word_calls;  // By warp.
 Counts counts = {};
-bool early = false;
+bool early = false, tf32 = true;
 
 std::string where(uint32_t offset) {
   return "byte " + std::to_string(offset) + " of shared memory";
@@ -304,7 +304,7 @@ constexpr int kM = 16, kN = 8;
 
 float number(Operands kind, uint32_t word, int half) {
   if (kind == Operands::kTf32) {
-    const uint32_t bits = word & ~0x1fffu;
+    const uint32_t bits = tf32 ? word & ~0x1fffu : word;
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
@@ -353,7 +353,7 @@ void multiply_add(const char* place, Operands kind, float (&sums)[4], const uint
 
 uint32_t to_tf32(uint32_t bits) {
   const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
-  return finite ? (bits + 0x1000u) & ~0x1fffu : bits;
+  return finite && tf32 ? (bits + 0x1000u) & ~0x1fffu : bits;
 }
 
 Counts take_counts() {
@@ -363,5 +363,6 @@ Counts take_counts() {
 }
 
 void copies_land_early(bool choice) { early = choice; }
+void tf32_rounds(bool choice) { tf32 = choice; }
 
 }  // namespace cuda_on_cpu

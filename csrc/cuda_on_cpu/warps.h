@@ -72,5 +72,8 @@ struct Counts {
 };
 Counts take_counts();
 void copies_land_early(bool early);
+// Whether TF32 has the 10 bits it has, or all 23 of fp32: with these a whole network can be held
+// against one in fp32.
+void tf32_rounds(bool rounds);
 
 }  // namespace cuda_on_cpu
