@@ -15,6 +15,7 @@ from tests.csrc import cuda_on_cpu
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, specs
 from vovnet_fast.backends import (
+    _aten,
     _cuda_conv,
     _extension,
     conv_sm80,
@@ -108,7 +109,7 @@ def test_depthwise_layers_are_the_extensions_own():
 
 
 class Convolutions(TorchDispatchMode):
-    """Notes every convolution of PyTorch's own, and every gradient of one."""
+    """Notes every convolution of PyTorch's own, and every gradient of one, outside of ops."""
 
     def __init__(self):
         super().__init__()
@@ -118,6 +119,11 @@ class Convolutions(TorchDispatchMode):
         if "convolution" in str(func) or "conv2d" in str(func):
             self.found.append(str(func))
         return func(*args, **(kwargs or {}))
+
+
+def refuse(*args, **options):
+    """In place of a convolution of ATen's."""
+    raise AssertionError("an engine of ATen's was taken")
 
 
 @pytest.fixture
@@ -132,6 +138,8 @@ def backend(once, monkeypatch):
     monkeypatch.setattr(cuda, "why_not", lambda device: None)
     monkeypatch.setattr(conv_sm80, "why_not", lambda device: None)
     monkeypatch.setattr(_cuda_conv, "cudnn", lambda: False)
+    for name in ("conv", "input_grad", "input_grad_of", "weight_grad"):
+        monkeypatch.setattr(_aten, name, refuse)
     module.tf32_rounds(False)
     yield
     module.tf32_rounds(True)
