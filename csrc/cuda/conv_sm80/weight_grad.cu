@@ -1,7 +1,7 @@
 // The weight gradient of the convolution for sm_80 and newer. In FLOP a byte that a step fetches,
 // in halves, with 64 channels by 64 and nine taps: 64 * 64 * 9 * 64 * 2 for 64 pixels of g and a
-// strip of 108 of x, 128 bytes each, 214; in fp32, whose steps have 32 pixels and strips of 60, 100.
-// (Arithmetic: nothing was measured yet.)
+// strip of 108 of x, 128 bytes each, 214; in fp32, whose steps have 32 pixels and strips of 60,
+// 100. (Arithmetic: nothing was measured yet.)
 #include "../reduce.cuh"
 #include "../vectors.cuh"
 #include "grid.cuh"
