@@ -25,7 +25,7 @@ def test_odd_sizes(size, stride, dtype, device):
         folded(layer, CONFIG, relu=False)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 def test_images_that_are_no_whole_units_watched(dtype, device):
     """Three channels of a packed image, of four, and from an address that is not aligned."""
     layer = Layer(1, 7, 6, 3, 72, stride=2, dtype=dtype, device=device)

@@ -40,7 +40,7 @@ inline Problem image_plan(const ConvSm80Params& params) {
   as.width = params.out_width;
   as.x = View{};
   as.weight = nullptr;
-  Problem p = plan(as);
+  Problem p = plan(as, true);
   p.x = static_cast<const char*>(params.x.data);
   p.x_pitch = detail::pitches(params.x, params.n, params.height, params.width,
                               params.dtype == kFloat32 ? 4 : 2);
