@@ -378,6 +378,8 @@ inline void bind_cuda(py::module_ m) {
   });
   VF_OPS(VF_DEFINE)
   VF_DEFINE(conv_sm80, ConvSm80Params)
+  VF_DEFINE(conv_sm80_image_grad, ConvSm80ImageGradParams)
+  VF_DEFINE(conv_sm80_input_grad, ConvSm80InputGradParams)
   VF_DEFINE(conv_sm80_weight_grad, ConvSm80WeightGradParams)
   VF_DEFINE(depthwise_conv, DepthwiseConvParams)
 #ifdef VOVNET_FAST_WITH_CONV_SM90

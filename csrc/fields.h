@@ -1,6 +1,8 @@
 // Names and fields of the structs of params.h, for whoever must look at all of them.
 #pragma once
 
+#include "cuda/conv_sm80/image_grad_params.h"
+#include "cuda/conv_sm80/input_grad_params.h"
 #include "cuda/conv_sm80/params.h"
 #include "cuda/conv_sm80/weight_grad_params.h"
 #include "cuda/conv_sm90/params.h"
@@ -87,6 +89,10 @@ VF_FIELDS(ConvSm90Params, x, out, weight, scale, shift, pool_partials, n, height
 VF_FIELDS(ConvSm80Params, x, out, add, mask, weight, scale, shift, pool_partials, statistics, n,
           height, width, out_height, out_width, c_in, c_out, add_c, mask_c, kernel, stride, tile_h,
           tile_w, block_out, stages, relu, dtype)
+VF_FIELDS(ConvSm80ImageGradParams, g, out, add, mask, weight, n, height, width, out_height,
+          out_width, c_out, add_c, mask_c, stride, dtype)
+VF_FIELDS(ConvSm80InputGradParams, g, out, add, mask, weight, n, height, width, out_height,
+          out_width, c_in, c_out, add_c, mask_c, tile_h, tile_w, stages, dtype)
 VF_FIELDS(ConvSm80WeightGradParams, x, g, partials, out, n, height, width, out_height, out_width,
           c_in, c_out, parts, kernel, stride, tile_h, tile_w, stages, dtype)
 VF_FIELDS(DepthwiseConvParams, x, out, taps, weight, scale, shift, pool_partials, statistics, n,

@@ -14,9 +14,12 @@ PYBIND11_MODULE(_cuda_on_cpu, m) {
     found["unit_conflicts"] = taken.unit_conflicts;
     found["matrices"] = taken.matrices;
     found["matrix_conflicts"] = taken.matrix_conflicts;
+    found["words"] = taken.words;
+    found["word_conflicts"] = taken.word_conflicts;
     found["products"] = taken.products;
     found["shared_bytes"] = taken.shared_bytes;
     return found;
   });
   m.def("copies_land_early", &cuda_on_cpu::copies_land_early);
+  m.def("tf32_rounds", &cuda_on_cpu::tf32_rounds);
 }

@@ -2,6 +2,7 @@
 #include "warps.h"
 
 #include <deque>
+#include <set>
 #include <vector>
 
 #include "shared_memory.h"
@@ -13,6 +14,7 @@ constexpr uint32_t kCell = 4;       // Bytes that are followed together.
 constexpr uint32_t kUnit = 16;      // Bytes of a copy, and of a row of ldmatrix.
 constexpr uint32_t kLineUnits = 8;  // Units that the banks serve at once.
 constexpr int kPhase = 8;           // Lanes that are served together.
+constexpr int kBanks = 32;          // Of 4 bytes.
 constexpr int kNobody = -1, kMany = -2;
 constexpr int kPoison = 0xff;
 
@@ -30,7 +32,7 @@ struct Copy {
 struct Thread {
   std::vector<Copy> open;  // In no group yet.
   std::deque<std::vector<Copy>> groups;
-  size_t copy_calls = 0, unit_calls = 0;
+  size_t copy_calls = 0, unit_calls = 0, word_calls = 0;
 };
 
 // Addresses that lanes of a warp gave with the same call.
@@ -42,9 +44,9 @@ struct Call {
 std::vector<char> memory;
 std::vector<Cell> cells;
 std::vector<Thread> threads;
-std::vector<std::vector<Call>> copy_calls, unit_calls;  // By warp.
+std::vector<std::vector<Call>> copy_calls, unit_calls, word_calls;  // By warp.
 Counts counts = {};
-bool early = false;
+bool early = false, tf32 = true;
 
 std::string where(uint32_t offset) {
   return "byte " + std::to_string(offset) + " of shared memory";
@@ -125,6 +127,19 @@ int conflicts(const uint32_t* addresses, uint32_t lanes) {
   return std::max(most - 1, 0);
 }
 
+// The same of a warp's words: lanes that ask for the same one are served together.
+int word_conflicts(const Call& call) {
+  std::set<uint32_t> of_bank[kBanks];
+  size_t most = 1;
+  for (int lane = 0; lane < kWarp; ++lane) {
+    if ((call.lanes >> lane & 1) == 0) continue;
+    const uint32_t word = call.at[lane] / kCell;
+    of_bank[word % kBanks].insert(word);
+    most = std::max(most, of_bank[word % kBanks].size());
+  }
+  return static_cast<int>(most - 1);
+}
+
 // What the calls of all warps take beyond one turn a phase.
 uint64_t conflicts(const std::vector<std::vector<Call>>& calls) {
   uint64_t found = 0;
@@ -153,7 +168,7 @@ void block_begins(unsigned count, uint32_t shared_bytes) {
   cells.assign(shared_bytes / kCell, Cell());
   threads.assign(count, Thread());
   copy_calls.assign((count + kWarp - 1) / kWarp, {});
-  unit_calls = copy_calls;
+  unit_calls = word_calls = copy_calls;
   counts.shared_bytes = std::max(counts.shared_bytes, uint64_t{shared_bytes});
 }
 
@@ -168,6 +183,10 @@ void thread_ends() {
 void block_ends() {
   counts.copy_conflicts += conflicts(copy_calls);
   counts.unit_conflicts += conflicts(unit_calls);
+  for (const auto& of_warp : word_calls) {
+    counts.words += of_warp.size();
+    for (const Call& call : of_warp) counts.word_conflicts += word_conflicts(call);
+  }
 }
 
 void copy_async(uint32_t to, const void* from, bool inside, bool wanted) {
@@ -225,6 +244,14 @@ void store_unit(uint32_t to, const void* unit) {
   note(unit_calls, threads[thread()].unit_calls++, to);
   ++counts.units;
   memcpy(&memory[to], unit, kUnit);
+}
+
+uint32_t load_word(uint32_t from) {
+  reads(from, kCell);
+  note(word_calls, threads[thread()].word_calls++, from);
+  uint32_t word;
+  memcpy(&word, &memory[from], sizeof word);
+  return word;
 }
 
 // ---- ldmatrix ----------------------------------------------------------------------------------
@@ -301,7 +328,7 @@ constexpr int kM = 16, kN = 8;
 
 float number(Operands kind, uint32_t word, int half) {
   if (kind == Operands::kTf32) {
-    const uint32_t bits = word & ~0x1fffu;
+    const uint32_t bits = tf32 ? word & ~0x1fffu : word;
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
@@ -350,7 +377,7 @@ void multiply_add(const char* place, Operands kind, float (&sums)[4], const uint
 
 uint32_t to_tf32(uint32_t bits) {
   const bool finite = (bits & 0x7f800000u) != 0x7f800000u;
-  return finite ? (bits + 0x1000u) & ~0x1fffu : bits;
+  return finite && tf32 ? (bits + 0x1000u) & ~0x1fffu : bits;
 }
 
 Counts take_counts() {
@@ -360,5 +387,6 @@ Counts take_counts() {
 }
 
 void copies_land_early(bool choice) { early = choice; }
+void tf32_rounds(bool choice) { tf32 = choice; }
 
 }  // namespace cuda_on_cpu

@@ -34,6 +34,8 @@ void store_shared(uint32_t to, float value);
 void load_unit(void* unit, uint32_t from);
 void store_unit(uint32_t to, const void* unit);
 
+uint32_t load_word(uint32_t from);  // of 4 bytes
+
 // ldmatrix.x2 or .x4: `count` words a lane.
 void load_matrices(const char* place, uint32_t* words, int count, uint32_t from);
 
@@ -66,10 +68,14 @@ struct Counts {
   uint64_t copies, copy_conflicts;      // of 16 bytes; phases of eight lanes that take longer
   uint64_t units, unit_conflicts;       // of 16 bytes that are loaded or stored; the same
   uint64_t matrices, matrix_conflicts;  // of 8 x 8; those whose rows share banks
+  uint64_t words, word_conflicts;       // of load_word, by warps; what they take beyond one turn
   uint64_t products;                    // mma.sync
   uint64_t shared_bytes;                // of a block, the most
 };
 Counts take_counts();
 void copies_land_early(bool early);
+// Whether TF32 has the 10 bits it has, or all 23 of fp32: with these a whole network can be held
+// against one in fp32.
+void tf32_rounds(bool rounds);
 
 }  // namespace cuda_on_cpu

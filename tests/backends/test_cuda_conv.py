@@ -62,7 +62,13 @@ def choices():
     return tuning.table().choices()[tuning.machine(torch.device("cpu"))]
 
 
-@pytest.mark.parametrize("kind", ["conv", "statistics", "input gradient", "weight gradient"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "conv", "statistics", "input gradient", "weight gradient", "strided input gradient",
+        "first layer", "first layer's weight gradient", "gradient of images",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("fastest", ["aten", "conv-sm80"])
 def test_the_fastest_that_is_right_runs(kind, fastest, measured):
     clock, ran = measured
@@ -83,8 +89,19 @@ def test_the_fastest_that_is_right_runs(kind, fastest, measured):
             close(layer.out, exact)
         elif kind == "input gradient":
             gradient(layer)
-        else:
+        elif kind == "weight gradient":
             weight_gradient(layer)
+        elif kind == "strided input gradient":
+            strided_gradient(16)
+        elif kind == "gradient of images":
+            strided_gradient(3)
+        else:
+            image = Layer(1, 9, 12, 3, 64, stride=2)
+            if kind == "first layer":
+                cuda.conv(*tensors(image), stride=2)
+                close(image.out, image.affine().relu())
+            else:
+                weight_gradient(image)
     assert [engine.split(" ")[0] for engine in ran] == [fastest]
     (choice,) = choices().values()
     assert {name.split(" ")[0] for name in choice.seconds} == {"aten", "conv-sm80"}
@@ -110,11 +127,30 @@ def gradient(layer):
     close(g.out, expected)
 
 
+def tensors(layer):
+    return layer.x, layer.weight, layer.scale, layer.shift, layer.out
+
+
+def strided_gradient(c_in):
+    """Added to what its slot holds, which is put back after engines were measured, and masked."""
+    layer = Layer(1, 9, 12, c_in, 24, stride=2)
+    g, dx, mask = layer.beside(24), layer.x, torch.randn(1, 9, 12, c_in).half()
+    start, scale = dx.double(), torch.rand(24)
+    expected = torch.empty_like(start)
+    reference.conv_input_grad(
+        g.double(), layer.weight.double(), scale.double(), expected, stride=2, add=start,
+        mask=mask.double(),
+    )  # fmt: skip
+    cuda.conv_input_grad(g, layer.weight.float(), scale, dx, stride=2, add=dx, mask=mask)
+    close(dx, expected)
+
+
 def weight_gradient(layer):
-    g, weight = layer.beside(80), layer.weight.float()
-    found = cuda.conv_weight_grad(layer.x, g, weight, layer.scale)
+    g, weight = layer.beside(layer.size[3]), layer.weight.float()
+    found = cuda.conv_weight_grad(layer.x, g, weight, layer.scale, stride=layer.stride)
     given = (each.double() for each in (layer.x, g, weight, layer.scale))
-    for ours, exact in zip(found, reference.conv_weight_grad(*given), strict=True):
+    expected = reference.conv_weight_grad(*given, stride=layer.stride)
+    for ours, exact in zip(found, expected, strict=True):
         torch.testing.assert_close(ours.double(), exact, rtol=1e-2, atol=0.05)
 
 
@@ -174,10 +210,10 @@ def test_without_triton_nothing_is_predicted_and_all_is_measured(measured, monke
 
 def test_what_our_own_does_not_take_is_cudnns_at_once(measured):
     _, ran = measured
-    for layer in (Layer(1, 5, 6, 12, 80), Layer(1, 5, 6, 16, 72)):
-        cuda.conv(layer.x, layer.weight, layer.scale, layer.shift, layer.out)
+    for layer in (Layer(1, 5, 6, 12, 80), Layer(1, 5, 6, 16, 76), Layer(1, 5, 6, 3, 60)):
+        cuda.conv(*tensors(layer))
         cuda.conv_statistics(layer.x, layer.weight, layer.out)
-    strided = Layer(1, 6, 6, 64, 64, stride=2)
+    strided = Layer(1, 6, 6, 12, 64, stride=2)
     out = strided.x.clone()
     cuda.conv_input_grad(strided.out.normal_(), strided.weight, None, out, stride=2)
     assert set(ran) == {"aten"}
@@ -193,6 +229,31 @@ def test_a_prediction_has_a_floor_and_knows_the_tiles():
         assert all(one.seconds > floor for one in found.values())
         assert min(found, key=lambda name: found[name].seconds) == f"conv-sm80 {first}"
     assert _predict.predict(["conv-sm80 256x96"], layer, A100) == {}
+
+
+def test_predictions_of_the_first_layer_and_of_strided_gradients():
+    """None is faster than memory or the products that are needed; large tiles for large maps."""
+    options = dict(kernel=3, stride=2, dtype=HALF, tma=False)
+    first = cost.Layer(8, 400, 672, 3, 64, **options)
+    strided = cost.Layer(
+        8, 400, 672, 128, 64, kind="gradient", added=64, transposed=True, **options
+    )
+    image = cost.Layer(8, 800, 1344, 64, 3, kind="gradient", transposed=True, **options)
+    for layer, names in (
+        (first, ["conv-sm80 128x64"]),
+        (strided, ["conv-sm80 256x64", "conv-sm80 128x64"]),
+        (image, ["conv-sm80 image"]),
+    ):
+        for device in (A100, H100):
+            found = _predict.predict([*names, "conv-sm80 128x80"], layer, device)
+            assert list(found) == names
+            floor = max(layer.flop / device.half, layer.activation_bytes / device.dram)
+            assert all(floor < one.seconds < 20 * floor for one in found.values())
+    # A quarter of the taps: what strides skip is not multiplied.
+    dense = cost.Layer(8, 400, 672, 128, 64, kind="gradient", added=64, **{**options, "stride": 1})
+    name = "conv-sm80 256x64"
+    both = [_predict.library(name, layer, H100) for layer in (strided, dense)]
+    assert both[0].compute == pytest.approx(both[1].compute / 4, rel=0.05)
 
 
 def test_candidates_are_one_of_each_kind():

@@ -15,38 +15,13 @@ import torch.nn.functional as F
 
 from tests.csrc import cuda_on_cpu, test_binding
 from tests.extension_cases import require
-from vovnet_fast.backends import _extension, conv_sm80, conv_sm80_grad
-from vovnet_fast.backends._extension import fields
+from vovnet_fast.backends import _extension, conv_sm80, conv_sm80_grad, conv_sm80_input_grad
 
 GUARD = 16
 CHANNELS = [64, 80, 96, 112, 128, 160, 192, 224, 256]
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 HALF = torch.float16
 NAN = float("nan")
-
-
-@pytest.fixture(params=["host", pytest.param("gpu", marks=pytest.mark.gpu)])
-def device(request, monkeypatch):
-    """Where the kernel runs; on the host it must never meet a conflict of banks."""
-    if request.param == "gpu":
-        if not torch.cuda.is_available():
-            pytest.skip("no GPU")
-        require("cuda")
-        yield torch.device("cuda")
-        return
-    module = cuda_on_cpu.built(request.getfixturevalue("once"))
-    monkeypatch.setattr(_extension, "CUDA", _extension.Ops(lambda: module, cuda_on_cpu.on_host))
-    module.take_counts()
-    module.copies_land_early(False)
-    yield torch.device("cpu")
-    module.copies_land_early(False)
-
-
-@pytest.fixture
-def emulation(once, device):
-    if device.type != "cpu":
-        pytest.skip("looks at what the host counts")
-    return cuda_on_cpu.built(once)
 
 
 # --------------------------------------------------------------------------------------
@@ -192,6 +167,24 @@ def test_several_blocks_of_channels_share_a_tile(device):
     folded(Layer(2, 9, 9, 16, 320, device=device), conv_sm80.Config(128, 160), pool=True)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("c_out", [8, 56, 88, 136])
+def test_the_last_channels_may_be_a_part_of_a_tile(c_out, dtype, device):
+    """NaN lies beside the slot, and what is added and masks ends there."""
+    for kernel in (1, 3):
+        layer = Layer(1, 5, 9, 24, c_out, kernel=kernel, dtype=dtype, device=device)
+        add, mask = layer.beside(c_out), layer.beside(c_out)
+        exact = (layer.product() + add.double()) * ~(mask <= 0)
+        flat = layer.product().flatten(0, 2)
+        for config in conv_sm80.configs(c_out):
+            folded(layer, config, pool=True)
+            layer.run(config, add=add, mask=mask)
+            layer.check(exact)
+            count, sums, _ = layer.run(config, statistics=True).double().unbind(1)
+            assert torch.equal(count.sum(0), torch.full_like(count[0], len(flat)))
+            torch.testing.assert_close(sums.sum(0), flat.sum(0), rtol=1e-4, atol=1e-2)
+
+
 def test_without_relu(device):
     folded(Layer(1, 4, 8, 16, 80, device=device), conv_sm80.Config(128, 80), relu=False)
 
@@ -307,7 +300,6 @@ def test_banks_never_conflict_and_products_are_not_padded(dtype, emulation):
         (dict(tile_w=4), "no tiles of 16 x 4 pixels"),
         (dict(tile_h=32), "no tiles of 32 x 8 pixels by 256 channels"),
         (dict(block_out=72), "no tiles"),
-        (dict(c_out=200), "for 200 output channels"),
         (dict(x=(1 << 20, 1 << 20, 1 << 14, 68)), "multiples of 16 bytes"),
         (dict(out=((1 << 20) + 8, 1 << 20, 1 << 14, 256)), "multiples of 16 bytes"),
         (dict(scale=None), "scale must be given where shift is"),
@@ -347,12 +339,24 @@ def fuzz(path, last):
             layer.run(config, scale=layer.scale, shift=layer.shift, relu=True, pool=True)
             layer.run(config, statistics=True)
             layer.run(config, add=layer.beside(8), mask=layer.beside(16))
-            if dtype == HALF:
-                conv_sm80_grad.run(layer.x, layer.beside(64), kernel, stride=stride)
-                wide = Layer(2, 9, 33, 8, 64, kernel=kernel, stride=stride)  # In parts.
-                conv_sm80_grad.run(wide.x, wide.beside(64), kernel, stride=stride)
+            conv_sm80_grad.run(layer.x, layer.beside(64), kernel, stride=stride)
+            wide = Layer(2, 9, 33, 8, 64, kernel=kernel, stride=stride, dtype=dtype)  # In parts.
+            conv_sm80_grad.run(wide.x, wide.beside(64), kernel, stride=stride)
+        image = Layer(1, 3, 4, 3, 64, stride=2, dtype=dtype)
+        image.run(conv_sm80.IMAGE_CONFIG, scale=image.scale, shift=image.shift, relu=True)
+        image.run(conv_sm80.IMAGE_CONFIG, statistics=True)
+        conv_sm80_grad.run(image.x, image.beside(64), 3, stride=2)
+        for c_in, engine in ((8, "conv-sm80 128x64"), (3, conv_sm80_input_grad.IMAGE)):
+            layer = Layer(1, 3, 4, c_in, 8, stride=2, dtype=dtype)
+            packed = layer.weight.permute(3, 1, 2, 0).contiguous()
+            beside = layer.randn(*layer.x.shape).to(dtype)
+            for given in (dict(add=beside, mask=beside), {}):
+                conv_sm80_input_grad.run(
+                    engine, layer.beside(8), packed, layer.x, stride=2, **given
+                )
     assert all(spoiling.words)
-    for name in ("conv_sm80", "conv_sm80_weight_grad"):
+    names = ("conv_sm80", "conv_sm80_weight_grad", "conv_sm80_input_grad", "conv_sm80_image_grad")
+    for name in names:
         assert spoiling.refused[name] > 100, spoiling.refused
 
 
@@ -364,114 +368,6 @@ def test_no_arguments_crash_it(emulation, tmp_path):
     said = test_binding.run_python(code)
     words = last.read_text()[:3000].splitlines()[:1] if last.exists() else ""
     assert said.returncode == 0, f"exit {said.returncode} of {words}\n{said.stderr[-3000:]}"
-
-
-# --------------------------------------------------------------------------------------
-# Weight gradients
-# --------------------------------------------------------------------------------------
-
-
-def weight_grad(layer, g):
-    """What it should be, in fp64."""
-    kernel = layer.weight.shape[1]
-    _, exact, _ = torch.ops.aten.convolution_backward(
-        g.double().permute(0, 3, 1, 2), layer.x.double().permute(0, 3, 1, 2),
-        layer.weight.double().permute(0, 3, 1, 2), None, [layer.stride] * 2, [kernel // 2] * 2,
-        [1, 1], False, [0, 0], 1, [False, True, False],
-    )  # fmt: skip
-    return exact.permute(0, 2, 3, 1)
-
-
-@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2)])
-@pytest.mark.parametrize("size", [(1, 1, 1), (2, 9, 5), (1, 3, 37), (1, 20, 33)])
-def test_weight_gradients_are_right(size, kernel, stride, dtype, device):
-    """Whole and broken tiles of channels, one part and several, and NaN beside every slot."""
-    for crop, (c_in, c_out) in ((False, (72, 8)), (True, (16, 80))):
-        layer = Layer(
-            *size, c_in, c_out, kernel=kernel, stride=stride, dtype=dtype, crop=crop, device=device
-        )
-        g = layer.beside(c_out)
-        found = conv_sm80_grad.run(layer.x, g, kernel, stride=stride)
-        exact = weight_grad(layer, g)
-        rtol = 1e-4 if device.type == "cuda" else 1e-5
-        torch.testing.assert_close(found.double(), exact, rtol=rtol, atol=rtol * 30)
-        assert torch.equal(conv_sm80_grad.run(layer.x, g, kernel, stride=stride), found)
-
-
-@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 2)])
-def test_a_small_weight_gradient_watched(kernel, stride, device):
-    layer = Layer(1, 3, 5, 16, 24, kernel=kernel, stride=stride, device=device)
-    g = layer.beside(24)
-    found = conv_sm80_grad.run(layer.x, g, kernel, stride=stride)
-    torch.testing.assert_close(found.double(), weight_grad(layer, g), rtol=1e-4, atol=1e-3)
-
-
-@pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
-@pytest.mark.parametrize(("kernel", "stride"), [(1, 1), (3, 1), (3, 2)])
-def test_weight_gradients_whatever_the_timing(kernel, stride, early, emulation):
-    """Every form of step and depth of the ring, parts of one step and more; no conflicts."""
-    emulation.copies_land_early(early)
-    layer = Layer(1, 11, 39, 24, 40, kernel=kernel, stride=stride, crop=True)
-    g = layer.beside(40)
-    exact = weight_grad(layer, g)
-    emulation.take_counts()
-    for tile in conv_sm80_grad.shapes(kernel, stride):
-        for stages in (2, 3):
-            steps = conv_sm80.tiles_of(*layer.size[1:3], tile)
-            for parts in (1, min(3, steps)):
-                out = torch.full((40, kernel, kernel, 24), NAN)
-                partials = torch.full((parts, *out.shape), NAN)
-                emulation.conv_sm80_weight_grad(
-                    0, x=fields.view("x", layer.x, layer.x, *layer.x.shape),
-                    g=fields.view("g", g, g, *g.shape), partials=partials.data_ptr(),
-                    out=out.data_ptr(), n=1, height=11, width=39, out_height=layer.size[1],
-                    out_width=layer.size[2], c_in=24, c_out=40, parts=parts, kernel=kernel,
-                    stride=stride, tile_h=tile[0], tile_w=tile[1], stages=stages, dtype=0,
-                )  # fmt: skip
-                torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=3e-4)
-                counts = emulation.take_counts()
-                assert (counts["copy_conflicts"], counts["matrix_conflicts"]) == (0, 0)
-                size = conv_sm80_grad.stage_bytes(tile, kernel, stride)
-                assert counts["shared_bytes"] == stages * size
-                assert counts["products"] % steps == 0
-
-
-def test_steps_follow_the_map_and_two_fit_every_device():
-    assert conv_sm80_grad.shapes(3, 1) == conv_sm80_grad.shapes(1, 1) == [(4, 16), (2, 32), (1, 64)]
-    assert conv_sm80_grad.shapes(3, 2) == [(4, 16), (2, 32)]
-    assert conv_sm80_grad._shape(25, 42, 3, 1) == (4, 16)
-    assert conv_sm80_grad._shape(1, 1050, 1, 1) == (1, 64)
-    for capability in ((8, 0), (8, 6), (9, 0), (12, 0)):
-        for kernel, stride in ((1, 1), (3, 1), (3, 2)):
-            for tile in conv_sm80_grad.shapes(kernel, stride):
-                stages = conv_sm80_grad._stages(tile, kernel, stride, capability)
-                size = stages * conv_sm80_grad.stage_bytes(tile, kernel, stride)
-                assert size <= conv_sm80.room(capability)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "words"),
-    [
-        (dict(dtype=2), "dtype must be one of 0, 1, got 2"),
-        (dict(stages=4), "stages must be one of 2, 3, got 4"),
-        (dict(parts=0), "parts must be at least 1, got 0"),
-        (dict(parts=99), "there are 1 steps, for 99 parts"),
-        (dict(c_in=12), "must be multiples of 8, got 12 and 64"),
-        (dict(tile_w=8), "no steps of 4 x 8 pixels"),
-        (dict(x=(1 << 20, 1 << 20, 1 << 14, 68)), "multiples of 16 bytes"),
-        (dict(n=0), "n, height and width must be at least 1, got 0"),
-    ],
-)
-def test_what_weight_gradients_cannot_be_is_said(wrong, words, emulation):
-    at = 1 << 20
-    given = dict(
-        x=(at, 1 << 20, 1 << 14, 64), g=(at, 1 << 20, 1 << 14, 64), partials=at, out=at, n=1,
-        height=4, width=16, out_height=4, out_width=16, c_in=64, c_out=64, parts=1, kernel=3,
-        stride=1, tile_h=4, tile_w=16, stages=3, dtype=0,
-    )  # fmt: skip
-    with pytest.raises((ValueError, OverflowError), match=words):
-        emulation.conv_sm80_weight_grad(0, **{**given, **wrong})
 
 
 # --------------------------------------------------------------------------------------
@@ -503,7 +399,23 @@ def test_names_tell_the_tiles():
     names = [config.name for config in conv_sm80.configs(224)]
     assert names == ["conv-sm80 256x112", "conv-sm80 128x224", "conv-sm80 128x112"]
     assert [c.name for c in conv_sm80.configs(80)] == ["conv-sm80 256x80", "conv-sm80 128x80"]
-    assert conv_sm80.configs(72) == []
+    assert all(conv_sm80.named(config.name) == config for config in conv_sm80.configs(224))
+    with pytest.raises(ValueError, match="no tiles are called 'conv-sm80 256x224'"):
+        conv_sm80.named("conv-sm80 256x224")
+
+
+def test_channels_that_no_block_divides_have_the_fewest_in_vain():
+    """Those of concat buffers: of V-19-slim, V-39 and V-99, and of a network with 56 channels."""
+    for c_out, blocks in (
+        (352, {128, 192}),
+        (2144, {80}),
+        (1312, {112, 224}),
+        (56, {64}),
+        (8, {64}),
+    ):
+        found = conv_sm80.configs(c_out)
+        assert {config.block_out for config in found} == blocks
+        assert {config.pixels for config in found} == {128, 256}
 
 
 def test_tiles_follow_the_image():
@@ -522,7 +434,7 @@ def test_refusals_name_what_is_wrong():
     assert refused(1, 5, 5, 4, 80, dtype=torch.float32) is None
     assert "float64" in refused(1, 5, 5, 16, 80, dtype=torch.float64)
     assert "kernel 1 with stride 2" in refused(1, 5, 5, 16, 80, kernel=1, stride=2)
-    assert "72 output channels" in refused(1, 5, 5, 16, 72)
+    assert "out has 76 channels" in refused(1, 5, 5, 16, 76)
     assert "x has 12 channels" in refused(1, 5, 5, 12, 80)
     layer = Layer(2, 5, 5, 16, 80)
     check = functools.partial(conv_sm80.refusal, layer.x, layer.weight, layer.out)

@@ -70,25 +70,90 @@ def test_few_kernels(few):
     check(dtype, tiles)
 
 
+KINDS = {"__half": "float16", "__nv_bfloat16": "bfloat16", "float": "float32"}
+"""Files of a dtype, by what a kernel's name calls it."""
+
+
+def by_dtype(kernels, function, count):
+    """Kernels of a function, by their dtype."""
+    kernels = [kernel for kernel in kernels if re.search(rf"\b{function}<", kernel.name)]
+    assert len(kernels) == count
+    found = {dtype: [] for dtype in DTYPES}
+    for kernel in kernels:
+        found[KINDS[re.search(rf"\b{function}<(\w+)", kernel.name)[1]]].append(kernel)
+    return found
+
+
+def instructions(kernel, words):
+    """Forms of instructions, by their name."""
+    # Loads of nothing, which ptxas puts before copies, are left out.
+    found = re.findall(rf"\b({words})\b((?:\.\w+)*) (?!RZ, \[RZ\])", kernel.instructions)
+    return {word: [form for name, form in found if name == word] for word, _ in found}
+
+
 def check_weight_grads(kernels):
-    """The same of the weight gradients: one copy of the loop, all of whose loads transpose."""
-    found = [kernel for kernel in kernels if "weight_grad_kernel" in kernel.name]
-    assert len(found) == 4
-    for kernel in found:
-        taps = 9 if re.search(r"\b3>", kernel.name) else 1
-        down, pairs = (2, 1) if taps == 9 else (4, 2)
+    """The same of the weight gradients: one copy of the loop, all of whose loads transpose.
+
+    Those of fp32 are loaded word by word.
+    """
+    forms = {3: (9, 2, 1), 1: (1, 4, 2), 0: (1, 1, 1)}  # Taps, and blocks of a warp.
+    for dtype, found in by_dtype(kernels, "weight_grad_kernel", 9).items():
+        assert len(found) == 3
+        for kernel in found:
+            form = int(re.search(r"(\d)>", kernel.name)[1])
+            taps, down, pairs = forms[form]
+            assert (kernel.stack, kernel.stores, kernel.loads) == (0, 0, 0), kernel.name
+            assert kernel.registers <= REGISTERS // 256 // (2 if form == 0 else 1)
+            of = instructions(kernel, "HMMA|LDSM|LDS|LDL|STL")
+            loads, operands = ("LDS", 4) if dtype == "float32" else ("LDSM", 1)
+            assert set(of) == {"HMMA", loads}, kernel.name
+            products = taps * down * pairs * 2
+            copies = len(of["HMMA"]) // products  # ptxas may unroll the loop in fp32.
+            assert copies == 1 or (dtype == "float32" and copies <= 4), kernel.name
+            assert of["HMMA"] == [f".{DTYPES[dtype]}"] * (copies * products), kernel.name
+            form = "" if dtype == "float32" else ".16.MT88.4"
+            count = copies * operands * (down + taps * pairs)
+            assert of[loads] == [form] * count, kernel.name
+
+
+def check_input_grads(kernels):
+    """Those with stride 2 are as convolutions are, of two tiles."""
+    for dtype, found in by_dtype(kernels, "kernel", 6).items():
+        tiles = by_tile(found)
+        assert set(tiles) == {(pixels, 64) for pixels in (128, 256)}
+        check(dtype, tiles)
+
+
+def check_images(kernels):
+    """Of the first layer and the gradient of images: stores of whole units, and no spills."""
+    for dtype, found in by_dtype(kernels, "image_kernel", 3).items():
+        (kernel,) = found
         assert (kernel.stack, kernel.stores, kernel.loads) == (0, 0, 0), kernel.name
-        assert kernel.registers <= REGISTERS // 256
-        words = re.findall(r"\b(HMMA|LDSM|LDL|STL)((?:\.\w+)*)", kernel.instructions)
-        of = {word: [form for name, form in words if name == word] for word, _ in words}
-        assert set(of) == {"HMMA", "LDSM"}, kernel.name
-        assert len(of["HMMA"]) == taps * down * pairs * 2, kernel.name
-        assert of["LDSM"] == [".16.MT88.4"] * (down + taps * pairs), kernel.name
+        assert kernel.registers <= REGISTERS // 256 // 2
+        of = instructions(kernel, "HMMA|LDSM|LDGSTS|STS|LDL|STL")
+        rows = 2 if dtype == "float32" else 1
+        assert of["HMMA"] == [f".{DTYPES[dtype]}"] * (rows * 2 * 2 * 4), kernel.name
+        assert of["LDSM"] == [".16.M88.4"] * (rows * 2 * (2 + 2)), kernel.name
+        # Of 128 pixels and 64 filters; others are of sums.
+        assert of["STS"].count(".128") == rows * (128 + 64) * 4 // 256, kernel.name
+        assert not {"LDGSTS", "LDL", "STL"} & set(of), kernel.name
+    for found in by_dtype(kernels, "image_grad_kernel", 3).values():
+        (kernel,) = found
+        assert (kernel.stack, kernel.stores, kernel.loads) == (0, 0, 0), kernel.name
+        assert kernel.registers <= REGISTERS // 256 // 2
+        assert re.search(r"\bLDG\.E\S*\.128\b", kernel.instructions), kernel.name
 
 
-def test_weight_grads(once):
-    built, name = cuda_build(once), "conv_sm80/weight_grad.cu"
-    check_weight_grads(kernels_of(built.said[name], built.objects[name]))
+OTHERS = {
+    "weight_grad": check_weight_grads, "input_grad": check_input_grads, "image": check_images
+}  # fmt: skip
+"""Files whose kernels are of all dtypes."""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_others(name, once):
+    built, name_of = cuda_build(once), f"conv_sm80/{name}.cu"
+    OTHERS[name](kernels_of(built.said[name_of], built.objects[name_of]))
 
 
 @pytest.mark.slow
@@ -98,14 +163,14 @@ def test_every_kernel_and_their_size(arch, tmp_path):
     if f"sm_{arch.rstrip('a')}" not in run([cuda_tool("nvcc"), "--list-gpu-code"]).split():
         pytest.skip(f"this nvcc does not know sm_{arch}")
     size = 0
-    for name in (*DTYPES, "weight_grad"):
+    for name in (*DTYPES, *OTHERS):
         source = CSRC / "cuda" / "conv_sm80" / f"{name}.cu"
         binary = tmp_path / f"{name}.cubin"
         words = ["-O3", "-std=c++17", "-Xptxas", "-v", f"-arch=sm_{arch}", "-cubin"]
         said = run([cuda_tool("nvcc"), *words, "-o", str(binary), str(source)])
         found = kernels_of(said, binary)
-        if name == "weight_grad":
-            check_weight_grads(found)
+        if name in OTHERS:
+            OTHERS[name](found)
         else:
             tiles = by_tile(found)
             assert set(tiles) == every_tile()

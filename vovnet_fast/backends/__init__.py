@@ -16,6 +16,7 @@ Beside them lies what they share:
 ``_aten``           PyTorch's own convolutions on views
 ``conv_sm80``       the extension's convolution for sm_80 and newer, an engine of ``cuda``
 ``conv_sm80_grad``  its weight gradient
+``conv_sm80_input_grad``  its input gradients with stride 2, and of images
 ``conv_sm90``       the extension's convolution for Hopper, an engine of two backends
 ``cudnn_graph``     cuDNN's graphs, from a slot into a slot, an engine of ``triton``
 ``depthwise_conv``  the extension's depthwise 3x3 and 1x1 in one kernel, an engine of ``cuda``

@@ -1,8 +1,9 @@
 """Convolutions of the ``cuda`` backend: which engine, and one of them.
 
 cuDNN's, through ATen, followed by one pass into the slot; those of :mod:`.conv_sm80` wherever they
-take the tensors, and of :mod:`.conv_sm90` where it is on offer. Where torch has no cuDNN the former
-serve alone.
+take the tensors, and of :mod:`.conv_sm90` where it is on offer. The former take every layer of
+every architecture, forward and backward, in fp16, bf16, and fp32 that may be rounded to TF32: where
+torch has no cuDNN they serve alone.
 """
 
 from __future__ import annotations
@@ -15,7 +16,16 @@ import torch
 from torch import Tensor
 
 from .. import _optional, tuning
-from . import _aten, _extension, _predict, conv_sm80, conv_sm80_grad, conv_sm90, depthwise_conv
+from . import (
+    _aten,
+    _extension,
+    _predict,
+    conv_sm80,
+    conv_sm80_grad,
+    conv_sm80_input_grad,
+    conv_sm90,
+    depthwise_conv,
+)
 from ._engines import (
     ATEN,
     aten,
@@ -72,6 +82,7 @@ def _choose(
     beside = {"added": add, "masked": mask}
     layer = _predict.layer(
         x, weight, out, stride=stride, tf32=tf32(x), kind=kind,
+        transposed=kind == "gradient" and stride == 2,
         **{name: view.shape[3] for name, view in beside.items() if view is not None},
     )  # fmt: skip
     found = _predict.of_libraries(layer, x.device, *names)
@@ -188,16 +199,17 @@ def conv_input_grad(
 ) -> None:
     """See :mod:`vovnet_fast.backends`. The engine is chosen by :mod:`vovnet_fast.tuning`.
 
-    With a stride of 1 it is a convolution of the gradient with other weights. Where ``add`` is
-    ``out`` itself, every run adds once more: what ``out`` held before anything was measured is put
-    back.
+    With a stride of 1 it is a convolution of the gradient with other weights, but for images. Where
+    ``add`` is ``out`` itself, every run adds once more: what ``out`` held before anything was
+    measured is put back.
     """
     if out.numel() == 0:
         return
     packed = _pack_transposed(weight, g, scale)
     options: dict[str, Any] = dict(stride=stride, add=add, mask=mask)
-    own = []
-    if stride == 1:
+    if conv_sm80_input_grad.takes(packed, stride):
+        own = conv_sm80_input_grad.engines(g, packed, out, **options)
+    else:
         own = conv_sm80.engines(g, packed, out, add=add, mask=mask)
     if not own:
         run_input_grad_engine(ATEN, g, packed, out, **options)
@@ -216,8 +228,8 @@ def conv_input_grad(
 
     try:
         engine = _choose(
-            g, packed, out, own, "conv input gradient", words, run, prepare, kind="gradient",
-            add=add, mask=mask,
+            g, packed, out, own, "conv input gradient", words, run, prepare, stride=stride,
+            kind="gradient", add=add, mask=mask,
         )  # fmt: skip
     finally:
         for values in before:
@@ -246,6 +258,8 @@ def run_input_grad_engine(
     """Run :func:`conv_input_grad` on one engine, with weights that are packed already."""
     if engine == ATEN:
         _ops().accumulate(_aten.input_grad(g, packed, out, stride), out, add, mask)
+    elif conv_sm80_input_grad.takes(packed, stride):
+        conv_sm80_input_grad.run(engine, g, packed, out, stride=stride, add=add, mask=mask)
     else:
         conv_sm80.run(engine, g, packed, out, add=add, mask=mask)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .. import tuning
-from . import conv_sm80, conv_sm90, cudnn_graph, depthwise_conv
+from . import conv_sm80, conv_sm80_input_grad, conv_sm90, cudnn_graph, depthwise_conv
 from ._engines import ATEN
 
 if TYPE_CHECKING:
@@ -139,19 +139,51 @@ SM80_SHARE = 0.6
 _SM80_COPY_INSTRUCTIONS = 12  # For 16 bytes: addresses and masks. From the compiled loops, roughly.
 
 
+_SM80_GATHER_INSTRUCTIONS = 8  # For a number of a patch of an image. Roughly as well.
+
+
+def _sm80_names(layer: Layer) -> list[str]:
+    """Of its engines those for a layer."""
+    if layer.c_out == conv_sm80.IMAGE_CHANNELS:
+        return [conv_sm80_input_grad.IMAGE]
+    if layer.transposed:
+        return [config.name for config in conv_sm80_input_grad.configs()]
+    if _of_images(layer):
+        return [conv_sm80.IMAGE_CONFIG.name]
+    return [config.name for config in conv_sm80.configs(layer.c_out)]
+
+
+def _of_images(layer: Layer) -> bool:
+    return layer.kernel == 3 and layer.c_in == conv_sm80.IMAGE_CHANNELS
+
+
 def _sm80(name: str, layer: Layer, device: Device) -> Prediction:
-    """A step is a tap of 64 bytes of channels; the strip is fetched with every ninth."""
+    """A step is a tap of 64 bytes of channels; the strip is fetched with every ninth.
+
+    Of an input gradient with stride 2 a tile has two taps and a quarter, in the mean. Of images
+    there is one tap, whose channels are a patch.
+    """
     from ..kernels._common import cdiv
-    from ..kernels.cost import Work, predict_work
+    from ..kernels.cost import LAUNCH, Prediction, Work, predict_work
     from ..kernels.resources import Resources
 
-    config = next(c for c in conv_sm80.configs(layer.c_out) if c.name == name)
-    kernel, stride, itemsize = layer.kernel, layer.stride, layer.dtype.itemsize
-    tile = config.tile(layer.height, layer.width, kernel, stride)
-    tiles = layer.batch * conv_sm80.tiles_of(layer.height, layer.width, tile)
-    taps, row = kernel**2, conv_sm80.ROW_BYTES
+    itemsize = layer.dtype.itemsize
+    if name == conv_sm80_input_grad.IMAGE:
+        compute, dram = layer.flop / device.exact, layer.activation_bytes / device.dram
+        return Prediction(name, max(compute, dram) + LAUNCH, compute=compute, dram=dram)
+    config = conv_sm80.named(name)
+    kernel, stride, c_in, copy = layer.kernel, layer.stride, layer.c_in, _SM80_COPY_INSTRUCTIONS
+    height, width, launches, taps = layer.height, layer.width, layer.batch, float(kernel**2)
+    if layer.transposed:
+        height, width, launches, taps = cdiv(height, 2), cdiv(width, 2), 4 * launches, taps / 4
+        kernel, stride = 2, 1
+    elif _of_images(layer):
+        kernel, stride, taps, c_in = 1, 1, 1.0, 32
+        copy = _SM80_GATHER_INSTRUCTIONS * 16 // itemsize
+    tile = config.tile(height, width, kernel, stride)
+    tiles, row = launches * conv_sm80.tiles_of(height, width, tile), conv_sm80.ROW_BYTES
     strip = conv_sm80.strip_rows(tile, kernel, stride) * row
-    copied = strip // taps + config.block_out * row
+    copied = round(strip / taps) + config.block_out * row
     sums = config.pixels * config.block_out
     # Four warps share the pixels of a tile, and two its channels.
     read = (2 * config.pixels + 4 * config.block_out) * row
@@ -161,20 +193,24 @@ def _sm80(name: str, layer: Layer, device: Device) -> Prediction:
     left = {"statistics": 3, "forward": int(kernel == 1)}.get(layer.kind, 0)
     beside = sum(c > 0 for c in (layer.added, layer.masked))
     work = Work(
-        programs=tiles * (layer.c_out // config.block_out),
-        steps=taps * cdiv(layer.c_in * itemsize, row),
+        programs=tiles * cdiv(layer.c_out, config.block_out),
+        steps=taps * cdiv(c_in * itemsize, row),
         flop=round(2 * sums * row // itemsize / share),
         copied=copied,
         shared=copied + read,
-        instructions=1.5 * products + copied / 16 * _SM80_COPY_INSTRUCTIONS,
+        instructions=1.5 * products + copied / 16 * copy,
         last_instructions=sums * (10 if layer.kind == "statistics" else 6),
         last_bytes=sums * itemsize * (1 + beside),
         stages=conv_sm80.STAGES[0],
         compulsory=layer.activation_bytes + weights + 4 * left * tiles * layer.c_out,
     )
-    stages = config.stages(tile, kernel, stride, device.capability) or conv_sm80.STAGES[-1]
+    if layer.transposed:
+        depth = conv_sm80_input_grad.depth(config, tile, device.capability)
+        shared = conv_sm80_input_grad.shared_bytes(config, tile, depth)
+    else:
+        stages = config.stages(tile, kernel, stride, device.capability) or conv_sm80.STAGES[-1]
+        shared = config.shared_bytes(tile, kernel, stride, stages)
     registers = 128 if sums <= 64 * 32 * conv_sm80.WARPS else 255
-    shared = config.shared_bytes(tile, kernel, stride, stages)
     resources = Resources(warps=conv_sm80.WARPS, registers=registers, shared=shared)
     return predict_work(name, work, device, sm80_precision(layer), resources)
 
@@ -226,9 +262,12 @@ def predict(names: Iterable[str], layer: Layer, device: Device) -> dict[str, Pre
 
 def _has_tiles(name: str, layer: Layer) -> bool:
     """Whether an engine of ours has the tiles of its name for the layer."""
-    modules = {conv_sm80.NAME: conv_sm80, conv_sm90.NAME: conv_sm90}
-    module = modules.get(family(name))
-    return module is None or any(name == config.name for config in module.configs(layer.c_out))
+    kind = family(name)
+    if kind == conv_sm80.NAME:
+        return name in _sm80_names(layer)
+    if kind == conv_sm90.NAME:
+        return any(name == config.name for config in conv_sm90.configs(layer.c_out))
+    return True
 
 
 def likely(predicted: dict[str, Prediction], layer: Layer, device: Device) -> list[str]:

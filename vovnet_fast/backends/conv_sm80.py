@@ -1,9 +1,11 @@
 """A convolution of our own for sm_80 and newer as an engine: CUDA C++ with tensor cores' mma.sync.
 
-Tiles have exactly C_out channels, 80, 96, 112, 160, 192 and 224 among them, and the pixels of a
-tile are fetched once, with their halo, for all nine taps; ``csrc/cuda/conv_sm80/launch.cu`` has the
-arithmetic. It reads and writes slots where they lie. One kernel has all epilogues: scale, shift and
-ReLU with pool partials, statistics of the batch, or what is added to a gradient and masks it.
+Tiles have exactly C_out channels, 80, 96, 112, 160, 192 and 224 among them, or whole ones and a
+part of one, and the pixels of a tile are fetched once, with their halo, for all nine taps;
+``csrc/cuda/conv_sm80/launch.cu`` has the arithmetic. It reads and writes slots where they lie. One
+kernel has all epilogues: scale, shift and ReLU with pool partials, statistics of the batch, or what
+is added to a gradient and masks it. The first layer, whose images have three channels, has a kernel
+of its own.
 
 No GPU has run it yet. It cannot hang, as no thread waits for what another one has to see, and like
 every engine it is chosen only where it is right, on numbers like the layer's, and fastest
@@ -36,12 +38,17 @@ STRIP_STAGES = 2
 
 WARPS = 8
 
+PIXEL_LIMIT = 2**30
+"""Tiles are counted in 32 bits, and any tile has a pixel."""
+
 _UNIT = 16  # Bytes; of what is copied and stored at once.
-_PIXEL_LIMIT = 2**30  # Tiles are counted in 32 bits, and any tile has a pixel.
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 _BLOCKS = {128: (256, 224, 192, 160, 128, 112, 96, 80, 64), 256: (128, 112, 96, 80, 64)}
 """Output channels of a tile, by its pixels: what registers have room for."""
+
+IMAGE_CHANNELS = 3
+"""Input channels of the first layer, whose pixels are gathered: kImageChannels there."""
 
 STAGES = (4, 3)
 """Depths of the ring of weights, the better first."""
@@ -96,6 +103,10 @@ class Config:
         return next(fit, None)
 
 
+IMAGE_CONFIG = Config(128, 64)
+"""Tiles of the first layer: kImageTile and kImageOut there."""
+
+
 def room(capability: tuple[int, int]) -> int:
     """Bytes of shared memory that a block may have."""
     return _SHARED.get(capability, _SHARED_ELSEWHERE) << 10
@@ -113,14 +124,38 @@ def strip_rows(tile: tuple[int, int], kernel: int, stride: int) -> int:
 
 
 def configs(c_out: int) -> list[Config]:
-    """Tiles for a number of output channels, largest first; empty where none has whole blocks."""
+    """Tiles for a number of output channels, largest first: those with the fewest in vain."""
     found = []
     for pixels in sorted(_BLOCKS, reverse=True):
-        whole = [block for block in _BLOCKS[pixels] if c_out % block == 0]
+        covered = {block: -(-c_out // block) * block for block in _BLOCKS[pixels]}
+        best = [block for block in covered if covered[block] == min(covered.values())]
         # Of the narrower ones a processor has room for two.
-        narrow = [block for block in whole if block <= _BLOCKS[256][0]]
-        found += [Config(pixels, block) for block in dict.fromkeys((*whole[:1], *narrow[:1]))]
+        narrow = [block for block in best if block <= _BLOCKS[256][0]]
+        found += [Config(pixels, block) for block in dict.fromkeys((*best[:1], *narrow[:1]))]
     return found
+
+
+def layer_configs(weight: Tensor) -> list[Config]:
+    """Tiles for a layer with these weights, ``[C_out, K, K, C_in]``."""
+    return [IMAGE_CONFIG] if is_image(weight) else configs(weight.shape[0])
+
+
+def named(name: str) -> Config:
+    """The tiles of an engine.
+
+    Raises:
+        ValueError: no engine is called so.
+    """
+    for pixels, blocks in _BLOCKS.items():
+        for block in blocks:
+            if Config(pixels, block).name == name:
+                return Config(pixels, block)
+    raise ValueError(f"no tiles are called {name!r}")
+
+
+def is_image(weight: Tensor) -> bool:
+    """Whether a layer with these weights is one of images, ``[C_out, 3, 3, 3]``."""
+    return weight.shape[1] == 3 and weight.shape[3] == IMAGE_CHANNELS
 
 
 # --------------------------------------------------------------------------------------
@@ -157,17 +192,21 @@ def refusal(
     """The reason why the kernel cannot take these arguments of :func:`run`, or None.
 
     Copies and stores of whole units want addresses and strides, and numbers of channels, that are
-    multiples of 16 bytes.
+    multiples of 16 bytes; of images and their filters it wants nothing.
     """
     c_out, kernel, _, c_in = weight.shape
     if x.dtype not in _DTYPES:
         return f"no kernel for {x.dtype}, only for fp16, bf16, and fp32 as TF32"
     if x.dtype == torch.float32 and x.is_cuda and not tf32(x):
         return "products of fp32 may not be rounded to TF32 (torch.backends.cudnn.allow_tf32)"
-    if not configs(c_out):
-        return f"no tiles of whole blocks for {c_out} output channels"
-    if c_in == 0:
-        return "no input channels"
+    if c_in == 0 or c_out == 0:
+        return "no channels"
+    if is_image(weight):
+        if add is not None or mask is not None:
+            return "nothing is added to a layer of images, and nothing masks it"
+        if x.shape[:3].numel() >= PIXEL_LIMIT:
+            return f"{x.shape[:3].numel()} pixels are counted in 64 bits"
+        return unfit(kernel, stride, out=out)
     return unfit(kernel, stride, x=x, weight=weight, out=out, add=add, mask=mask)
 
 
@@ -187,7 +226,7 @@ def unfit(kernel: int, stride: int, **views: Tensor | None) -> str | None:
                 f"{name} has {view.shape[3]} channels and strides {view.stride()}: no multiples "
                 f"of {_UNIT} bytes"
             )
-        if view.shape[:3].numel() >= _PIXEL_LIMIT:
+        if view.shape[:3].numel() >= PIXEL_LIMIT:
             return f"{view.shape[:3].numel()} pixels are counted in 64 bits"
     return None
 
@@ -195,7 +234,9 @@ def unfit(kernel: int, stride: int, **views: Tensor | None) -> str | None:
 def fitting(
     out: Tensor, weight: Tensor, stride: int, device: tuple[int, int], *views: Tensor
 ) -> list[Config]:
-    """Of :func:`configs` those that a device's shared memory has room for."""
+    """Of :func:`layer_configs` those that a device's shared memory has room for."""
+    if is_image(weight):
+        return layer_configs(weight)  # 24 KiB.
     height, width = _size(out, weight.shape[1], *views)
     kernel = weight.shape[1]
     return [
@@ -272,8 +313,10 @@ def plan(
     add_c, mask_c = (0 if view is None else view.shape[3] for view in (add, mask))
     beside = [view for view in (add, mask) if view is not None]
     height, width = _size(out, kernel, x, *beside)
-    tile = config.tile(height, width, kernel, stride)
-    stages = config.stages(tile, kernel, stride, on)
+    # Patches of images are gathered, whose tiles have no halo, and at once: stages say nothing.
+    image = is_image(weight)
+    tile = config.tile(height, width, kernel, 1 if image else stride)
+    stages = STAGES[0] if image else config.stages(tile, kernel, stride, on)
     assert stages is not None, f"{config.name} does not fit into shared memory on {on}"
     in_size = (height, width) if kernel == 1 else x.shape[1:3]
     given = dict(
@@ -325,9 +368,8 @@ def run(
         pool: return partial sums of the output, ``[N, T, C_out]`` in fp32; only with ``scale``.
         statistics: return partial statistics, ``[N * T, 3, C_out]`` in fp32; only without.
     """
-    config = next(config for config in configs(weight.shape[0]) if config.name == engine)
     launch = plan(
-        config, x, weight, out, scale=scale, shift=shift, stride=stride, relu=relu, add=add,
+        named(engine), x, weight, out, scale=scale, shift=shift, stride=stride, relu=relu, add=add,
         mask=mask, on=capability(x.device),
     )  # fmt: skip
     n, c_out = out.shape[0], out.shape[3]

@@ -1,9 +1,10 @@
 """The backend of the extension's CUDA half: the signatures of :mod:`vovnet_fast.backends`.
 
 Memory-bound functions are CUDA C++ (csrc/cuda). Convolutions are cuDNN's, through ATen,
-followed by one pass into the slot, or the extension's own; a depthwise one and the 1x1 after it
-are one kernel where that is faster. Runs on NVIDIA GPUs of compute capability 8.0 and newer that
-the extension was compiled for.
+followed by one pass into the slot, or those of :mod:`.conv_sm80`; on Hopper also those of
+:mod:`.conv_sm90`, where it is on offer. A depthwise one and the 1x1 after it are one kernel where
+that is faster. Runs on NVIDIA GPUs of compute capability 8.0 and newer that the extension was
+compiled for.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ _CONVOLUTIONS = (
     "backends._engines",
     "backends.conv_sm80",
     "backends.conv_sm80_grad",
+    "backends.conv_sm80_input_grad",
     "backends.conv_sm90",
 )
 

@@ -42,6 +42,10 @@ void multiply_add(float (&sums)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 inline uint32_t rounded(uint32_t word) { return on_cpu::to_tf32(word); }
 inline float shared_float(uint32_t from) { return on_cpu::load_shared(from); }
 inline void put_shared_float(uint32_t to, float value) { on_cpu::store_shared(to, value); }
+inline uint32_t shared_word(uint32_t from) { return on_cpu::load_word(from); }
+inline void put_shared_unit(uint32_t to, const uint32_t (&words)[4]) {
+  on_cpu::store_unit(to, words);
+}
 
 #else
 
@@ -123,6 +127,12 @@ __device__ __forceinline__ float shared_float(uint32_t from) {
 }
 __device__ __forceinline__ void put_shared_float(uint32_t to, float value) {
   *reinterpret_cast<float*>(shared_memory() + to) = value;
+}
+__device__ __forceinline__ uint32_t shared_word(uint32_t from) {
+  return *reinterpret_cast<const uint32_t*>(shared_memory() + from);
+}
+__device__ __forceinline__ void put_shared_unit(uint32_t to, const uint32_t (&words)[4]) {
+  *reinterpret_cast<uint4*>(shared_memory() + to) = uint4{words[0], words[1], words[2], words[3]};
 }
 
 #endif

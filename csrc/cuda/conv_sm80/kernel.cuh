@@ -37,14 +37,28 @@ struct Sums {
 struct Step {
   int chunk = 0, tap = 0;
 
-  VF_DEVICE void advance(const Problem& p) {
-    if (++tap == p.taps) {
+  VF_DEVICE void advance(int taps) {
+    if (++tap == taps) {
       tap = 0;
       ++chunk;
     }
   }
   VF_DEVICE int units(const Problem& p) const {
     return chunk + 1 < p.chunks ? kUnits : p.last_units;
+  }
+};
+
+// Which taps a tile has: all of the filter.
+struct AllTaps {
+  static VF_DEVICE Tile tile_at(const Problem& p, int block_out, int index) {
+    return conv_sm80::tile_at(p, block_out, index);
+  }
+  static VF_DEVICE int count(const Problem& p, const Tile&) { return p.taps; }
+  static VF_DEVICE int filter_tap(const Tile&, int tap) { return tap; }
+  static VF_DEVICE int rows(const Problem& p, const Tile&, int tap) { return tap_rows(p, tap); }
+  // The pixel `index` of a tile, which is in its line `line`.
+  static VF_DEVICE Pixel output(const Tile& tile, int line, int index, int tile_w) {
+    return {tile.h + line, tile.w + index - line * tile_w};
   }
 };
 
@@ -78,32 +92,35 @@ VF_DEVICE void fetch_strip(const Problem& p, const Tile& tile, const Step& step,
 }
 
 template <int N>
-VF_DEVICE void fetch_weights(const Problem& p, const Tile& tile, const Step& step, int stage) {
+VF_DEVICE void fetch_weights(const Problem& p, const Tile& tile, const Step& step, int filter_tap,
+                             int stage) {
   const int unit = threadIdx.x % kUnits, units = step.units(p);
+  const int rows = p.c_out - tile.first;
   const char* from = p.weight + tile.first * p.filter_bytes +
-                     static_cast<int64_t>(step.tap) * p.tap_bytes +
+                     static_cast<int64_t>(filter_tap) * p.tap_bytes +
                      (step.chunk * kUnits + unit) * kUnitBytes;
   const uint32_t to = weights_at(p, N, stage);
 #pragma unroll
   for (int first = 0; first < N; first += kThreads / kUnits) {
     const int row = first + threadIdx.x / kUnits;
-    const bool wanted = row < N && taken(unit, units), inside = wanted && unit < units;
+    const bool wanted = row < N && taken(unit, units);
+    const bool inside = wanted && unit < units && row < rows;
     copy_unit(to + unit_at(row, unit), inside ? from + row * p.filter_bytes : p.weight, inside,
               wanted);
   }
 }
 
 // All of a step, as one group. Past the last step the group is empty.
-template <int N>
+template <class Taps, int N>
 VF_DEVICE void fetch(const Problem& p, const Tile& tile, Step& step, Ring& strips, Ring& weights) {
   if (step.chunk < p.chunks) {
     if (step.tap == 0) {
       fetch_strip(p, tile, step, strips.stage);
       strips.advance(p.strip_stages);
     }
-    fetch_weights<N>(p, tile, step, weights.stage);
+    fetch_weights<N>(p, tile, step, Taps::filter_tap(tile, step.tap), weights.stage);
     weights.advance(p.stages);
-    step.advance(p);
+    step.advance(Taps::count(p, tile));
   }
   commit_copies();
 }
@@ -180,22 +197,23 @@ VF_DEVICE int column_of(int warp_across, int j) {
   return (warp_across * kAcross<N> + j) * kBlockColumns + threadIdx.x % 4 * 2;
 }
 
-template <int PIXELS>
+template <class Taps, int PIXELS>
 VF_DEVICE unsigned pixels_inside(const Problem& p, const Share& share) {
   unsigned found = 0;
 #pragma unroll
   for (int bit = 0; bit < 2 * kDown<PIXELS>; ++bit) {
     const int index = pixel_index<PIXELS>(share.warp_down, bit / 2, bit % 2);
-    const int h = divide(index, p.tile_magic), w = index - h * p.tile_w;
-    if (share.tile.h + h < p.out_height && share.tile.w + w < p.out_width) found |= 1u << bit;
+    const Pixel at = Taps::output(share.tile, divide(index, p.tile_magic), index, p.tile_w);
+    if (at.h < p.out_height && at.w < p.out_width) found |= 1u << bit;
   }
   return found;
 }
 
 // Where pixel `index` of a tile is in a view, in bytes.
+template <class Taps>
 VF_DEVICE int64_t offset(const Problem& p, const Tile& tile, int index, const Pitches& pitch) {
-  const int h = divide(index, p.tile_magic), w = index - h * p.tile_w;
-  return tile.n * pitch.n + (tile.h + h) * pitch.h + (tile.w + w) * pitch.w;
+  const Pixel at = Taps::output(tile, divide(index, p.tile_magic), index, p.tile_w);
+  return tile.n * pitch.n + at.h * pitch.h + at.w * pitch.w;
 }
 
 template <int PIXELS, int N>
@@ -205,7 +223,9 @@ VF_DEVICE void scale_and_shift(const Problem& p, const Share& share, Sums<PIXELS
     const int channel = share.tile.first + column_of<N>(share.warp_across, j);
 #pragma unroll
     for (int k = 0; k < 2; ++k) {
-      const float scale = p.scale[channel + k], shift = p.shift[channel + k];
+      const bool there = channel < p.c_out;
+      const float scale = there ? p.scale[channel + k] : 0.f;
+      const float shift = there ? p.shift[channel + k] : 0.f;
 #pragma unroll
       for (int i = 0; i < 2 * kDown<PIXELS>; ++i) {
         float& sum = sums.of[i / 2][j][i % 2 * 2 + k];
@@ -216,15 +236,15 @@ VF_DEVICE void scale_and_shift(const Problem& p, const Share& share, Sums<PIXELS
   }
 }
 
-template <class T, int PIXELS, int N>
+template <class T, class Taps, int PIXELS, int N>
 VF_DEVICE void add_and_mask(const Problem& p, const Share& share, Sums<PIXELS, N>& sums) {
   const int unmasked = p.c_out - p.mask_c;
 #pragma unroll
   for (int i = 0; i < 2 * kDown<PIXELS>; ++i) {
     if ((share.inside >> i & 1) == 0) continue;
     const int index = pixel_index<PIXELS>(share.warp_down, i / 2, i % 2);
-    const int64_t to_add = offset(p, share.tile, index, p.add_pitch);
-    const int64_t to_mask = offset(p, share.tile, index, p.mask_pitch);
+    const int64_t to_add = offset<Taps>(p, share.tile, index, p.add_pitch);
+    const int64_t to_mask = offset<Taps>(p, share.tile, index, p.mask_pitch);
 #pragma unroll
     for (int j = 0; j < kAcross<N>; ++j) {
       const int channel = share.tile.first + column_of<N>(share.warp_across, j);
@@ -234,7 +254,7 @@ VF_DEVICE void add_and_mask(const Problem& p, const Share& share, Sums<PIXELS, N
 #pragma unroll
         for (int k = 0; k < 2; ++k) y[k] += widen(raw.element[k]);
       }
-      if (channel >= unmasked) {
+      if (channel >= unmasked && channel < p.c_out) {
         const auto raw =
             load<2>(reinterpret_cast<const T*>(p.mask + to_mask) + (channel - unmasked));
 #pragma unroll
@@ -287,17 +307,18 @@ template <int PIXELS, int N>
 VF_DEVICE void store_partials(const Problem& p, const Share& share, const Sums<PIXELS, N>& sums) {
   static_assert(N <= kThreads, "there is a thread for every channel");
   const int c = threadIdx.x;
+  const bool mine = c < N && share.tile.first + c < p.c_out;
   leave_sums<PIXELS, N>(0, 1, share, sums);
   if (p.pool_partials != nullptr) {
     float* to = p.pool_partials + share.tile.partial * p.c_out + share.tile.first;
-    if (c < N) to[c] = over_warps<N>(0, c);
+    if (mine) to[c] = over_warps<N>(0, c);
     return;
   }
   const int count =
       min(p.tile_h, p.out_height - share.tile.h) * min(p.tile_w, p.out_width - share.tile.w);
   leave_sums<PIXELS, N>(1, static_cast<float>(count), share, sums);
   float* to = p.statistics + share.tile.partial * kStatisticsRows * p.c_out + share.tile.first;
-  if (c >= N) return;
+  if (!mine) return;
   to[c] = static_cast<float>(count);
   to[p.c_out + c] = over_warps<N>(0, c);
   to[2 * p.c_out + c] = over_warps<N>(1, c);
@@ -321,19 +342,22 @@ VF_DEVICE void transpose(uint32_t (&words)[4]) {
 
 // Rounds and stores. Of halves 16 bytes at once, for which four lanes swap what they hold of up to
 // 8 * 4 adjacent channels.
-template <class T, int PIXELS, int N>
+template <class T, class Taps, int PIXELS, int N>
 VF_DEVICE void store_tile(const Problem& p, const Share& share, const Sums<PIXELS, N>& sums) {
+  const int channels = p.c_out - share.tile.first;
 #pragma unroll
   for (int i = 0; i < 2 * kDown<PIXELS>; ++i) {
     const bool there = (share.inside >> i & 1) != 0;
     const int index = pixel_index<PIXELS>(share.warp_down, i / 2, i % 2);
-    char* to = p.out + offset(p, share.tile, index, p.out_pitch) + share.tile.first * sizeof(T);
+    char* to =
+        p.out + offset<Taps>(p, share.tile, index, p.out_pitch) + share.tile.first * sizeof(T);
     if constexpr (sizeof(T) == 4) {
 #pragma unroll
       for (int j = 0; j < kAcross<N>; ++j) {
         const float* y = &sums.of[i / 2][j][i % 2 * 2];
         const Raw<float, 2> pair = {{y[0], y[1]}};
-        if (there) store(reinterpret_cast<T*>(to) + column_of<N>(share.warp_across, j), pair);
+        const int column = column_of<N>(share.warp_across, j);
+        if (there && column < channels) store(reinterpret_cast<T*>(to) + column, pair);
       }
     } else {
 #pragma unroll
@@ -347,8 +371,9 @@ VF_DEVICE void store_tile(const Problem& p, const Share& share, const Sums<PIXEL
         }
         transpose(words);
         const int block = first + threadIdx.x % 4;  // Of which this lane now has a pixel.
-        if (!there || block >= kAcross<N>) continue;
-        T* at = reinterpret_cast<T*>(to) + (share.warp_across * kAcross<N> + block) * kBlockColumns;
+        const int column = (share.warp_across * kAcross<N> + block) * kBlockColumns;
+        if (!there || block >= kAcross<N> || column >= channels) continue;
+        T* at = reinterpret_cast<T*>(to) + column;
         VF_CHECK_ALIGNED(at, kUnitBytes);
         store_word(reinterpret_cast<uint4*>(at), uint4{words[0], words[1], words[2], words[3]});
       }
@@ -359,10 +384,10 @@ VF_DEVICE void store_tile(const Problem& p, const Share& share, const Sums<PIXEL
 // ---- The kernel --------------------------------------------------------------------------------
 
 // A thread of a tile of PIXELS by N.
-template <class T, int PIXELS, int N>
+template <class T, class Taps, int PIXELS, int N>
 __global__ void __launch_bounds__(kThreads, kBlocks<PIXELS, N>) kernel(const Problem p) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
-  Share share = {tile_at(p, N, blockIdx.x), warp / kWarpsAcross, warp % kWarpsAcross, 0};
+  Share share = {Taps::tile_at(p, N, blockIdx.x), warp / kWarpsAcross, warp % kWarpsAcross, 0};
 
   int rows[kDown<PIXELS>];
 #pragma unroll
@@ -379,10 +404,10 @@ __global__ void __launch_bounds__(kThreads, kBlocks<PIXELS, N>) kernel(const Pro
   int strip = p.strip_stages - 1;
 #pragma unroll 1
   for (int i = 0; i < p.stages - 1; ++i) {
-    fetch<N>(p, share.tile, fetched, fetched_strips, fetched_weights);
+    fetch<Taps, N>(p, share.tile, fetched, fetched_strips, fetched_weights);
   }
 #pragma unroll 1
-  for (; step.chunk < p.chunks; step.advance(p)) {
+  for (; step.chunk < p.chunks; step.advance(Taps::count(p, share.tile))) {
     // What this step reads was committed stages - 1 groups ago.
     if (p.stages == kMaxStages) {
       wait_copies<kMaxStages - 2>();
@@ -391,21 +416,21 @@ __global__ void __launch_bounds__(kThreads, kBlocks<PIXELS, N>) kernel(const Pro
     }
     // All have what everyone fetched, and are done with the step before, whose place is taken.
     __syncthreads();
-    fetch<N>(p, share.tile, fetched, fetched_strips, fetched_weights);
+    fetch<Taps, N>(p, share.tile, fetched, fetched_strips, fetched_weights);
     if (step.tap == 0) strip = strip + 1 == p.strip_stages ? 0 : strip + 1;
-    multiply<T, PIXELS, N>(sums, rows, tap_rows(p, step.tap), strip_at(p, strip),
+    multiply<T, PIXELS, N>(sums, rows, Taps::rows(p, share.tile, step.tap), strip_at(p, strip),
                            weights_at(p, N, weights.stage) + channels, step.units(p));
     weights.advance(p.stages);
   }
   __syncthreads();  // Sums may take the place of what was multiplied.
 
-  share.inside = pixels_inside<PIXELS>(p, share);
+  share.inside = pixels_inside<Taps, PIXELS>(p, share);
   if (p.scale != nullptr) scale_and_shift<PIXELS, N>(p, share, sums);
-  if (p.add != nullptr || p.mask != nullptr) add_and_mask<T, PIXELS, N>(p, share, sums);
+  if (p.add != nullptr || p.mask != nullptr) add_and_mask<T, Taps, PIXELS, N>(p, share, sums);
   if (p.pool_partials != nullptr || p.statistics != nullptr) {
     store_partials<PIXELS, N>(p, share, sums);
   }
-  store_tile<T, PIXELS, N>(p, share, sums);
+  store_tile<T, Taps, PIXELS, N>(p, share, sums);
 }
 
 using Kernel = void (*)(Problem);
@@ -414,16 +439,17 @@ using Kernel = void (*)(Problem);
 Kernel float16_kernel(int pixels, int block_out);
 Kernel bfloat16_kernel(int pixels, int block_out);
 Kernel float32_kernel(int pixels, int block_out);
+Kernel image_kernel_of(int32_t dtype);  // Of images: image.cuh.
 
 template <class T>
 Kernel kernel_for(int pixels, int block_out) {
   switch (block_out) {
-#define VF_CASE(channels, wide)                           \
-  case channels:                                          \
-    if constexpr (wide) {                                 \
-      if (pixels == 256) return kernel<T, 256, channels>; \
-    }                                                     \
-    return kernel<T, 128, channels>;
+#define VF_CASE(channels, wide)                                    \
+  case channels:                                                   \
+    if constexpr (wide) {                                          \
+      if (pixels == 256) return kernel<T, AllTaps, 256, channels>; \
+    }                                                              \
+    return kernel<T, AllTaps, 128, channels>;
     VF_CONV_SM80_TILES(VF_CASE)
 #undef VF_CASE
   }

@@ -18,8 +18,11 @@
 //
 // params.h has the arguments, plan.h makes of them what the kernel is told, layout.h says where
 // everything lies, kernel.cuh what a thread does, device.cuh the instructions that it does it with.
-// float16.cu, bfloat16.cu and float32.cu compile the kernels of a dtype.
+// float16.cu, bfloat16.cu and float32.cu compile the kernels of a dtype. image.cuh has the first
+// layer, input_grad.cuh the input gradient with stride 2.
 #include "../common.cuh"
+#include "grid.cuh"
+#include "image.cuh"
 #include "kernel.cuh"
 #include "launch.h"
 #include "plan.h"
@@ -49,22 +52,12 @@ conv_sm80::Kernel kernel_of(const ConvSm80Params& params) {
 void conv_sm80(const ConvSm80Params& params, void* stream) {
   const char* name = "conv_sm80";
   if (params.n == 0 || params.out_height == 0 || params.out_width == 0 || params.c_out == 0) return;
-  const conv_sm80::Problem p = conv_sm80::plan(params);
+  const bool image = conv_sm80::of_image(params);
+  const conv_sm80::Problem p = image ? conv_sm80::image_plan(params) : conv_sm80::plan(params);
   check_device(name, params.out.data);
-  const conv_sm80::Kernel kernel = kernel_of(params);
-  const uint32_t bytes = conv_sm80::shared_bytes(p, params.block_out);
-  const int grid = conv_sm80::tiles_of(p, params.n);
-#ifdef VF_CUDA_ON_CPU
-  (void)stream;
-  cuda_on_cpu::run(name, grid, conv_sm80::kThreads, [&] { kernel(p); }, bytes);
-#else
-  check(name,
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                             static_cast<int>(bytes)),
-        "this device has no " + std::to_string(bytes) + " bytes of shared memory for a block");
-  kernel<<<grid, conv_sm80::kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(p);
-  check(name, cudaGetLastError(), "cannot launch " + std::to_string(grid) + " blocks");
-#endif
+  conv_sm80::launch(name, image ? conv_sm80::image_kernel_of(params.dtype) : kernel_of(params),
+                    conv_sm80::tiles_of(p, params.n), conv_sm80::shared_bytes(p, params.block_out),
+                    stream, p);
 }
 
 }  // namespace cuda

@@ -66,7 +66,7 @@ struct Problem {
   int32_t height, width;  // of x
   int32_t out_height, out_width, c_out, relu;
   int32_t add_c, mask_c;
-  int32_t kernel, stride;
+  int32_t kernel, stride, pad;
   int32_t tap_bytes;  // of an output channel
   int32_t tile_h, tile_w;
   int32_t strip_rows, pitch, even;  // rows of a strip; of one line of it; of its even columns
@@ -95,16 +95,21 @@ VF_HD int divide(int a, uint32_t magic) {
 // What a block computes.
 struct Tile {
   int n, h, w;      // its first output pixel
-  int first;        // its first output channel
+  int first;        // its first output channel; the last tile may reach beyond c_out
   int64_t partial;  // which of all partials is its own
+  int parity;       // of its pixels, in an input gradient with stride 2: input_grad.cuh
 };
 
 // Tiles that share pixels are neighbours: the second one finds them in L2.
 VF_HD Tile tile_at(const Problem& p, int block_out, int index) {
   const int rectangle = index / p.groups;
   const int of_image = rectangle % (p.down * p.across);
-  return {rectangle / (p.down * p.across), of_image / p.across * p.tile_h,
-          of_image % p.across * p.tile_w, index % p.groups * block_out, rectangle};
+  return {rectangle / (p.down * p.across),
+          of_image / p.across * p.tile_h,
+          of_image % p.across * p.tile_w,
+          index % p.groups * block_out,
+          rectangle,
+          0};
 }
 
 // ---- Strips ------------------------------------------------------------------------------------
@@ -118,8 +123,7 @@ VF_HD Pixel strip_pixel(const Problem& p, const Tile& tile, int row) {
   const int line = divide(row, p.pitch_magic), place = row - line * p.pitch;
   const int column =
       p.stride == 1 ? place : (place < p.even ? 2 * place : 2 * (place - p.even) + 1);
-  const int pad = p.kernel / 2;
-  return {tile.h * p.stride + line - pad, tile.w * p.stride + column - pad};
+  return {tile.h * p.stride + line - p.pad, tile.w * p.stride + column - p.pad};
 }
 
 // The row of a strip that the first tap of pixel `index` of a tile reads,

@@ -10,7 +10,9 @@ namespace vovnet_fast {
 // out = conv(x, weight) with its statistics.
 //
 // A unit is 16 bytes: 8 halves, or 4 numbers of fp32. All addresses, strides and numbers of
-// channels are whole units. fp32 is multiplied as TF32: operands are rounded to it.
+// channels are whole units, but for the first layer: with a kernel of 3 and three input channels
+// neither those of x nor those of the weights need be, tiles have 128 pixels by 64 channels, and
+// nothing is added or masks. fp32 is multiplied as TF32: operands are rounded to it.
 struct ConvSm80Params {
   View x;               // [N, H, W, C_in]
   View out;             // [N, H', W', C_out], H' = (H - 1) / stride + 1
@@ -26,7 +28,7 @@ struct ConvSm80Params {
   int64_t n, height, width, out_height, out_width, c_in, c_out, add_c, mask_c;
   int32_t kernel, stride;  // 1 or 3; 1, or 2 with a kernel of 3
   int32_t tile_h, tile_w;  // output pixels of a tile: 128 or 256; tile_w is a multiple of 8
-  int32_t block_out;       // output channels of a tile; divides c_out
+  int32_t block_out;       // output channels of a tile
   int32_t stages;          // of the ring of weights: 3 or 4
   int32_t relu;            // only with scale
   int32_t dtype;           // kFloat16, kBFloat16 or kFloat32

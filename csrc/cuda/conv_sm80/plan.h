@@ -41,8 +41,10 @@ inline bool has_tiles(int pixels, int block_out) {
   }
 }
 
+// `tiles`: whether there are tiles as these arguments want them.
+//
 // Raises: the kernel cannot take these arguments.
-inline void check(const ConvSm80Params& params) {
+inline void check(const ConvSm80Params& params, bool tiles) {
   constexpr int64_t kLimit = int64_t{1} << 30;  // Of sizes and tiles, which are counted in 32 bits.
   const int64_t unit = params.dtype == kFloat32 ? 4 : 8;
   require(
@@ -64,12 +66,9 @@ inline void check(const ConvSm80Params& params) {
           aligned(params.mask, params.n, h, w, unit),
       "addresses and strides must be multiples of 16 bytes (copy the tensor, or take another "
       "engine)");
-  const int pixels = params.tile_h * params.tile_w;
-  require(params.tile_w % 8 == 0 && has_tiles(pixels, params.block_out) &&
-              params.c_out % params.block_out == 0,
-          "no tiles of " + std::to_string(params.tile_h) + " x " + std::to_string(params.tile_w) +
-              " pixels by " + std::to_string(params.block_out) + " channels for " +
-              std::to_string(params.c_out) + " output channels");
+  require(params.tile_w % 8 == 0 && tiles, "no tiles of " + std::to_string(params.tile_h) + " x " +
+                                               std::to_string(params.tile_w) + " pixels by " +
+                                               std::to_string(params.block_out) + " channels");
 }
 
 // The stride of an axis of size 1 says nothing: it may be anything.
@@ -80,11 +79,11 @@ inline Pitches pitches(const View& view, int64_t n, int64_t height, int64_t widt
 
 }  // namespace detail
 
-// What the kernel is told. Nothing may be empty.
+// What a kernel is told that has such tiles, or not. Nothing may be empty.
 //
 // Raises: it cannot take these arguments.
-inline Problem plan(const ConvSm80Params& params) {
-  detail::check(params);
+inline Problem plan(const ConvSm80Params& params, bool tiles) {
+  detail::check(params, tiles);
   const int64_t bytes = params.dtype == kFloat32 ? 4 : 2;
   Problem p;
   p.x = static_cast<const char*>(params.x.data);
@@ -113,6 +112,7 @@ inline Problem plan(const ConvSm80Params& params) {
   p.mask_c = static_cast<int32_t>(params.mask_c);
   p.kernel = params.kernel;
   p.stride = params.stride;
+  p.pad = params.kernel / 2;
   p.taps = p.kernel * p.kernel;
   p.tap_bytes = static_cast<int32_t>(params.c_in * bytes);
   p.filter_bytes = static_cast<int64_t>(p.taps) * p.tap_bytes;
@@ -126,7 +126,7 @@ inline Problem plan(const ConvSm80Params& params) {
   p.kernel_magic = magic(p.kernel);
   p.down = static_cast<int32_t>(ceil_div(params.out_height, params.tile_h));
   p.across = static_cast<int32_t>(ceil_div(params.out_width, params.tile_w));
-  p.groups = static_cast<int32_t>(params.c_out / params.block_out);
+  p.groups = static_cast<int32_t>(ceil_div(params.c_out, params.block_out));
   const int64_t units = params.c_in * bytes / kUnitBytes;
   p.chunks = static_cast<int32_t>(ceil_div(units, kUnits));
   p.last_units = static_cast<int32_t>(units - (p.chunks - 1) * static_cast<int64_t>(kUnits));
@@ -139,6 +139,11 @@ inline Problem plan(const ConvSm80Params& params) {
       of_image < limit && of_image * params.n < limit && of_image * params.n * p.groups < limit,
       "more than 2^30 tiles: split the batch");
   return p;
+}
+
+// The same of the kernels of kernel.cuh with all taps.
+inline Problem plan(const ConvSm80Params& params) {
+  return plan(params, detail::has_tiles(params.tile_h * params.tile_w, params.block_out));
 }
 
 // Blocks of the grid.

@@ -41,7 +41,7 @@ VF_DEVICE void fetch(const Problem& p, const Tile& tile, int chunk, int stage) {
     fetch_taps(p, step, taps_at(p, N, stage));
   }
   if (chunk > 0 && chunk <= p.chunks) {
-    conv_sm80::fetch_weights<N>(p, tile, {chunk - 1, 0}, before(p, stage));
+    conv_sm80::fetch_weights<N>(p, tile, {chunk - 1, 0}, 0, before(p, stage));
   }
   conv_sm80::commit_copies();
 }
@@ -148,12 +148,12 @@ __global__ void __launch_bounds__(kThreads, conv_sm80::kBlocks<kPixels, N>)
     stage = stage + 1 == p.stages ? 0 : stage + 1;
   }
   // Behind the last barrier nobody reads strips: sums may take their place.
-  share.inside = conv_sm80::pixels_inside<kPixels>(p, share);
+  share.inside = conv_sm80::pixels_inside<conv_sm80::AllTaps, kPixels>(p, share);
   if (p.scale != nullptr) conv_sm80::scale_and_shift<kPixels, N>(p, share, sums);
   if (p.pool_partials != nullptr || p.statistics != nullptr) {
     conv_sm80::store_partials<kPixels, N>(p, share, sums);
   }
-  conv_sm80::store_tile<T, kPixels, N>(p, share, sums);
+  conv_sm80::store_tile<T, conv_sm80::AllTaps, kPixels, N>(p, share, sums);
 }
 
 using Kernel = void (*)(Problem);
