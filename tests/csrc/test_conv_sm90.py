@@ -210,6 +210,25 @@ def test_several_blocks_of_channels_share_a_tile(simulator):
     simulate(simulator, Layer(2, 9, 9, 16, 320), conv_sm90.Config(256, 160), ctas=3, pool=True)
 
 
+@pytest.mark.parametrize("slots", [(768, 192), (1024, 224), (4096, 80)])
+def test_1x1_over_a_concat_buffer(slots, simulator):
+    """All of a block's slots at once, each of its own magnitude, in many more steps than stages.
+
+    Against sums over one slot after the other: products that are lost, or another slot's, show.
+    """
+    first, width = slots
+    widths = [first] + [width] * 5
+    for config in conv_sm90.configs(256):
+        layer = Layer(1, 9, 29, sum(widths), 256, kernel=1)
+        for i, slot in enumerate(layer.x.split(widths, dim=3)):
+            slot.mul_(2.0**-i)
+        simulate(simulator, layer, config, pool=True, ctas=1)
+        x, weight = (t.double().split(widths, dim=3) for t in (layer.x, layer.weight))
+        z = sum(x @ w.flatten(1).T for x, w in zip(x, weight))
+        exact = F.relu(z * layer.scale.double() + layer.shift.double())
+        torch.testing.assert_close(layer.out.double(), exact, rtol=6e-4, atol=2e-5)
+
+
 def test_without_relu(simulator):
     simulate(simulator, Layer(1, 4, 8, 16, 80, relu=False), conv_sm90.Config(128, 80))
 
@@ -380,6 +399,13 @@ def test_gpu_every_number_of_output_channels(c_out, kernel, dtype, gpu):
     for c_in in (8, 80, 160, 224):
         layer = Layer(2, 33, 50, c_in, c_out, kernel=kernel, dtype=dtype, device=gpu)
         run_all(layer, pool=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("c_in", [768, 1472, 2144])
+def test_gpu_1x1_over_a_concat_buffer(c_in, gpu):
+    run_all(Layer(2, 25, 42, c_in, 768, kernel=1, device=gpu), pool=True)
 
 
 @pytest.mark.gpu

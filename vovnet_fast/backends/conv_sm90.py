@@ -37,7 +37,7 @@ _ALIGNMENT = 16  # Bytes; of what bulk copies fetch, and of stores.
 _PIXEL_LIMIT = 2**30  # Tiles are counted in 32 bits, and any tile has a pixel.
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # Codes of csrc/params.h.
 
-_BLOCKS = {128: (256, 224, 192, 160, 128, 112, 96, 80, 64), 256: (160, 128, 112, 96, 80, 64)}
+_BLOCKS = {128: (256, 224, 192, 160, 128, 112, 96, 80, 64), 256: (192, 160, 128, 112, 96, 80, 64)}
 """Output channels of a tile, by its pixels: what registers have room for."""
 
 _TILE_WIDTHS = (8, 16, 32)

@@ -9,15 +9,9 @@
 #pragma once
 
 #include "../../math.h"
+#include "epilogue.h"
 #include "layout.h"
-
-#ifdef __CUDACC__
-#define VF_THREAD __device__ __forceinline__
-#define VF_UNROLL _Pragma("unroll")
-#else
-#define VF_THREAD inline
-#define VF_UNROLL
-#endif
+#include "thread.h"
 
 namespace vovnet_fast {
 namespace conv_sm90 {
@@ -135,102 +129,6 @@ VF_THREAD void multiply(Machine& m, const Problem& p, Ring& strips, Ring& weight
   m.arrive(strip_free(p, strips.previous()));
 }
 
-// words[i] of lane q of four goes to words[q] of lane i.
-template <class Machine>
-VF_THREAD void transpose(Machine& m, uint32_t (&words)[4]) {
-  const int lane = m.thread() % 4;
-  VF_UNROLL
-  for (int bit = 1; bit <= 2; bit *= 2) {
-    const bool high = (lane & bit) != 0;
-    VF_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const int a = bit == 1 ? 2 * i : i, b = a + bit;
-      const uint32_t received = m.shuffle_xor(high ? words[a] : words[b], bit);
-      words[a] = high ? received : words[a];
-      words[b] = high ? words[b] : received;
-    }
-  }
-}
-
-// Leave the sums of a tile's 8 * 4 columns, of the pixels of this warp, in shared memory.
-template <class Machine>
-VF_THREAD void leave_sums(Machine& m, const Problem& p, int column, int columns,
-                          float (&sums)[4][2]) {
-  const int thread = m.thread() - kWarpgroup;
-  float* row = m.floats(sums_at(p)) + thread / kWarp * p.block_out + column + column_of(thread);
-  VF_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    VF_UNROLL
-    for (int k = 0; k < 2; ++k) {
-      float sum = sums[i][k];
-      VF_UNROLL
-      for (int lanes = 4; lanes < kWarp; lanes *= 2) sum += m.shuffle_xor(sum, lanes);
-      if (thread % kWarp < 4 && i * 8 < columns) row[i * 8 + k] = sum;
-    }
-  }
-}
-
-// Add up what the warps left, in order.
-template <class Machine>
-VF_THREAD void store_partials(Machine& m, const Problem& p, const Tile& tile) {
-  m.synchronise_consumers();
-  const float* sums = m.floats(sums_at(p));
-  for (int c = m.thread() - kWarpgroup; c < p.block_out; c += kConsumers * kWarpgroup) {
-    float sum = 0;
-    for (int warp = 0; warp < kConsumerWarps; ++warp) sum += sums[warp * p.block_out + c];
-    p.pool_partials[tile.partial * p.c_out + tile.first + c] = sum;
-  }
-  m.synchronise_consumers();  // Before the next tile's sums take their place.
-}
-
-// Scale, shift, ReLU, rounding; and 16 bytes a store, for which four lanes swap what they hold of
-// 8 * 4 adjacent channels.
-template <class T, int N, int BLOCKS, class Machine>
-VF_THREAD void store_tile(Machine& m, const Problem& p, const Tile& tile,
-                          float (&sums)[BLOCKS][N / 2]) {
-  const int thread = m.thread() % kWarpgroup;
-  const int consumer = m.thread() / kWarpgroup - 1;
-  T* pixels[BLOCKS][2];
-  VF_UNROLL
-  for (int i = 0; i < BLOCKS * 2; ++i) {
-    const int row = (consumer * BLOCKS + i / 2) * kBlockRows + i % 2 * 8 + row_of(thread);
-    const Pixel pixel = pixel_at(p, tile, row);
-    T* out = static_cast<T*>(p.out) + out_offset(p, tile, pixel) + thread % 4 * 8;
-    pixels[i / 2][i % 2] = inside(p, pixel) ? out : nullptr;
-  }
-  VF_UNROLL
-  for (int column = 0; column < N; column += 32) {
-    const int columns = N - column < 32 ? N - column : 32;
-    const float* scale = p.scale + tile.first + column + column_of(thread);
-    const float* shift = p.shift + tile.first + column + column_of(thread);
-    float pooled[4][2] = {};
-    VF_UNROLL
-    for (int block = 0; block < BLOCKS; ++block) {
-      VF_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        T* out = pixels[block][half];
-        uint32_t words[4] = {};
-        VF_UNROLL
-        for (int i = 0; i * 8 < columns; ++i) {
-          float y[2];
-          VF_UNROLL
-          for (int k = 0; k < 2; ++k) {
-            const float z = sums[block][column / 2 + i * 4 + half * 2 + k];
-            y[k] = scale_shift(z, scale[i * 8 + k], shift[i * 8 + k]);
-            if (p.relu) y[k] = relu(y[k]);
-            pooled[i][k] += out != nullptr ? y[k] : 0.f;
-          }
-          words[i] = m.template narrow_pair<T>(y[0], y[1]);
-        }
-        transpose(m, words);
-        if (out != nullptr && thread % 4 * 8 < columns) m.store(out + column, words);
-      }
-    }
-    if (p.pool_partials != nullptr) leave_sums(m, p, column, columns, pooled);
-  }
-  if (p.pool_partials != nullptr) store_partials(m, p, tile);
-}
-
 // One thread of the kernel. BLOCKS: of 64 pixels, that a warpgroup multiplies.
 template <class T, int N, int BLOCKS, class Machine>
 VF_THREAD void run_thread(Machine& m, const Problem& p) {
@@ -249,7 +147,7 @@ VF_THREAD void run_thread(Machine& m, const Problem& p) {
     for (int index = m.cta(); index < p.tiles; index += m.ctas()) {
       float sums[BLOCKS][N / 2];
       multiply<T, N, BLOCKS>(m, p, strips, weights, sums);
-      store_tile<T, N, BLOCKS>(m, p, tile_at(p, index), sums);
+      finish<T, N, BLOCKS>(m, p, tile_at(p, index), sums);
     }
   }
 }

@@ -37,13 +37,18 @@ constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kBarrierBytes = 8;
 constexpr int kMaxStages = 8;
 
+// Strides of a [N, H, W, C] view in elements.
+struct Pitch {
+  int64_t n, h, w;
+};
+
 // All that the kernel is told, besides where to copy from.
 struct Problem {
-  const float* scale;           // [C_out]
-  const float* shift;           // [C_out]
-  float* pool_partials;         // [N, down * across, C_out], or null
-  void* out;                    // [N, H, W, C_out]
-  int64_t out_n, out_h, out_w;  // strides of out in elements
+  const float* scale;    // [C_out]
+  const float* shift;    // [C_out]
+  float* pool_partials;  // [N, down * across, C_out], or null
+  void* out;             // [N, H, W, C_out]
+  Pitch out_pitch;
   int32_t height, width, c_in, c_out, kernel, relu;
   int32_t tile_h, tile_w, block_out;
   int32_t down, across, groups;  // tiles: of rows, of columns, of output channels
@@ -82,8 +87,8 @@ VF_HD bool inside(const Problem& p, const Pixel& pixel) {
   return pixel.h < p.height && pixel.w < p.width;
 }
 
-VF_HD int64_t out_offset(const Problem& p, const Tile& tile, const Pixel& pixel) {
-  return tile.n * p.out_n + pixel.h * p.out_h + pixel.w * p.out_w + tile.first;
+VF_HD int64_t offset(const Tile& tile, const Pixel& pixel, const Pitch& pitch) {
+  return tile.n * pitch.n + pixel.h * pitch.h + pixel.w * pitch.w;
 }
 
 // WGMMAs along the input channels of a chunk: the last chunk may have fewer.

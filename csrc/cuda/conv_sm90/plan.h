@@ -16,7 +16,7 @@ constexpr uint32_t kSharedLimit = 227 * 1024 - kAtomBytes;
 
 // f(channels of a tile, the most blocks of 64 pixels that a warpgroup can hold with them).
 #define VF_CONV_SM90_TILES(f) \
-  f(64, 2) f(80, 2) f(96, 2) f(112, 2) f(128, 2) f(160, 2) f(192, 1) f(224, 1) f(256, 1)
+  f(64, 2) f(80, 2) f(96, 2) f(112, 2) f(128, 2) f(160, 2) f(192, 2) f(224, 1) f(256, 1)
 
 // What a bulk copy is told of a tensor: dimension 0 is the innermost, with stride 1.
 struct Box {
@@ -120,6 +120,8 @@ inline void check(const ConvSm90Params& params) {
   require((params.kernel == 1 || strip_box(params).box[2] <= 256), "tile_h is at most 254");
 }
 
+inline Pitch pitch(const View& view) { return {view.stride_n, view.stride_h, view.stride_w}; }
+
 // The deepest rings that shared memory has room for; of strips as few as hide their latency, as
 // each is read for `kernel` taps.
 inline void choose_stages(Problem& p) {
@@ -157,9 +159,7 @@ inline Problem plan(const ConvSm90Params& params) {
   p.shift = static_cast<const float*>(params.shift);
   p.pool_partials = static_cast<float*>(params.pool_partials);
   p.out = params.out.data;
-  p.out_n = params.out.stride_n;
-  p.out_h = params.out.stride_h;
-  p.out_w = params.out.stride_w;
+  p.out_pitch = detail::pitch(params.out);
   p.height = static_cast<int32_t>(params.height);
   p.width = static_cast<int32_t>(params.width);
   p.c_in = static_cast<int32_t>(params.c_in);
