@@ -503,6 +503,11 @@ class Thread {
     return word;
   }
   template <class T>
+  void load(const T* from, uint32_t (&words)[4]) {
+    require(reinterpret_cast<uintptr_t>(from) % 16 == 0, "a load of 16 bytes is not aligned");
+    memcpy(words, from, 16);
+  }
+  template <class T>
   void store(T* to, const uint32_t (&words)[4]) {
     require(reinterpret_cast<uintptr_t>(to) % 16 == 0, "a store of 16 bytes is not aligned");
     memcpy(to, words, 16);

@@ -44,17 +44,21 @@ class Params(ctypes.Structure):
     """ConvSm90Params."""
 
     _fields_ = [
-        ("x", View),
-        ("out", View),
+        *((name, View) for name in ("x", "out", "add", "mask")),
         *((name, ctypes.c_void_p) for name in ("weight", "scale", "shift", "pool_partials")),
-        *((name, ctypes.c_int64) for name in ("n", "height", "width", "c_in", "c_out")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("n", "height", "width", "c_in", "c_out", "add_c", "mask_c")
+        ),
         *((name, ctypes.c_int32) for name in ("kernel", "tile_h", "tile_w", "block_out")),
         *((name, ctypes.c_int32) for name in ("relu", "dtype")),
     ]
 
 
 def struct(fields):
-    return Params(**{k: View(*v) if isinstance(v, tuple) else v for k, v in fields.items()})
+    views = {name: View() for name in ("add", "mask") if fields[name] is None}
+    given = {k: View(*v) if isinstance(v, tuple) else v for k, v in fields.items()}
+    return Params(**given | views)
 
 
 class Simulator:
@@ -130,21 +134,40 @@ class Layer:
     def tensors(self):
         return self.x, self.weight, self.scale, self.shift, self.out
 
+    def beside(self, c):
+        """Of the same pixels, as wide as asked for, in a slot of its own."""
+        generator = torch.Generator().manual_seed(c)
+        _, view = slot((*self.out.shape[:3], c), self.x.dtype, self.x.device)
+        return view.copy_(torch.randn(view.shape, generator=generator).to(self.x.device))
+
     def exact(self, dtype=torch.float64):
         x, weight = (t.to(dtype).permute(0, 3, 1, 2) for t in (self.x, self.weight))
         y = F.conv2d(x, weight, padding=weight.shape[2] // 2).permute(0, 2, 3, 1)
         y = y * self.scale.to(dtype) + self.shift.to(dtype)
         return F.relu(y) if self.relu else y
 
-    def plan(self, config):
-        return conv_sm90.plan(config, *self.tensors, relu=self.relu)
+    def gradient(self, add=None, mask=None):
+        """What it computes as the gradient of an input."""
+        x, weight = (t.double().permute(0, 3, 1, 2) for t in (self.x, self.weight))
+        y = F.conv2d(x, weight, padding=weight.shape[2] // 2).permute(0, 2, 3, 1)
+        if add is not None:
+            y[..., : add.shape[3]] += add.double()
+        if mask is not None:
+            y[..., y.shape[3] - mask.shape[3] :] *= ~(mask <= 0)
+        return y
 
-    def check(self, partials=None):
+    def plan(self, config, **beside):
+        x, weight, scale, shift, out = self.tensors
+        if beside:
+            scale = shift = None
+        return conv_sm90.plan(config, x, weight, scale, shift, out, relu=self.relu, **beside)
+
+    def check(self, partials=None, exact=None):
         """One rounding of what is stored, and a few of sums; nothing else is touched.
 
         Sums are those of fp32; tensor cores cut what they add, where fp32 rounds.
         """
-        exact, simulated = self.exact(), not self.x.is_cuda
+        exact, simulated = self.exact() if exact is None else exact, not self.x.is_cuda
         slack = 2e-5 if simulated else 1e-3
         error = (self.out.double() - exact).abs()
         unit = torch.finfo(self.out.dtype).eps / 2
@@ -229,6 +252,77 @@ def test_1x1_over_a_concat_buffer(slots, simulator):
         torch.testing.assert_close(layer.out.double(), exact, rtol=6e-4, atol=2e-5)
 
 
+def test_the_last_block_of_channels_may_be_short(simulator):
+    """Of the widths that gradients of concat buffers have; what lies beyond is left alone."""
+    for c_out in (72, 152, 328):
+        for config in conv_sm90.configs(c_out):
+            assert c_out % config.block_out
+            for kernel in (1, 3):
+                simulate(simulator, Layer(1, 9, 15, 24, c_out, kernel=kernel), config, pool=True)
+            layer = Layer(1, 9, 15, 24, c_out)
+            simulate_gradient(simulator, layer, config, layer.beside(c_out), layer.beside(c_out))
+
+
+# --------------------------------------------------------------------------------------
+# Gradients of inputs, on the simulator
+# --------------------------------------------------------------------------------------
+
+
+def simulate_gradient(simulator, layer, config, add, mask, **timing):
+    exact = layer.gradient(add, mask)
+    launch = layer.plan(config, add=add, mask=mask)
+    assert launch.fields["scale"] is None
+    simulator.run(dict(launch.fields, pool_partials=None), **timing)
+    layer.check(exact=exact)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("c_out", CHANNELS)
+def test_input_gradient_is_right(c_out, kernel, simulator):
+    for config in conv_sm90.configs(c_out):
+        layer = Layer(1, 9, 11, 72, c_out, kernel=kernel)
+        simulate_gradient(simulator, layer, config, layer.beside(c_out), layer.beside(c_out))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("add_c", "mask_c"), [(0, 0), (80, 0), (24, 0), (0, 80), (40, 56)])
+def test_what_is_added_and_what_masks(add_c, mask_c, dtype, simulator):
+    for size, crop in (((5, 9), False), ((17, 9), True)):
+        layer = Layer(2, *size, 24, 80, dtype=dtype, crop=crop)
+        add, mask = (layer.beside(c) if c else None for c in (add_c, mask_c))
+        if mask is not None:
+            mask[0, 0, 0, :2] = torch.tensor([float("nan"), 0.0])
+        simulate_gradient(simulator, layer, conv_sm90.Config(128, 80), add, mask, ctas=3)
+
+
+def test_what_is_added_may_be_the_output(simulator):
+    layer = Layer(2, 9, 33, 24, 320)
+    add = layer.out.copy_(layer.beside(320))[..., :160]
+    simulate_gradient(simulator, layer, conv_sm90.Config(128, 160), add, layer.beside(320))
+
+
+def test_it_is_the_gradient_of_autograd(simulator):
+    """Through the weights as backends pack them: scaled, transposed and flipped."""
+    weight = torch.randn(96, 3, 3, 80, dtype=torch.float64)
+    scale = torch.rand(96, dtype=torch.float64)
+    layer = Layer(1, 9, 11, 96, 80)
+    packed = (weight * scale[:, None, None, None]).permute(3, 1, 2, 0).flip(1, 2)
+    layer.weight = packed.contiguous().half()
+    x = torch.zeros(1, 80, 9, 11, dtype=torch.float64, requires_grad=True)
+    filters = layer.weight.double().permute(3, 1, 2, 0).flip(1, 2)
+    F.conv2d(x, filters.permute(0, 3, 1, 2), padding=1).backward(
+        layer.x.double().permute(0, 3, 1, 2)
+    )
+    launch = layer.plan(conv_sm90.Config(128, 80), add=None)
+    simulator.run(dict(launch.fields, pool_partials=None))
+    layer.check(exact=x.grad.permute(0, 2, 3, 1))
+
+
+# --------------------------------------------------------------------------------------
+# The rest, on the simulator
+# --------------------------------------------------------------------------------------
+
+
 def test_without_relu(simulator):
     simulate(simulator, Layer(1, 4, 8, 16, 80, relu=False), conv_sm90.Config(128, 80))
 
@@ -282,7 +376,10 @@ def test_every_tile_fits_into_shared_memory_with_room_to_run_ahead(simulator):
         (dict(tile_w=4), "no tiles of 16 x 4 pixels"),
         (dict(tile_h=32), "no tiles of 32 x 8 pixels by 256 channels"),
         (dict(block_out=72), "no tiles"),
-        (dict(c_out=200), "for 200 output channels"),
+        (dict(c_out=204), "multiple of 8 channels, got 204"),
+        (dict(add_c=12), "multiples of 8 channels, got 12 and 0"),
+        (dict(add=(40, 4096, 512, 16), add_c=8), "multiples of 16 bytes"),
+        (dict(mask=(32, 4096, 512, 12), mask_c=8), "multiples of 16 bytes"),
         (dict(x=(32, 4096, 512, 20)), "multiples of 16 bytes"),
         (dict(out=(40, 4096, 512, 16)), "multiples of 16 bytes"),
         (dict(n=1 << 25), "2\\^30 tiles"),
@@ -290,8 +387,9 @@ def test_every_tile_fits_into_shared_memory_with_room_to_run_ahead(simulator):
 )
 def test_what_cannot_be_is_said(wrong, words, simulator):
     fields = dict(
-        x=(32, 1 << 20, 1 << 14, 64), out=(32, 1 << 20, 1 << 14, 256), weight=32, scale=32,
-        shift=32, pool_partials=None, n=1, height=100, width=100, c_in=64, c_out=256, kernel=3,
+        x=(32, 1 << 20, 1 << 14, 64), out=(32, 1 << 20, 1 << 14, 256), add=None, mask=None,
+        weight=32, scale=32, shift=32, pool_partials=None, n=1, height=100, width=100, c_in=64,
+        c_out=256, add_c=0, mask_c=0, kernel=3,
         tile_h=16, tile_w=8, block_out=256, relu=1, dtype=0,
     )  # fmt: skip
     simulator.plan(fields)
@@ -306,12 +404,16 @@ def test_tiles_follow_the_image():
     assert config.tile(1, 67200, 1) == (1, 256)
 
 
-def test_channels_are_never_padded():
+def test_channels_are_padded_only_where_nothing_wide_divides_them():
     for c_out in (*CHANNELS, 320, 384, 448, 512, 768, 1024):
         for config in conv_sm90.configs(c_out):
             assert c_out % config.block_out == 0
     assert [c.name for c in conv_sm90.configs(224)] == ["conv-sm90 256x112", "conv-sm90 128x224"]
-    assert conv_sm90.configs(72) == []
+    for c_out in (1472, 1888, 2144):  # Concat buffers.
+        for config in conv_sm90.configs(c_out):
+            assert config.block_out >= 160
+            assert -c_out % config.block_out < 0.05 * c_out
+    assert conv_sm90.configs(56) == conv_sm90.configs(100) == []
 
 
 def test_refusals_name_what_is_wrong():
@@ -323,12 +425,16 @@ def test_refusals_name_what_is_wrong():
     assert refused(1, 1, 1, 16, 80) is None
     assert "float32" in refused(1, 5, 5, 16, 80, dtype=torch.float32)
     assert "stride 2" in refused(1, 5, 5, 16, 80, stride=2)
-    assert "72 output channels" in refused(1, 5, 5, 16, 72)
+    assert "56 output channels" in refused(1, 5, 5, 16, 56)
+    assert "100 output channels" in refused(1, 5, 5, 16, 100)
     assert "12 input channels" in refused(1, 5, 5, 12, 80)
     layer = Layer(2, 5, 5, 16, 80)
     assert "x does not start" in conv_sm90.refusal(
         layer.x[..., 4:12], layer.weight[..., :8], layer.out
     )
+    tensors = (layer.x, layer.weight, layer.out)
+    assert "mask does not start" in conv_sm90.refusal(*tensors, mask=layer.out[..., 4:12])
+    assert "add has 12 channels" in conv_sm90.refusal(*tensors, add=layer.out[..., :12])
     expanded = layer.x[:1].expand(2, -1, -1, -1)
     assert "x has strides" in conv_sm90.refusal(expanded, layer.weight, layer.out)
 
@@ -366,6 +472,36 @@ def test_the_cuda_backend_measures_it_against_aten(monkeypatch, tmp_path):
     torch.testing.assert_close(layer.out.double(), layer.exact(), rtol=1e-2, atol=1e-2)
 
 
+def test_the_cuda_backend_offers_it_for_gradients_of_inputs(monkeypatch):
+    layer, ran, seen = Layer(1, 5, 5, 80, 80), [], []
+    engine = conv_sm90.configs(80)[0].name
+
+    def choose(device, problem, candidates, static, run, **options):
+        seen.append(candidates)
+        return engine
+
+    def run(name, g, packed, scale, shift, out, **options):
+        ran.append((name, scale, shift, options))
+
+    ops = types.SimpleNamespace(pack_transposed=lambda weight, scale, out: None)
+    monkeypatch.setattr(tuning, "choose", choose)
+    monkeypatch.setattr(conv_sm90, "engines", lambda *args, **kwargs: [engine])
+    monkeypatch.setattr(conv_sm90, "run", run)
+    monkeypatch.setattr(_cuda_conv, "_ops", lambda: ops)
+    add, mask = layer.beside(80), layer.beside(80)
+    cuda.conv_input_grad(layer.x, layer.weight, None, layer.out, add=add, mask=mask)
+    assert "aten" in seen[0]
+    assert engine in seen[0]
+    assert ran == [(engine, None, None, dict(add=add, mask=mask))]
+    # Those of a stride are no convolution of the gradient.
+    wide = torch.empty(1, 10, 10, 80, dtype=layer.x.dtype)
+    monkeypatch.setattr(
+        _cuda_conv, "run_input_grad_engine", lambda name, *args, **kw: ran.append(name)
+    )
+    cuda.conv_input_grad(layer.x, layer.weight, None, wide, stride=2)
+    assert ran[1:] == ["aten"]
+
+
 # --------------------------------------------------------------------------------------
 # On a GPU
 # --------------------------------------------------------------------------------------
@@ -379,6 +515,15 @@ def gpu(monkeypatch):
     if reason is not None:
         pytest.skip(reason)
     return device
+
+
+def run_all_gradients(layer, add=None, mask=None):
+    exact = layer.gradient(add, mask)
+    for engine in conv_sm90.engines(layer.x, layer.weight, layer.out, add=add, mask=mask):
+        layer.out.fill_(float("nan"))
+        x, weight, _, _, out = layer.tensors
+        conv_sm90.run(engine, x, weight, None, None, out, add=add, mask=mask)
+        layer.check(exact=exact)
 
 
 def run_all(layer, *, pool=False):
@@ -399,6 +544,17 @@ def test_gpu_every_number_of_output_channels(c_out, kernel, dtype, gpu):
     for c_in in (8, 80, 160, 224):
         layer = Layer(2, 33, 50, c_in, c_out, kernel=kernel, dtype=dtype, device=gpu)
         run_all(layer, pool=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kernel", "c_out"), [(3, 64), (3, 128), (3, 160), (3, 224), (1, 1472)])
+def test_gpu_gradients_of_inputs(kernel, c_out, dtype, gpu):
+    layer = Layer(2, 33, 50, 160, c_out, kernel=kernel, dtype=dtype, device=gpu)
+    run_all_gradients(layer)
+    run_all_gradients(layer, layer.beside(c_out), layer.beside(c_out))
+    run_all_gradients(layer, layer.beside(24), layer.beside(40))
 
 
 @pytest.mark.gpu

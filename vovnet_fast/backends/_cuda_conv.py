@@ -196,7 +196,8 @@ def conv_input_grad(
     options: dict[str, Any] = dict(stride=stride, add=add, mask=mask)
     own = []
     if stride == 1:
-        own = conv_sm80.engines(g, packed, out, add=add, mask=mask)
+        engines = (conv_sm80.engines, conv_sm90.engines)
+        own = [name for each in engines for name in each(g, packed, out, add=add, mask=mask)]
     if not own:
         run_input_grad_engine(ATEN, g, packed, out, **options)
         return
@@ -244,6 +245,8 @@ def run_input_grad_engine(
     """Run :func:`conv_input_grad` on one engine, with weights that are packed already."""
     if engine == ATEN:
         _ops().accumulate(_aten.input_grad(g, packed, out, stride), out, add, mask)
+    elif engine.startswith(conv_sm90.NAME):
+        conv_sm90.run(engine, g, packed, None, None, out, add=add, mask=mask)
     else:
         conv_sm80.run(engine, g, packed, out, add=add, mask=mask)
 

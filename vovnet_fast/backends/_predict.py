@@ -113,7 +113,7 @@ def _sm90(name: str, layer: Layer, device: Device) -> Prediction:
     read = through_shared(config.pixels, config.block_out, chunk * itemsize, 8, warpgroups=True)
     weights = layer.weight_elements * itemsize
     work = Work(
-        programs=layer.batch * across * (layer.c_out // config.block_out),
+        programs=layer.batch * across * cdiv(layer.c_out, config.block_out),
         steps=layer.kernel * cdiv(layer.c_in, chunk),
         flop=2 * sums * chunk * layer.kernel,
         copied=copied,

@@ -133,6 +133,11 @@ class Sm90 {
     return word;
   }
   template <class T>
+  __device__ __forceinline__ void load(const T* from, uint32_t (&words)[4]) {
+    const uint4 found = *reinterpret_cast<const uint4*>(from);
+    words[0] = found.x, words[1] = found.y, words[2] = found.z, words[3] = found.w;
+  }
+  template <class T>
   __device__ __forceinline__ void store(T* to, const uint32_t (&words)[4]) {
     *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
   }

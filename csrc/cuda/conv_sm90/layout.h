@@ -44,12 +44,15 @@ struct Pitch {
 
 // All that the kernel is told, besides where to copy from.
 struct Problem {
-  const float* scale;    // [C_out]
+  const float* scale;    // [C_out], or null
   const float* shift;    // [C_out]
   float* pool_partials;  // [N, down * across, C_out], or null
   void* out;             // [N, H, W, C_out]
-  Pitch out_pitch;
+  const void* add;       // [N, H, W, add_c], of the first channels; may be out
+  const void* mask;      // [N, H, W, mask_c], of the last channels
+  Pitch out_pitch, add_pitch, mask_pitch;
   int32_t height, width, c_in, c_out, kernel, relu;
+  int32_t add_c, mask_c;  // 0: nothing is added, or masks
   int32_t tile_h, tile_w, block_out;
   int32_t down, across, groups;  // tiles: of rows, of columns, of output channels
   int32_t tiles;                 // all of them, over all images
@@ -89,6 +92,12 @@ VF_HD bool inside(const Problem& p, const Pixel& pixel) {
 
 VF_HD int64_t offset(const Tile& tile, const Pixel& pixel, const Pitch& pitch) {
   return tile.n * pitch.n + pixel.h * pitch.h + pixel.w * pitch.w;
+}
+
+// Output channels of a tile: the last one may have fewer.
+VF_HD int channels_of(const Problem& p, const Tile& tile) {
+  const int left = p.c_out - tile.first;
+  return left < p.block_out ? left : p.block_out;
 }
 
 // WGMMAs along the input channels of a chunk: the last chunk may have fewer.

@@ -104,19 +104,24 @@ inline void check(const ConvSm90Params& params) {
           "the kernel must be 1 or 3, got " + std::to_string(params.kernel));
   require(params.c_in % 8 == 0,
           "the input must have a multiple of 8 channels, got " + std::to_string(params.c_in));
+  require(params.c_out % 8 == 0,
+          "the output must have a multiple of 8 channels, got " + std::to_string(params.c_out));
   require(params.height < kLimit && params.width < kLimit && params.c_in < kLimit &&
               params.c_out < kLimit && params.n < kLimit,
           "sizes must be less than 2^30: cut the images into tiles");
-  require(aligned(params.x, params) && aligned(params.out, params) && aligned(params.weight),
+  require(params.add_c % 8 == 0 && params.mask_c % 8 == 0,
+          "what is added and what masks must have multiples of 8 channels, got " +
+              std::to_string(params.add_c) + " and " + std::to_string(params.mask_c));
+  require(aligned(params.x, params) && aligned(params.out, params) && aligned(params.weight) &&
+              (params.add_c == 0 || aligned(params.add, params)) &&
+              (params.mask_c == 0 || aligned(params.mask, params)),
           "addresses and strides must be multiples of 16 bytes, and not 0 (copy x, or take "
           "another engine)");
   const int pixels = params.tile_h * params.tile_w;
   require(params.tile_h > 0 && params.tile_w > 0 && params.tile_w % kAtomRows == 0 &&
               params.tile_w <= 256 && (pixels == 128 || pixels == 256) &&
-              blocks_of(params) <= most_blocks(params.block_out) &&
-              params.c_out % params.block_out == 0,
-          "no tiles of " + detail::words(params) + " for " + std::to_string(params.c_out) +
-              " output channels");
+              blocks_of(params) <= most_blocks(params.block_out),
+          "no tiles of " + detail::words(params));
   require((params.kernel == 1 || strip_box(params).box[2] <= 256), "tile_h is at most 254");
 }
 
@@ -159,7 +164,13 @@ inline Problem plan(const ConvSm90Params& params) {
   p.shift = static_cast<const float*>(params.shift);
   p.pool_partials = static_cast<float*>(params.pool_partials);
   p.out = params.out.data;
+  p.add = params.add.data;
+  p.mask = params.mask.data;
   p.out_pitch = detail::pitch(params.out);
+  p.add_pitch = detail::pitch(params.add);
+  p.mask_pitch = detail::pitch(params.mask);
+  p.add_c = static_cast<int32_t>(params.add_c);
+  p.mask_c = static_cast<int32_t>(params.mask_c);
   p.height = static_cast<int32_t>(params.height);
   p.width = static_cast<int32_t>(params.width);
   p.c_in = static_cast<int32_t>(params.c_in);
@@ -171,7 +182,7 @@ inline Problem plan(const ConvSm90Params& params) {
   p.block_out = params.block_out;
   p.down = static_cast<int32_t>(ceil_div(params.height, params.tile_h));
   p.across = static_cast<int32_t>(ceil_div(params.width, params.tile_w));
-  p.groups = static_cast<int32_t>(params.c_out / params.block_out);
+  p.groups = static_cast<int32_t>(ceil_div(params.c_out, params.block_out));
   p.chunks = static_cast<int32_t>(ceil_div(params.c_in, kChunk));
   // Factors are less than 2^30 each, and so is the product of the first two: 64 bits hold it all.
   const int64_t of_image = static_cast<int64_t>(p.down) * p.across;
