@@ -287,6 +287,8 @@ class Cta {
 
   void copy(const Box& box, uint32_t to, uint32_t barrier_address, std::array<int, 4> at) {
     Copy copy{&box, to, barrier_address, {at[0], at[1], at[2], at[3]}};
+    const auto channels = std::min<int64_t>(box.box[0], static_cast<int64_t>(box.sizes[0]) - at[0]);
+    fetched += channels * box.box[1] * box.box[2] * (box.rank == 4 ? box.box[3] : 1) * 2;
     barrier(barrier_address);
     if (timing_.late_copies) {
       copies_.push_back(copy);
@@ -296,6 +298,7 @@ class Cta {
   }
 
   const Box strip_, weight_;
+  int64_t fetched = 0;  // Bytes that copies asked for, of channels that there are.
 
   // ---- Products
 

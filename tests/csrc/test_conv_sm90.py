@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import vovnet_fast
 from vovnet_fast import tuning
-from vovnet_fast.backends import _cuda_conv, conv_sm90, cuda, reference
+from vovnet_fast.backends import _cuda_conv, conv_sm90, conv_sm90_tiles, cuda, reference
 
 ROOT = Path(vovnet_fast.__file__).parent.parent
 SOURCES = ROOT / "csrc" / "cuda" / "conv_sm90"
@@ -71,8 +71,11 @@ class Simulator:
         assert not failed, error.value.decode()
 
     def run(self, fields, *, ctas=2, late_copies=True, late_products=True, seed=0):
-        params = ctypes.byref(struct(fields))
-        self.call("conv_sm90_simulate", params, ctas, int(late_copies), int(late_products), seed)
+        """Returns the bytes that copies fetched."""
+        params, fetched = ctypes.byref(struct(fields)), ctypes.c_int64()
+        timing = (int(late_copies), int(late_products), seed)
+        self.call("conv_sm90_simulate", params, ctas, *timing, ctypes.byref(fetched))
+        return fetched.value
 
     def plan(self, fields):
         """Stages of strips and of weights, and bytes of shared memory."""
@@ -191,8 +194,11 @@ def simulate(simulator, layer, config, *, pool=False, **timing):
         shape = (layer.x.shape[0], launch.tiles, layer.weight.shape[0])
         partials = torch.full(shape, float("nan"))
         pointer = partials.data_ptr()
-    simulator.run(dict(launch.fields, pool_partials=pointer), **timing)
+    fetched = simulator.run(dict(launch.fields, pool_partials=pointer), **timing)
     layer.check(partials)
+    n, h, w, c_in, c_out = (launch.fields[k] for k in ("n", "height", "width", "c_in", "c_out"))
+    shape = conv_sm90_tiles.Shape(n, h, w, c_in, c_out, launch.fields["kernel"], pool)
+    assert fetched == conv_sm90_tiles.work(config, shape, timing.get("ctas", 2)).fetched
 
 
 # --------------------------------------------------------------------------------------
@@ -227,6 +233,18 @@ def test_odd_sizes(size, kernel, simulator):
     for crop in (False, True):  # Cropped rows do not follow each other.
         layer = Layer(2, *size, 24, 64, kernel=kernel, crop=crop)
         simulate(simulator, layer, conv_sm90.Config(128, 64), pool=True)
+
+
+def test_weights_stay_where_they_have_room(simulator):
+    """They are fetched by the first tile of a CTA alone."""
+    config = conv_sm90.Config(256, 64)
+    for c_in, resident in ((64, True), (72, False)):
+        for ctas in (1, 3):
+            layer = Layer(2, 17, 40, c_in, 64)
+            shape = conv_sm90_tiles.Shape(2, 17, 40, c_in, 64, 3)
+            assert conv_sm90_tiles.work(config, shape, ctas).resident == resident
+            for late in (False, True):  # What is fetched is compared there.
+                simulate(simulator, layer, config, ctas=ctas, late_copies=late)
 
 
 def test_several_blocks_of_channels_share_a_tile(simulator):
@@ -344,7 +362,7 @@ def test_nan_and_inf_go_where_they_go_in_torch(kernel, simulator):
 def test_rings_hold_whatever_the_timing(late_copies, late_products, kernel, simulator):
     """Many tiles for one CTA: every stage is used again and again, also across tiles."""
     simulate(
-        simulator, Layer(1, 17, 24, 136 if kernel == 3 else 456, 64, kernel=kernel),
+        simulator, Layer(1, 17, 24, 136 if kernel == 3 else 456, 128, kernel=kernel),
         conv_sm90.Config(128, 64), pool=True, ctas=1,
         late_copies=late_copies, late_products=late_products,
     )  # fmt: skip
@@ -360,7 +378,7 @@ def test_every_tile_fits_into_shared_memory_with_room_to_run_ahead(simulator):
         for config in conv_sm90.configs(c_out):
             for kernel, (h, w) in [(3, (25, 42)), (3, (200, 336)), (3, (9, 400)), (1, (50, 84))]:
                 layer = Layer(1, h, w, 8, c_out, kernel=kernel)
-                fields = dict(layer.plan(config).fields, pool_partials=1)
+                fields = dict(layer.plan(config).fields, pool_partials=1, c_in=4096)
                 strips, weights, size = simulator.plan(fields)
                 assert size <= 226 << 10, (config, kernel)
                 assert strips >= 2, (config, kernel, strips)

@@ -23,92 +23,17 @@ from .. import _environment
 from ..compat import zip
 from . import _extension
 from ._extension.fields import new_high, pointer
+from .conv_sm90_tiles import CHUNK, NAME, Config, configs, tiles_of
 
-NAME = "conv-sm90"
-"""Names of engines begin with it; the pixels and the output channels of a tile follow."""
+__all__ = ["CHUNK", "NAME", "Config", "configs", "engines", "plan", "refusal", "run", "why_not"]
 
 ENVIRONMENT = "VOVNET_FAST_CONV_SM90"
 
 CAPABILITY = (9, 0)
 
-CHUNK = 64
-"""Input channels of a step: kChunk of csrc/cuda/conv_sm90/layout.h."""
-
 _ALIGNMENT = 16  # Bytes; of what bulk copies fetch, and of stores.
 _PIXEL_LIMIT = 2**30  # Tiles are counted in 32 bits, and any tile has a pixel.
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # Codes of csrc/params.h.
-
-_BLOCKS = {128: (256, 224, 192, 160, 128, 112, 96, 80, 64), 256: (192, 160, 128, 112, 96, 80, 64)}
-"""Output channels of a tile, by its pixels: what registers have room for."""
-
-_NARROWEST, _WIDE = 64, 96
-"""Channels: the fewest of a tile, and of one that is not narrow."""
-
-_PADDING = 1.05
-"""How many channels are multiplied, at most, for one that is there, where blocks are not whole."""
-
-_TILE_WIDTHS = (8, 16, 32)
-
-
-@dataclass(frozen=True)
-class Config:
-    """How a CTA tiles its work.
-
-    Attributes:
-        pixels: of a tile.
-        block_out: output channels of a tile.
-    """
-
-    pixels: int
-    block_out: int
-
-    @property
-    def name(self) -> str:
-        """What the engine is called. The shape of the tile follows from the image."""
-        return f"{NAME} {self.pixels}x{self.block_out}"
-
-    def tile(self, height: int, width: int, kernel: int) -> tuple[int, int]:
-        """Height and width of a tile: the fewest tiles, and of these the least to fetch."""
-        if height == 1 and kernel == 1:
-            return 1, self.pixels
-        shapes = [(self.pixels // tile_w, tile_w) for tile_w in _TILE_WIDTHS]
-
-        def cost(shape: tuple[int, int]) -> tuple[int, int]:
-            tile_h, tile_w = shape
-            return _tiles(height, width, shape), (tile_h + kernel - 1) * tile_w
-
-        return min(shapes, key=cost)
-
-
-def _tiles(height: int, width: int, tile: tuple[int, int]) -> int:
-    """Tiles of an image."""
-    return -(-height // tile[0]) * -(-width // tile[1])
-
-
-def configs(c_out: int) -> list[Config]:
-    """Tiles for a number of output channels, largest first; empty where there are none.
-
-    Whole blocks, but for numbers that have none or only narrow ones, as those of concat buffers
-    may: then the widest blocks whose last one is nearly full.
-    """
-    if c_out % 8 or c_out < _NARROWEST:
-        return []
-    return [Config(pixels, _block(c_out, _BLOCKS[pixels])) for pixels in sorted(_BLOCKS)[::-1]]
-
-
-def _block(c_out: int, blocks: tuple[int, ...]) -> int:
-    """Which of some numbers of channels, the largest first, a tile has."""
-    wide = [block for block in blocks if block >= min(c_out, _WIDE)]
-
-    def padded(block: int) -> int:
-        return -(-c_out // block) * block
-
-    for most in (1.0, _PADDING):
-        fit = [block for block in wide if padded(block) <= most * c_out]
-        if fit:
-            return fit[0]
-    return min(wide, key=padded)
-
 
 # --------------------------------------------------------------------------------------
 # What it takes
@@ -157,7 +82,7 @@ def refusal(
     if stride != 1 or kernel not in (1, 3):
         return f"no kernel {kernel} with stride {stride}"
     if not configs(c_out):
-        return f"no tiles for {c_out} output channels: multiples of 8 from {_NARROWEST} on"
+        return f"no tiles for {c_out} output channels, only for multiples of 8 from 64 on"
     if c_in * x.element_size() % _ALIGNMENT:
         return f"{c_in} input channels are no multiple of {_ALIGNMENT} bytes"
     views = (("x", x), ("weight", weight.flatten(1)), ("out", out), ("add", add), ("mask", mask))
@@ -272,7 +197,7 @@ def plan(
         tile_h=tile[0], tile_w=tile[1], block_out=config.block_out,
         relu=int(relu and scale is not None), dtype=_DTYPES[x.dtype],
     )  # fmt: skip
-    return Launch(fields, _tiles(height, width, tile))
+    return Launch(fields, tiles_of(height, width, tile))
 
 
 def run(

@@ -51,7 +51,8 @@ VF_THREAD void fetch_strips(Machine& m, const Problem& p) {
 template <class Machine>
 VF_THREAD void fetch_weights(Machine& m, const Problem& p) {
   Ring ring(p.w_stages);
-  for (int index = m.cta(); index < p.tiles; index += m.ctas()) {
+  const int end = p.resident ? m.cta() + 1 : p.tiles;
+  for (int index = m.cta(); index < end; index += m.ctas()) {
     const Tile tile = tile_at(p, index);
     for (int chunk = 0; chunk < p.chunks; ++chunk) {
       for (int tap_column = 0; tap_column < p.kernel; ++tap_column) {
@@ -66,6 +67,11 @@ VF_THREAD void fetch_weights(Machine& m, const Problem& p) {
       }
     }
   }
+}
+
+template <class Machine>
+VF_THREAD void free_weights(Machine& m, const Problem& p, int stage) {
+  if (!p.resident) m.arrive(weights_free(p, stage));
 }
 
 // Issue the products of a tap and STEPS * 16 input channels.
@@ -115,7 +121,7 @@ VF_THREAD void multiply(Machine& m, const Problem& p, Ring& strips, Ring& weight
         }
         m.template wait_products<1>();
         if (started) {
-          m.arrive(weights_free(p, weights.previous()));
+          free_weights(m, p, weights.previous());
           if (tap_row == 0) m.arrive(strip_free(p, strips.previous()));
         }
         started = true;
@@ -125,7 +131,7 @@ VF_THREAD void multiply(Machine& m, const Problem& p, Ring& strips, Ring& weight
     }
   }
   m.template wait_products<0>();
-  m.arrive(weights_free(p, weights.previous()));
+  free_weights(m, p, weights.previous());
   m.arrive(strip_free(p, strips.previous()));
 }
 
@@ -143,7 +149,7 @@ VF_THREAD void run_thread(Machine& m, const Problem& p) {
     if (m.thread() == kWarp) fetch_weights(m, p);
   } else {
     m.grow_registers();
-    Ring strips(p.x_stages), weights(p.w_stages);
+    Ring strips(p.x_stages), weights(p.w_stages, p.resident);
     for (int index = m.cta(); index < p.tiles; index += m.ctas()) {
       float sums[BLOCKS][N / 2];
       multiply<T, N, BLOCKS>(m, p, strips, weights, sums);

@@ -58,6 +58,7 @@ struct Problem {
   int32_t tiles;                 // all of them, over all images
   int32_t chunks;                // of input channels
   int32_t x_stages, w_stages;    // depth of the rings of strips and of weights of a tap
+  int32_t resident;              // weights stay where they are: their ring has room for all
 };
 
 // ---- Tiles -------------------------------------------------------------------------------------
@@ -147,18 +148,20 @@ VF_HD uint32_t shared_bytes(const Problem& p) {
   return barrier_at(p, 2 * (p.x_stages + p.w_stages));
 }
 
-// Where a thread is in a ring of stages. A barrier's phase has a parity: that of the pass.
+// Where a thread is in a ring of stages. A barrier's phase has a parity: that of the pass. What is
+// resident arrives once, and is waited for in its first phase ever after.
 struct Ring {
   int depth;
+  uint32_t flip;
   int stage = 0;
   uint32_t parity = 0;
 
-  VF_HD explicit Ring(int depth) : depth(depth) {}
+  VF_HD explicit Ring(int depth, bool resident = false) : depth(depth), flip(resident ? 0 : 1) {}
   VF_HD int previous() const { return (stage == 0 ? depth : stage) - 1; }
   VF_HD void advance() {
     if (++stage == depth) {
       stage = 0;
-      parity ^= 1;
+      parity ^= flip;
     }
   }
 };

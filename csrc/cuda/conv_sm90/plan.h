@@ -18,6 +18,10 @@ constexpr uint32_t kSharedLimit = 227 * 1024 - kAtomBytes;
 #define VF_CONV_SM90_TILES(f) \
   f(64, 2) f(80, 2) f(96, 2) f(112, 2) f(128, 2) f(160, 2) f(192, 2) f(224, 1) f(256, 1)
 
+// Weights stay in shared memory if they are no more stages than this, beside so many strips.
+constexpr int kMaxResident = 36;
+constexpr int kResidentStrips = 3;
+
 // What a bulk copy is told of a tensor: dimension 0 is the innermost, with stride 1.
 struct Box {
   const void* data;
@@ -130,7 +134,11 @@ inline Pitch pitch(const View& view) { return {view.stride_n, view.stride_h, vie
 // The deepest rings that shared memory has room for; of strips as few as hide their latency, as
 // each is read for `kernel` taps.
 inline void choose_stages(Problem& p) {
-  p.x_stages = p.w_stages = 2;
+  // All tiles of a CTA have the same weights, if there is one group: then they may stay.
+  p.w_stages = p.chunks * p.kernel * p.kernel;
+  p.x_stages = kResidentStrips;
+  p.resident = p.groups == 1 && p.w_stages <= kMaxResident && shared_bytes(p) <= kSharedLimit;
+  if (!p.resident) p.x_stages = p.w_stages = 2;
   const auto grow = [&p](int32_t& stages, int limit) {
     if (stages >= limit) return false;
     ++stages;
@@ -138,6 +146,10 @@ inline void choose_stages(Problem& p) {
     --stages;
     return false;
   };
+  if (p.resident) {
+    while (grow(p.x_stages, kMaxStages)) continue;
+    return;
+  }
   if (p.kernel == 1) {
     while (p.w_stages < kMaxStages && grow(p.w_stages, kMaxStages)) {
       if (!grow(p.x_stages, kMaxStages)) {
