@@ -37,9 +37,7 @@ Counts = dict[str, dict[str, Numbers]]
 LOWER, HIGHER, NEITHER = -1, 1, 0
 
 _HIGHER = ("multiply-adds an instruction", "CTAs an SM", "FLOP a byte from L2")
-BETTER = dict.fromkeys(_HIGHER, HIGHER) | dict.fromkeys(
-    ("HGMMA", "HMMA", "GFLOP"), NEITHER
-)
+BETTER = dict.fromkeys(_HIGHER, HIGHER) | dict.fromkeys(("HGMMA", "HMMA", "GFLOP"), NEITHER)
 """Which way is better. Of everything that is not here, less is."""
 
 HOT = {
@@ -296,7 +294,7 @@ def hopper() -> dict[str, Numbers]:
             best = max(
                 (
                     conv_sm90_tiles.work(config, shape, PROCESSORS)
-                    for config in conv_sm90_tiles.configs(shape.c_out)
+                    for config in conv_sm90_tiles.configs(shape.c_out, kernel)
                 ),
                 key=lambda work: work.intensity,
             )

@@ -12,15 +12,17 @@ using namespace vovnet_fast;
 template <class T, int N, int BLOCKS>
 int64_t run(const ConvSm90Params& params, int ctas, simulator::Timing timing, unsigned seed) {
   const conv_sm90::Problem p = conv_sm90::plan(params);
+  // As many clusters as there are processors for, one a CTA.
+  const int clusters = std::min(std::max(ctas / conv_sm90::cluster_size(p), 1), p.tiles);
   int64_t fetched = 0;
-  for (int index = 0; index < std::min(ctas, p.tiles); ++index) {
-    simulator::Cta cta(p, conv_sm90::strip_box(params), conv_sm90::weight_box(params), timing,
-                       seed + index);
-    cta.run([&](int i) {
-      simulator::Thread thread(cta, i, index, std::min(ctas, p.tiles));
+  for (int index = 0; index < clusters; ++index) {
+    simulator::Cluster cluster(p, conv_sm90::strip_box(params), conv_sm90::weight_box(params),
+                               timing, seed + index);
+    cluster.run([&](int rank, int i) {
+      simulator::Thread thread(cluster, rank, i, index, clusters);
       conv_sm90::run_thread<T, N, BLOCKS>(thread, p);
     });
-    fetched += cta.fetched;
+    fetched += cluster.fetched;
   }
   return fetched;
 }

@@ -51,6 +51,7 @@ class Params(ctypes.Structure):
             for name in ("n", "height", "width", "c_in", "c_out", "add_c", "mask_c")
         ),
         *((name, ctypes.c_int32) for name in ("kernel", "tile_h", "tile_w", "block_out")),
+        *((name, ctypes.c_int32) for name in ("cluster_pixels", "cluster_channels")),
         *((name, ctypes.c_int32) for name in ("relu", "dtype")),
     ]
 
@@ -187,6 +188,11 @@ class Layer:
         )
 
 
+def by_themselves(*words):
+    """Tiles without clusters, which have tests of their own."""
+    return [config for config in conv_sm90.configs(*words) if config.cluster == (1, 1)]
+
+
 def simulate(simulator, layer, config, *, pool=False, **timing):
     launch = layer.plan(config)
     partials, pointer = None, None
@@ -208,13 +214,13 @@ def simulate(simulator, layer, config, *, pool=False, **timing):
 
 @pytest.mark.parametrize("c_out", CHANNELS)
 def test_3x3_is_right(c_out, simulator):
-    for config in conv_sm90.configs(c_out):
+    for config in by_themselves(c_out):
         simulate(simulator, Layer(1, 9, 11, 72, c_out), config)
 
 
 @pytest.mark.parametrize("c_out", CHANNELS)
 def test_1x1_with_pool_partials_is_right(c_out, simulator):
-    for config in conv_sm90.configs(c_out):
+    for config in by_themselves(c_out, 1):
         simulate(simulator, Layer(2, 9, 17, 80, c_out, kernel=1), config, pool=True)
 
 
@@ -259,7 +265,7 @@ def test_1x1_over_a_concat_buffer(slots, simulator):
     """
     first, width = slots
     widths = [first] + [width] * 5
-    for config in conv_sm90.configs(256):
+    for config in [*conv_sm90.configs(256)[:1], conv_sm90.Config(128, 128, (1, 2))]:
         layer = Layer(1, 9, 29, sum(widths), 256, kernel=1)
         for i, slot in enumerate(layer.x.split(widths, dim=3)):
             slot.mul_(2.0**-i)
@@ -273,7 +279,7 @@ def test_1x1_over_a_concat_buffer(slots, simulator):
 def test_the_last_block_of_channels_may_be_short(simulator):
     """Of the widths that gradients of concat buffers have; what lies beyond is left alone."""
     for c_out in (72, 152, 328):
-        for config in conv_sm90.configs(c_out):
+        for config in by_themselves(c_out):
             assert c_out % config.block_out
             for kernel in (1, 3):
                 simulate(simulator, Layer(1, 9, 15, 24, c_out, kernel=kernel), config, pool=True)
@@ -297,7 +303,7 @@ def simulate_gradient(simulator, layer, config, add, mask, **timing):
 @pytest.mark.parametrize("kernel", [1, 3])
 @pytest.mark.parametrize("c_out", CHANNELS)
 def test_input_gradient_is_right(c_out, kernel, simulator):
-    for config in conv_sm90.configs(c_out):
+    for config in by_themselves(c_out):
         layer = Layer(1, 9, 11, 72, c_out, kernel=kernel)
         simulate_gradient(simulator, layer, config, layer.beside(c_out), layer.beside(c_out))
 
@@ -369,6 +375,45 @@ def test_rings_hold_whatever_the_timing(late_copies, late_products, kernel, simu
 
 
 # --------------------------------------------------------------------------------------
+# Clusters, on the simulator
+# --------------------------------------------------------------------------------------
+
+
+CLUSTERS = [(2, 1), (1, 2), (2, 2), (1, 3), (4, 2)]
+
+
+@pytest.mark.parametrize("late_copies", [False, True])
+@pytest.mark.parametrize("late_products", [False, True])
+@pytest.mark.parametrize("cluster", CLUSTERS[:3])
+def test_what_a_cluster_shares_arrives_at_all(cluster, late_copies, late_products, simulator):
+    """However early or late, and at one of them before it arrives at another."""
+    for kernel, c_in in ((3, 136), (1, 456)):
+        layer = Layer(1, 17, 24, c_in, 256, kernel=kernel)
+        simulate(
+            simulator, layer, conv_sm90.Config(128, 64, cluster), pool=True, ctas=1, seed=kernel,
+            late_copies=late_copies, late_products=late_products,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_clusters_may_reach_beyond_the_image_and_the_channels(cluster, simulator):
+    """Nine tiles, of pixels and of channels, are no multiple of any cluster but one."""
+    for kernel in (1, 3):
+        layer = Layer(3, 20, 17, 24, 192, kernel=kernel)
+        simulate(simulator, layer, conv_sm90.Config(128, 64, cluster), pool=True, ctas=8)
+    add, mask = layer.beside(192), layer.beside(192)
+    simulate_gradient(simulator, layer, conv_sm90.Config(128, 64, cluster), add, mask)
+
+
+def test_a_cluster_shares_weights_that_stay(simulator):
+    config = conv_sm90.Config(128, 64, (2, 1))
+    shape = conv_sm90_tiles.Shape(2, 17, 40, 64, 64, 3)
+    assert conv_sm90_tiles.work(config, shape, 4).resident
+    for late in (False, True):
+        simulate(simulator, Layer(2, 17, 40, 64, 64), config, ctas=4, late_copies=late)
+
+
+# --------------------------------------------------------------------------------------
 # What is taken, and how
 # --------------------------------------------------------------------------------------
 
@@ -394,6 +439,8 @@ def test_every_tile_fits_into_shared_memory_with_room_to_run_ahead(simulator):
         (dict(tile_w=4), "no tiles of 16 x 4 pixels"),
         (dict(tile_h=32), "no tiles of 32 x 8 pixels by 256 channels"),
         (dict(block_out=72), "no tiles"),
+        (dict(cluster_pixels=9), "no clusters of 9 x 1"),
+        (dict(cluster_pixels=3), "no clusters of 3 x 1"),
         (dict(c_out=204), "multiple of 8 channels, got 204"),
         (dict(add_c=12), "multiples of 8 channels, got 12 and 0"),
         (dict(add=(40, 4096, 512, 16), add_c=8), "multiples of 16 bytes"),
@@ -408,7 +455,7 @@ def test_what_cannot_be_is_said(wrong, words, simulator):
         x=(32, 1 << 20, 1 << 14, 64), out=(32, 1 << 20, 1 << 14, 256), add=None, mask=None,
         weight=32, scale=32, shift=32, pool_partials=None, n=1, height=100, width=100, c_in=64,
         c_out=256, add_c=0, mask_c=0, kernel=3,
-        tile_h=16, tile_w=8, block_out=256, relu=1, dtype=0,
+        tile_h=16, tile_w=8, block_out=256, cluster_pixels=1, cluster_channels=1, relu=1, dtype=0,
     )  # fmt: skip
     simulator.plan(fields)
     with pytest.raises(AssertionError, match=words):
@@ -426,7 +473,11 @@ def test_channels_are_padded_only_where_nothing_wide_divides_them():
     for c_out in (*CHANNELS, 320, 384, 448, 512, 768, 1024):
         for config in conv_sm90.configs(c_out):
             assert c_out % config.block_out == 0
-    assert [c.name for c in conv_sm90.configs(224)] == ["conv-sm90 256x112", "conv-sm90 128x224"]
+    names = [c.name.removeprefix("conv-sm90 ") for c in conv_sm90.configs(224)]
+    assert names == [
+        "256x112", "256x112 cluster 2x1", "256x112 cluster 2x2",
+        "128x224", "128x224 cluster 2x1", "128x224 cluster 4x1",
+    ]  # fmt: skip
     for c_out in (1472, 1888, 2144):  # Concat buffers.
         for config in conv_sm90.configs(c_out):
             assert config.block_out >= 160

@@ -2,9 +2,10 @@
 
 Where Triton rounds 80, 96, 112, 160, 192 or 224 output channels up to powers of two, or splits
 them, and fetches the pixels of every tap, this one multiplies what there is, and fetches a strip
-of pixels once for the three taps of a column; ``csrc/cuda/conv_sm90/launch.cu`` has the
-arithmetic. It reads and writes slots where they lie. One kernel has all epilogues: scale, shift and
-ReLU with pool partials, or what is added to a gradient and masks it.
+of pixels once for the three taps of a column, and once for the CTAs of a cluster;
+``csrc/cuda/conv_sm90/launch.cu`` has the arithmetic. It reads and writes slots where they lie. One
+kernel has all epilogues: scale, shift and ReLU with pool partials, or what is added to a gradient
+and masks it.
 
 It is not verified on a GPU yet, and so not on offer unless the environment variable
 ``VOVNET_FAST_CONV_SM90`` is 1. An engine that is wrong is never chosen
@@ -115,7 +116,7 @@ def engines(
         return []
     if refusal(x, weight, out, stride=stride, add=add, mask=mask) is not None:
         return []
-    return [config.name for config in configs(weight.shape[0])]
+    return [config.name for config in configs(weight.shape[0], weight.shape[1])]
 
 
 # --------------------------------------------------------------------------------------
@@ -195,6 +196,7 @@ def plan(
         n=n, height=height, width=width, c_in=c_in, c_out=c_out, add_c=channels["add"],
         mask_c=channels["mask"], kernel=kernel,
         tile_h=tile[0], tile_w=tile[1], block_out=config.block_out,
+        cluster_pixels=config.cluster[0], cluster_channels=config.cluster[1],
         relu=int(relu and scale is not None), dtype=_DTYPES[x.dtype],
     )  # fmt: skip
     return Launch(fields, tiles_of(height, width, tile))
@@ -229,7 +231,7 @@ def run(
         add: as ``out``, of its first channels, or None; may be ``out``. Only without ``scale``.
         mask: as ``out``, activations of its last channels, or None. Only without ``scale``.
     """
-    config = next(config for config in configs(weight.shape[0]) if config.name == engine)
+    config = next(c for c in configs(weight.shape[0], weight.shape[1]) if c.name == engine)
     launch = plan(config, x, weight, scale, shift, out, relu=relu, add=add, mask=mask)
     shape = (x.shape[0], launch.tiles, weight.shape[0])
     partials = new_high(x, *shape) if pool else None

@@ -5,6 +5,9 @@ Arithmetic alone, of ``csrc/cuda/conv_sm90/layout.h`` and ``plan.h``: a test hol
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -28,6 +31,9 @@ _NARROWEST, _WIDE = 64, 96
 _PADDING = 1.05
 """How many channels are multiplied, at most, for one that is there, where blocks are not whole."""
 
+ENOUGH = 200.0
+"""FLOP a byte from L2 that clusters are made for."""
+
 _TILE_WIDTHS = (8, 16, 32)
 
 
@@ -38,15 +44,20 @@ class Config:
     Attributes:
         pixels: of a tile.
         block_out: output channels of a tile.
+        cluster: tiles of pixels and of output channels that CTAs of a cluster have side by side;
+            those that read the same weights, or the same pixels, share one copy of them.
     """
 
     pixels: int
     block_out: int
+    cluster: tuple[int, int] = (1, 1)
 
     @property
     def name(self) -> str:
         """What the engine is called. The shape of the tile follows from the image."""
-        return f"{NAME} {self.pixels}x{self.block_out}"
+        down, across = self.cluster
+        shared = f" cluster {down}x{across}" if down * across > 1 else ""
+        return f"{NAME} {self.pixels}x{self.block_out}{shared}"
 
     def tile(self, height: int, width: int, kernel: int) -> tuple[int, int]:
         """Height and width of a tile: the fewest tiles, and of these the least to fetch."""
@@ -66,15 +77,50 @@ def tiles_of(height: int, width: int, tile: tuple[int, int]) -> int:
     return -(-height // tile[0]) * -(-width // tile[1])
 
 
-def configs(c_out: int) -> list[Config]:
+@functools.lru_cache(256)
+def _configs(c_out: int, kernel: int) -> tuple[Config, ...]:
+    if c_out % 8 or c_out < _NARROWEST:
+        return ()
+    found = []
+    for pixels in sorted(_BLOCKS)[::-1]:
+        alone = Config(pixels, _block(c_out, _BLOCKS[pixels]))
+        found += [alone, *_clustered(alone, c_out, kernel)]
+    return tuple(found)
+
+
+def configs(c_out: int, kernel: int = 3) -> list[Config]:
     """Tiles for a number of output channels, largest first; empty where there are none.
 
     Whole blocks, but for numbers that have none or only narrow ones, as those of concat buffers
-    may: then the widest blocks whose last one is nearly full.
+    may: then the widest blocks whose last one is nearly full. Each by itself, in pairs, and in
+    the smallest clusters that fetch little enough.
     """
-    if c_out % 8 or c_out < _NARROWEST:
+    return list(_configs(c_out, kernel))
+
+
+def _clustered(alone: Config, c_out: int, kernel: int) -> list[Config]:
+    """Pairs, and the smallest clusters with ENOUGH FLOP a byte; of a size those with the most."""
+    rows = {128: 8, 256: 16}[alone.pixels] + kernel - 1 if kernel > 1 else alone.pixels // 16
+    groups = -(-c_out // alone.block_out)
+
+    def intensity(config: Config) -> float:
+        down, across = config.cluster
+        products = down * across * alone.pixels * alone.block_out * kernel**2
+        return products / (down * kernel * rows * 16 + across * kernel**2 * alone.block_out)
+
+    if intensity(alone) >= ENOUGH:
         return []
-    return [Config(pixels, _block(c_out, _BLOCKS[pixels])) for pixels in sorted(_BLOCKS)[::-1]]
+    found = [
+        dataclasses.replace(alone, cluster=(size // across, across))
+        for size in (2, 4, 8)
+        for across in (1, 2, 4, 8)
+        if across <= min(groups, size)
+    ]
+    sizes = [config for config in found if intensity(config) >= ENOUGH] or found[-1:]
+    wanted = dict.fromkeys((2, math.prod(sizes[0].cluster)))
+    return [
+        max((c for c in found if math.prod(c.cluster) == size), key=intensity) for size in wanted
+    ]
 
 
 def _block(c_out: int, blocks: tuple[int, ...]) -> int:
@@ -118,7 +164,7 @@ class Work(NamedTuple):
     """What all CTAs together do for a layer.
 
     Attributes:
-        tiles: of all images and channels.
+        tiles: of all images and channels, those of clusters' that do not exist among them.
         flop: two a product, those of pixels and channels of tiles that do not exist among them.
         fetched: bytes that bulk copies take from L2, without channels that there are not.
         resident: weights are fetched once by every CTA.
@@ -139,8 +185,12 @@ def work(config: Config, shape: Shape, ctas: int) -> Work:
     """Of a layer on at most ``ctas`` CTAs, one a processor."""
     kernel = shape.kernel
     tile_h, tile_w = config.tile(shape.height, shape.width, kernel)
-    groups = -(-shape.c_out // config.block_out)
-    tiles = shape.batch * tiles_of(shape.height, shape.width, (tile_h, tile_w)) * groups
+    down, across = config.cluster
+    groups = -(-shape.c_out // (config.block_out * across))
+    rectangles = shape.batch * tiles_of(shape.height, shape.width, (tile_h, tile_w))
+    passes = -(-rectangles // down) * groups  # Of clusters.
+    clusters = min(max(ctas // (down * across), 1), passes)
+    tiles = passes * down * across
     chunks = -(-shape.c_in // CHUNK)
     strip = (tile_h + kernel - 1) * tile_w * _ROW_BYTES
     weights = config.block_out * _ROW_BYTES
@@ -149,9 +199,10 @@ def work(config: Config, shape: Shape, ctas: int) -> Work:
     taken = _RESIDENT_STRIPS * (strip + 16) + stages * (weights + 16) + sums
     resident = groups == 1 and stages <= _MAX_RESIDENT and taken <= _SHARED_LIMIT
     # Of a tile, for all channels there are: rows of pixels, and of output channels.
-    rows_x = kernel * (tile_h + kernel - 1) * tile_w
-    rows_w = kernel**2 * config.block_out
-    fetched = (tiles * rows_x + (min(tiles, ctas) if resident else tiles) * rows_w) * 2 * shape.c_in
+    rows_x = down * kernel * (tile_h + kernel - 1) * tile_w
+    rows_w = across * kernel**2 * config.block_out
+    rows = passes * rows_x + (clusters if resident else passes) * rows_w
+    fetched = rows * 2 * shape.c_in
     # The last chunk multiplies whole steps of 16.
     depth = -(-shape.c_in // 16) * 16
     flop = 2 * tiles * config.pixels * config.block_out * kernel**2 * depth

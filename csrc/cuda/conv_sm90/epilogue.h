@@ -26,7 +26,8 @@ VF_THREAD unsigned pixels_inside(const Problem& p, const Tile& tile, int thread)
   unsigned found = 0;
   VF_UNROLL
   for (int i = 0; i < 2 * BLOCKS; ++i) {
-    if (inside(p, pixel_at(p, tile, row_at<BLOCKS>(thread, i)))) found |= 1u << i;
+    const Pixel pixel = pixel_at(p, tile, row_at<BLOCKS>(thread, i));
+    if (exists(p, tile) && inside(p, pixel)) found |= 1u << i;
   }
   return found;
 }
@@ -53,9 +54,9 @@ VF_THREAD void scale_and_shift(const Problem& p, const Tile& tile, int thread,
 
 // Leave the sums over the pixels of this warp in shared memory.
 template <int N, int BLOCKS, class Machine>
-VF_THREAD void leave_sums(Machine& m, const Problem& p, unsigned inside,
+VF_THREAD void leave_sums(Machine& m, const Problem& p, int thread, unsigned inside,
                           const float (&sums)[BLOCKS][N / 2]) {
-  const int thread = m.thread() - kWarpgroup;
+  thread -= kWarpgroup;
   float* row = m.floats(sums_at(p)) + thread / kWarp * N + column_of(thread);
   VF_UNROLL
   for (int j = 0; j < N / 8; ++j) {
@@ -81,7 +82,7 @@ VF_THREAD void store_partials(Machine& m, const Problem& p, const Tile& tile) {
   for (int c = m.thread() - kWarpgroup; c < channels_of(p, tile); c += kConsumers * kWarpgroup) {
     float sum = 0;
     for (int warp = 0; warp < kConsumerWarps; ++warp) sum += sums[warp * N + c];
-    p.pool_partials[tile.partial * p.c_out + tile.first + c] = sum;
+    if (exists(p, tile)) p.pool_partials[tile.partial * p.c_out + tile.first + c] = sum;
   }
   m.synchronise_consumers();  // Before the next tile's sums take their place.
 }
@@ -128,12 +129,12 @@ VF_THREAD void load_pairs(Machine& m, const T* pixel, int channel, int column, i
 
 // sums = mask(sums + add): what masks are activations, whose zeros have no gradient.
 template <class T, int N, int BLOCKS, class Machine>
-VF_THREAD void add_and_mask(Machine& m, const Problem& p, const Tile& tile, unsigned inside,
-                            float (&sums)[BLOCKS][N / 2]) {
+VF_THREAD void add_and_mask(Machine& m, const Problem& p, const Tile& tile, int thread,
+                            unsigned inside, float (&sums)[BLOCKS][N / 2]) {
   const int unmasked = p.c_out - p.mask_c;
   VF_UNROLL
   for (int i = 0; i < 2 * BLOCKS; ++i) {
-    const Pixel pixel = pixel_at(p, tile, row_at<BLOCKS>(m.thread(), i));
+    const Pixel pixel = pixel_at(p, tile, row_at<BLOCKS>(thread, i));
     const bool there = (inside >> i & 1) != 0;
     const T* add = static_cast<const T*>(p.add) + offset(tile, pixel, p.add_pitch);
     const T* mask = static_cast<const T*>(p.mask) + offset(tile, pixel, p.mask_pitch);
@@ -166,12 +167,12 @@ VF_THREAD void add_and_mask(Machine& m, const Problem& p, const Tile& tile, unsi
 // Rounds and stores 16 bytes at once, for which four lanes swap what they hold of 8 * 4 adjacent
 // channels.
 template <class T, int N, int BLOCKS, class Machine>
-VF_THREAD void store_tile(Machine& m, const Problem& p, const Tile& tile, unsigned inside,
-                          const float (&sums)[BLOCKS][N / 2]) {
-  const int unit = m.thread() % 4 * 8, channels = channels_of(p, tile);
+VF_THREAD void store_tile(Machine& m, const Problem& p, const Tile& tile, int thread,
+                          unsigned inside, const float (&sums)[BLOCKS][N / 2]) {
+  const int unit = thread % 4 * 8, channels = channels_of(p, tile);
   VF_UNROLL
   for (int i = 0; i < 2 * BLOCKS; ++i) {
-    const Pixel pixel = pixel_at(p, tile, row_at<BLOCKS>(m.thread(), i));
+    const Pixel pixel = pixel_at(p, tile, row_at<BLOCKS>(thread, i));
     T* out = static_cast<T*>(p.out) + offset(tile, pixel, p.out_pitch) + tile.first + unit;
     VF_UNROLL
     for (int column = 0; column < N; column += 32) {
@@ -191,14 +192,16 @@ VF_THREAD void store_tile(Machine& m, const Problem& p, const Tile& tile, unsign
 template <class T, int N, int BLOCKS, class Machine>
 VF_THREAD void finish(Machine& m, const Problem& p, const Tile& tile,
                       float (&sums)[BLOCKS][N / 2]) {
-  const unsigned inside = pixels_inside<BLOCKS>(p, tile, m.thread());
-  if (p.scale != nullptr) scale_and_shift<N, BLOCKS>(p, tile, m.thread(), sums);
-  if (p.add_c != 0 || p.mask_c != 0) add_and_mask<T, N, BLOCKS>(m, p, tile, inside, sums);
+  // Nothing of it is kept in registers while the next tile is multiplied.
+  const int thread = m.thread_again();
+  const unsigned inside = pixels_inside<BLOCKS>(p, tile, thread);
+  if (p.scale != nullptr) scale_and_shift<N, BLOCKS>(p, tile, thread, sums);
+  if (p.add_c != 0 || p.mask_c != 0) add_and_mask<T, N, BLOCKS>(m, p, tile, thread, inside, sums);
   if (p.pool_partials != nullptr) {
-    leave_sums<N, BLOCKS>(m, p, inside, sums);
+    leave_sums<N, BLOCKS>(m, p, thread, inside, sums);
     store_partials<N>(m, p, tile);
   }
-  store_tile<T, N, BLOCKS>(m, p, tile, inside, sums);
+  store_tile<T, N, BLOCKS>(m, p, tile, thread, inside, sums);
 }
 
 }  // namespace conv_sm90

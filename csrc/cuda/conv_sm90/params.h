@@ -21,8 +21,11 @@ struct ConvSm90Params {
   int32_t kernel;          // 1 or 3
   int32_t tile_h, tile_w;  // pixels of a tile: 128 or 256; tile_w is a multiple of 8
   int32_t block_out;       // output channels of a tile; of the last one some may be beyond c_out
-  int32_t relu;            // only with scale
-  int32_t dtype;           // kFloat16 or kBFloat16
+  int32_t cluster_pixels;  // tiles that CTAs of a cluster have next to each other: of pixels, 1, 2,
+                           // 4 or 8,
+  int32_t cluster_channels;  // and of output channels; at most 8 in all
+  int32_t relu;              // only with scale
+  int32_t dtype;             // kFloat16 or kBFloat16
 };
 
 }  // namespace vovnet_fast

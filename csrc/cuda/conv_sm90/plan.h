@@ -18,6 +18,9 @@ constexpr uint32_t kSharedLimit = 227 * 1024 - kAtomBytes;
 #define VF_CONV_SM90_TILES(f) \
   f(64, 2) f(80, 2) f(96, 2) f(112, 2) f(128, 2) f(160, 2) f(192, 2) f(224, 1) f(256, 1)
 
+// CTAs of a cluster, on every GPU of compute capability 9.0.
+constexpr int kMaxCluster = 8;
+
 // Weights stay in shared memory if they are no more stages than this, beside so many strips.
 constexpr int kMaxResident = 36;
 constexpr int kResidentStrips = 3;
@@ -121,6 +124,12 @@ inline void check(const ConvSm90Params& params) {
               (params.mask_c == 0 || aligned(params.mask, params)),
           "addresses and strides must be multiples of 16 bytes, and not 0 (copy x, or take "
           "another engine)");
+  require(params.cluster_pixels > 0 && params.cluster_channels > 0 &&
+              params.cluster_pixels <= kMaxCluster && params.cluster_channels <= kMaxCluster &&
+              params.cluster_pixels * params.cluster_channels <= kMaxCluster &&
+              (params.cluster_pixels & (params.cluster_pixels - 1)) == 0,
+          "no clusters of " + std::to_string(params.cluster_pixels) + " x " +
+              std::to_string(params.cluster_channels));
   const int pixels = params.tile_h * params.tile_w;
   require(params.tile_h > 0 && params.tile_w > 0 && params.tile_w % kAtomRows == 0 &&
               params.tile_w <= 256 && (pixels == 128 || pixels == 256) &&
@@ -171,7 +180,7 @@ inline void choose_stages(Problem& p) {
 // Raises: it cannot take these arguments.
 inline Problem plan(const ConvSm90Params& params) {
   detail::check(params);
-  Problem p;
+  Problem p = {};
   p.scale = static_cast<const float*>(params.scale);
   p.shift = static_cast<const float*>(params.shift);
   p.pool_partials = static_cast<float*>(params.pool_partials);
@@ -194,7 +203,13 @@ inline Problem plan(const ConvSm90Params& params) {
   p.block_out = params.block_out;
   p.down = static_cast<int32_t>(ceil_div(params.height, params.tile_h));
   p.across = static_cast<int32_t>(ceil_div(params.width, params.tile_w));
-  p.groups = static_cast<int32_t>(ceil_div(params.c_out, params.block_out));
+  p.cluster_pixels = params.cluster_pixels;
+  p.cluster_channels = params.cluster_channels;
+  while (1 << p.cluster_shift < p.cluster_pixels) ++p.cluster_shift;
+  p.strip_sharers = strip_sharers(p.cluster_pixels, p.cluster_channels);
+  p.weight_sharers = weight_sharers(p.cluster_pixels);
+  p.groups = static_cast<int32_t>(
+      ceil_div(params.c_out, int64_t{params.block_out} * params.cluster_channels));
   p.chunks = static_cast<int32_t>(ceil_div(params.c_in, kChunk));
   // Factors are less than 2^30 each, and so is the product of the first two: 64 bits hold it all.
   const int64_t of_image = static_cast<int64_t>(p.down) * p.across;
@@ -202,7 +217,8 @@ inline Problem plan(const ConvSm90Params& params) {
   detail::require(
       of_image < limit && of_image * params.n < limit && of_image * params.n * p.groups < limit,
       "more than 2^30 tiles: split the batch");
-  p.tiles = static_cast<int32_t>(of_image * params.n * p.groups);
+  p.rectangles = static_cast<int32_t>(of_image * params.n);
+  p.tiles = static_cast<int32_t>(ceil_div(p.rectangles, p.cluster_pixels) * p.groups);
   detail::choose_stages(p);
   detail::require(shared_bytes(p) <= kSharedLimit,
                   "tiles of " + detail::words(params) + " take more shared memory than there is");

@@ -4,7 +4,9 @@
 #ifdef __CUDACC__
 #define VF_THREAD __device__ __forceinline__
 #define VF_UNROLL _Pragma("unroll")
+#define VF_NO_UNROLL _Pragma("unroll 1")
 #else
 #define VF_THREAD inline
 #define VF_UNROLL
+#define VF_NO_UNROLL
 #endif
