@@ -28,7 +28,7 @@ def ceilings(watch):
 def pytest_addoption(parser):
     parser.addoption(
         "--engines", choices=ENGINES, default=ALL,
-        help="which engines of an op are measured: all, or the first of each form",
+        help="which engines of an op are measured: all, one of each form, or those for Hopper",
     )  # fmt: skip
 
 

@@ -18,11 +18,12 @@ from torch import nn
 
 from vovnet_fast import VoVNet, aot, backends, freeze
 from vovnet_fast.aot import resources
+from vovnet_fast.backends import conv_sm90_tiles
 from vovnet_fast.tools.memory import training_memory
 from vovnet_fast.tools.plan import AtenRecorder, Work, launch_work, plan_forward
 
 from . import sass
-from .networks import Shape, launches, operations
+from .networks import Shape, launches, layers, operations
 
 if TYPE_CHECKING:
     from vovnet_fast.kernels._common import Launch
@@ -35,9 +36,8 @@ Counts = dict[str, dict[str, Numbers]]
 
 LOWER, HIGHER, NEITHER = -1, 1, 0
 
-BETTER = {"multiply-adds an instruction": HIGHER, "CTAs an SM": HIGHER} | dict.fromkeys(
-    ("HGMMA", "HMMA", "GFLOP"), NEITHER
-)
+_HIGHER = ("multiply-adds an instruction", "CTAs an SM", "FLOP a byte from L2")
+BETTER = dict.fromkeys(_HIGHER, HIGHER) | dict.fromkeys(("HGMMA", "HMMA", "GFLOP"), NEITHER)
 """Which way is better. Of everything that is not here, less is."""
 
 HOT = {
@@ -269,6 +269,40 @@ def frozen(spec: str) -> Numbers:
 
 
 # --------------------------------------------------------------------------------------
+# The convolution for Hopper
+# --------------------------------------------------------------------------------------
+
+HOPPER: tuple[str, Shape] = ("V-39-eSE", (1, 800, 1344))
+PROCESSORS = 132
+"""Of an H100 or H200."""
+
+
+def hopper() -> dict[str, Numbers]:
+    """What the tiles of the hand-written convolution that fetch least take from L2.
+
+    Of layers with stride 1, whose gradients of inputs are such layers too.
+    """
+    found: dict[str, Numbers] = {}
+    for name, layer in layers(*HOPPER).items():
+        c_out, kernel, _, c_in = layer.weight
+        if layer.stride != 1:
+            continue
+        n, height, width, _ = layer.out.shape
+        size = (1, height * width) if kernel == 1 else (height, width)
+        for suffix, channels in (("", (c_in, c_out)), (" input gradient", (c_out, c_in))):
+            shape = conv_sm90_tiles.Shape(n, *size, *channels, kernel, layer.pool and not suffix)
+            best = max(
+                (
+                    conv_sm90_tiles.work(config, shape, PROCESSORS)
+                    for config in conv_sm90_tiles.configs(shape.c_out, kernel)
+                ),
+                key=lambda work: work.intensity,
+            )
+            found[name + suffix] = {"FLOP a byte from L2": round(best.intensity, 1)}
+    return found
+
+
+# --------------------------------------------------------------------------------------
 # Kernels that a network needs
 # --------------------------------------------------------------------------------------
 
@@ -340,6 +374,7 @@ def count(*, compiling: bool = True) -> Counts:
         steps = {title(*each): training(*each, norm_eval=norm_eval) for each in networks}
         kept = {title(*each): memory(*each, norm_eval) for each in networks}
         found |= {f"training step, {words}": steps, f"kept for the backward pass, {words}": kept}
+    found["convolution for Hopper"] = hopper()
     found["operations of PyTorch, frozen"] = {spec: frozen(spec) for spec, _ in NETWORKS}
     return found
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vovnet_fast import backends, tuning
+from vovnet_fast.backends._engines import ATEN
 from vovnet_fast.backends.cpu import convolution
 from vovnet_fast.tools.bench.stopwatch import Stopwatch, interleaved
 
@@ -22,8 +23,9 @@ from .ops import Case
 from .timing import measure, warm_ms
 
 EAGER, COMPILED = "eager", "compiled"
-ENGINES = ALL, FORMS = "all", "forms"
-"""Which engines of an op are measured: all of them, or one of each form."""
+ENGINES = ALL, FORMS, HOPPER = "all", "forms", "conv-sm90"
+"""Which engines of an op are measured: all of them, one of each form, or, beside what is taken
+without measuring and cuDNN's, all candidates of the convolution for Hopper."""
 
 SECONDS = 0.4
 """For the rounds of a row."""
@@ -162,8 +164,7 @@ def engines(
     asked: list[tuple[list[str], Callable[[str], None], Callable[[], tuning.Trial] | None]] = []
 
     def spy(device, problem, candidates, static, run, timer=None, prepare=None):
-        wanted = list(candidates) if which == ALL else one_of_each_form(candidates, static)
-        asked.append((wanted, run, prepare))
+        asked.append((chosen(list(candidates), static, which), run, prepare))
         return static
 
     with mock.patch.object(tuning, "choose", spy):
@@ -172,6 +173,15 @@ def engines(
         return None
     [candidates, run, prepare], *_ = asked
     return _timed(candidates, run, prepare() if prepare is not None else None, watch, quick=quick)
+
+
+def chosen(candidates: list[str], static: str, which: str) -> list[str]:
+    """Those of the candidates that are measured: ``which`` is one of :data:`ENGINES`."""
+    if which == FORMS:
+        return one_of_each_form(candidates, static)
+    if which == HOPPER:
+        return [name for name in candidates if name in (static, ATEN) or form_of(name) == HOPPER]
+    return candidates
 
 
 def one_of_each_form(candidates: Sequence[str], static: str) -> list[str]:

@@ -338,14 +338,32 @@ inline void tensors(const ConvSm90Params& p) {
       refuse("tile_h, tile_w and block_out", "from 1 to 256", std::to_string(size));
     }
   }
+  for (const int32_t size : {p.cluster_pixels, p.cluster_channels}) {
+    if (size < 1 || size > 8) {
+      refuse("cluster_pixels and cluster_channels", "from 1 to 8", std::to_string(size));
+    }
+  }
   const int64_t bytes = bytes_of("dtype", p.dtype);
   const int64_t tiles = count("out", {ceil_div(p.height, static_cast<int64_t>(p.tile_h)),
                                       ceil_div(p.width, static_cast<int64_t>(p.tile_w))});
+  together("scale", p.scale, "shift", p.shift);
+  if (p.scale == nullptr && (p.pool_partials != nullptr || p.relu != 0)) {
+    refuse("pool_partials and relu", "None and 0 where scale is None", "others");
+  }
+  if (p.scale != nullptr && (p.add.data != nullptr || p.mask.data != nullptr)) {
+    refuse("add and mask", "None where scale is given", "an address");
+  }
+  if (p.add_c > p.c_out) refuse("add_c", "at most c_out", std::to_string(p.add_c));
+  if (p.mask_c > p.c_out) refuse("mask_c", "at most c_out", std::to_string(p.mask_c));
+  if (p.add.data == nullptr) same("add_c without add", p.add_c, 0);
+  if (p.mask.data == nullptr) same("mask_c without mask", p.mask_c, 0);
   view("x", p.x, bytes, {p.n, p.height, p.width, p.c_in});
   view("out", p.out, bytes, {p.n, p.height, p.width, p.c_out});
+  view("add", p.add, bytes, {p.n, p.height, p.width, p.add_c}, kOptional);
+  view("mask", p.mask, bytes, {p.n, p.height, p.width, p.mask_c}, kOptional);
   packed("weight", p.weight, bytes, {p.c_out, p.kernel, p.kernel, p.c_in});
-  packed("scale", p.scale, 4, {p.c_out});
-  packed("shift", p.shift, 4, {p.c_out});
+  packed("scale", p.scale, 4, {p.c_out}, kOptional);
+  packed("shift", p.shift, 4, {p.c_out}, kOptional);
   packed("pool_partials", p.pool_partials, 4, {p.n, tiles, p.c_out}, kOptional);
 }
 

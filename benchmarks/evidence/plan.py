@@ -111,6 +111,13 @@ def _engines(make: Maker) -> list[Step]:
             ],
             variables={"VOVNET_FAST_CONV_SM90": "1"},
         ),
+        make.benchmark(
+            "hopper layers", "all candidates of the convolution for Hopper, forward and of inputs",
+            120, 200, *layers, "--engines=conv-sm90",
+            "-k", f"cuda and not weight and ({MAPS})",
+            rehearsed="the layers are rehearsed above, with other engines",
+            variables={"VOVNET_FAST_CONV_SM90": "1"},
+        ),
         *(make.sanitizer(tool) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")),
         make.step(
             "tuning", "the fastest engines for the layers of the headline", 90, 150, tune,

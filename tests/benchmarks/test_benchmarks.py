@@ -236,6 +236,15 @@ def test_one_engine_of_each_form(static, expected):
     assert op_rows.one_of_each_form(names, static) == expected
 
 
+def test_all_candidates_for_hopper():
+    """In every tile and cluster, beside cuDNN's and what is taken without measuring."""
+    own = ["conv-sm90 256x64", "conv-sm90 256x64 cluster 2x1"]
+    names = ["aten", *own, "conv-sm80 128x64", "tma-256x64-k64", "tma-128x64-k64"]
+    found = op_rows.chosen(names, "tma-128x64-k64", op_rows.HOPPER)
+    assert found == ["aten", *own, "tma-128x64-k64"]
+    assert op_rows.chosen(names, "aten", op_rows.ALL) == names
+
+
 def test_an_error_that_the_device_does_not_survive_ends_the_search(watch):
     def run(engine):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")

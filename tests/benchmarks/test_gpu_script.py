@@ -26,7 +26,7 @@ from vovnet_fast.backends.cpu import int8
 NAMES = [
     "carried kernels", "first look", "numerics", "extension", "cuda", "headline inference",
     "headline training", "headline compiled", "headline eight bits", "hopper", "layers",
-    "memcheck", "racecheck", "initcheck", "synccheck", "tuning", "headline tuned",
+    "hopper layers", "memcheck", "racecheck", "initcheck", "synccheck", "tuning", "headline tuned",
     "compiled V-99", "architectures", "blocks", "all engines", "other inference",
     "other training", "detectors", "trainings", "report",
 ]  # fmt: skip

@@ -41,6 +41,16 @@ def test_few_kernels_are_compiled():
     assert many <= 1.1 * one
 
 
+def test_the_convolution_for_hopper_asks_little_of_l2():
+    """What its arithmetic is for: wide layers wait for L2 where tensor cores could be busy."""
+    found = json.loads((ROOT / "docs" / "counts.json").read_text())["counts"]
+    rows = found["convolution for Hopper"]
+    assert len(rows) == 32
+    for row, numbers in rows.items():
+        least = 150 if row.startswith("3x3 64>64") else 200
+        assert numbers["FLOP a byte from L2"] >= least, row
+
+
 # --------------------------------------------------------------------------------------
 # Comparing
 # --------------------------------------------------------------------------------------

@@ -10,19 +10,24 @@ namespace {
 using namespace vovnet_fast;
 
 template <class T, int N, int BLOCKS>
-void run(const ConvSm90Params& params, int ctas, simulator::Timing timing, unsigned seed) {
+int64_t run(const ConvSm90Params& params, int ctas, simulator::Timing timing, unsigned seed) {
   const conv_sm90::Problem p = conv_sm90::plan(params);
-  for (int index = 0; index < std::min(ctas, p.tiles); ++index) {
-    simulator::Cta cta(p, conv_sm90::strip_box(params), conv_sm90::weight_box(params), timing,
-                       seed + index);
-    cta.run([&](int i) {
-      simulator::Thread thread(cta, i, index, std::min(ctas, p.tiles));
+  // As many clusters as there are processors for, one a CTA.
+  const int clusters = std::min(std::max(ctas / conv_sm90::cluster_size(p), 1), p.tiles);
+  int64_t fetched = 0;
+  for (int index = 0; index < clusters; ++index) {
+    simulator::Cluster cluster(p, conv_sm90::strip_box(params), conv_sm90::weight_box(params),
+                               timing, seed + index);
+    cluster.run([&](int rank, int i) {
+      simulator::Thread thread(cluster, rank, i, index, clusters);
       conv_sm90::run_thread<T, N, BLOCKS>(thread, p);
     });
+    fetched += cluster.fetched;
   }
+  return fetched;
 }
 
-using Run = void (*)(const ConvSm90Params&, int, simulator::Timing, unsigned);
+using Run = int64_t (*)(const ConvSm90Params&, int, simulator::Timing, unsigned);
 
 Run run_for(const ConvSm90Params& params) {
   const bool one = conv_sm90::blocks_of(params) == 1;
@@ -55,12 +60,12 @@ int guarded(char* error, int size, const Body& body) {
 
 extern "C" {
 
-// 0, or 1 with the words of an error.
+// 0, or 1 with the words of an error. `fetched`: the bytes that copies asked for.
 int conv_sm90_simulate(const ConvSm90Params* params, int ctas, int late_copies, int late_products,
-                       unsigned seed, char* error, int size) {
+                       unsigned seed, int64_t* fetched, char* error, int size) {
   return guarded(error, size, [&] {
     conv_sm90::plan(*params);
-    run_for (*params)(*params, ctas, {late_copies != 0, late_products != 0}, seed);
+    *fetched = run_for(*params)(*params, ctas, {late_copies != 0, late_products != 0}, seed);
   });
 }
 

@@ -1,11 +1,11 @@
 // A machine for csrc/cuda/conv_sm90/kernel.h that simulates what it uses of a Hopper GPU.
 //
-// The threads of a CTA are fibres. Shared memory is bytes, to which tensor copies write with the
-// 128-byte swizzle, and of which WGMMA reads what descriptors say, as the PTX ISA and the CUDA
-// driver API have it: nothing of this comes from the kernel's own arithmetic. A warp's products are
-// computed as late as possible, when the warp waits for them, or as early as possible; copies
-// likewise, in any order. So a stage that is overwritten too early, or read too early, shows in the
-// numbers.
+// The threads of a cluster of CTAs are fibres. Shared memory is bytes, to which tensor copies write
+// with the 128-byte swizzle, and of which WGMMA reads what descriptors say, as the PTX ISA and the
+// CUDA driver API have it: nothing of this comes from the kernel's own arithmetic. A warp's
+// products are computed as late as possible, when the warp waits for them, or as early as possible;
+// copies likewise, in any order. So a stage that is overwritten too early, or read too early, shows
+// in the numbers.
 //
 // Reported as errors: threads that wait for ever, barriers that are used before they are
 // initialised or get more arrivals than they expect, operands and copies that do not start at an
@@ -66,14 +66,14 @@ class Scheduler {
       start(i);
       order[i] = i;
     }
-    unsigned asleep = 0;  // Warps that do not run for a while, so that others get far ahead.
+    uint64_t asleep = 0;  // Warps that do not run for a while, so that others get far ahead.
     for (int round = 0;; ++round) {
       std::shuffle(order.begin(), order.end(), random_);
-      if (round % kNap == 0) asleep = static_cast<unsigned>(random_());
+      if (round % kNap == 0) asleep = static_cast<uint64_t>(random_()) << 32 | random_();
       bool waiting = false, moved = false;
       for (int i : order) {
         if (fibres_[i].done) continue;
-        if (asleep >> (i / kLanes) & 1) {
+        if (asleep >> (i / kLanes % 64) & 1) {
           waiting = true;
           continue;
         }
@@ -117,7 +117,7 @@ class Scheduler {
 
   void start(int i) {
     Fibre& fibre = fibres_[i];
-    fibre.stack = std::make_unique<char[]>(kStack);
+    fibre.stack.reset(new char[kStack]);  // Not cleared: there may be thousands.
     getcontext(&fibre.context);
     fibre.context.uc_stack.ss_sp = fibre.stack.get();
     fibre.context.uc_stack.ss_size = kStack;
@@ -209,22 +209,48 @@ struct Copy {
   const Box* box;
   uint32_t to, barrier;
   int at[4];
+  int rank;  // of the CTA that it goes to
+};
+
+class Cta;
+
+// The CTAs of a cluster, their threads, and the copies that are under way.
+class Cluster {
+ public:
+  Cluster(const Problem& p, const Box& strip, const Box& weight, Timing timing, unsigned seed);
+
+  template <class Body>
+  void run(const Body& body);
+
+  // Which CTA has this rank. What others do to it after its end would be somebody else's memory.
+  Cta& cta(int rank);
+  int size() const { return static_cast<int>(ctas_.size()); }
+
+  void copy(Copy copy, uint16_t mask, int own);
+
+  Scheduler scheduler;
+  Meeting all;
+  int64_t fetched = 0;  // Bytes that copies asked for, of channels that there are.
+  const Box strip, weight;
+
+ private:
+  bool finish_a_copy();
+
+  Timing timing_;
+  std::vector<std::unique_ptr<Cta>> ctas_;
+  std::vector<int> running_;  // Threads of each CTA.
+  std::vector<Copy> copies_;
 };
 
 class Cta {
  public:
-  Cta(const Problem& p, const Box& strip, const Box& weight, Timing timing, unsigned seed)
-      : strip_(strip),
-        weight_(weight),
-        timing_(timing),
-        scheduler_(seed),
+  Cta(const Problem& p, Timing timing, Scheduler& scheduler)
+      : timing_(timing),
+        scheduler_(scheduler),
         size_(vovnet_fast::conv_sm90::shared_bytes(p)),
         memory_(size_, 0xff) {}  // NaN, in fp16, bf16 and fp32.
 
-  template <class Body>
-  void run(const Body& body) {
-    scheduler_.run(kThreads, body, [this] { return finish_a_copy(); });
-    require(copies_.empty(), "copies are under way when the CTA ends");
+  void check_the_end() const {
     for (const auto& [address, barrier] : barriers_) {
       require(barrier.bytes == 0, "a barrier expects bytes when the CTA ends");
     }
@@ -283,20 +309,6 @@ class Cta {
     barriers_[address] = {arrivals, arrivals, 0, 0};
   }
 
-  // ---- Tensor copies (tiled mode, 128-byte swizzle, zeros outside)
-
-  void copy(const Box& box, uint32_t to, uint32_t barrier_address, std::array<int, 4> at) {
-    Copy copy{&box, to, barrier_address, {at[0], at[1], at[2], at[3]}};
-    barrier(barrier_address);
-    if (timing_.late_copies) {
-      copies_.push_back(copy);
-    } else {
-      finish(copy);
-    }
-  }
-
-  const Box strip_, weight_;
-
   // ---- Products
 
   // Called by each thread of a warpgroup, which comes to its `number`-th product.
@@ -331,15 +343,7 @@ class Cta {
     }
   }
 
- private:
-  bool finish_a_copy() {
-    if (copies_.empty()) return false;
-    const size_t i = scheduler_.random()() % copies_.size();
-    const Copy copy = copies_[i];
-    copies_.erase(copies_.begin() + static_cast<std::ptrdiff_t>(i));
-    finish(copy);
-    return true;
-  }
+  // ---- Tensor copies (tiled mode, 128-byte swizzle, zeros outside)
 
   void finish(const Copy& copy) {
     const Box& box = *copy.box;
@@ -365,6 +369,7 @@ class Cta {
     barrier(copy.barrier).receive(elements * 2);
   }
 
+ private:
   static uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
   // Rows of 16 numbers of a K-major operand with the 128-byte swizzle: rows of 128 bytes, eight of
@@ -407,32 +412,94 @@ class Cta {
   }
 
   Timing timing_;
-  Scheduler scheduler_;
+  Scheduler& scheduler_;
   uint32_t size_;
   std::vector<uint8_t> memory_;
   std::map<uint32_t, Barrier> barriers_;
-  std::vector<Copy> copies_;
   std::deque<Product> products_[kThreads / kGroup];
   int64_t first_product_[kThreads / kGroup] = {};
 };
+
+inline Cluster::Cluster(const Problem& p, const Box& strip, const Box& weight, Timing timing,
+                        unsigned seed)
+    : scheduler(seed), strip(strip), weight(weight), timing_(timing) {
+  for (int i = 0; i < vovnet_fast::conv_sm90::cluster_size(p); ++i) {
+    ctas_.push_back(std::make_unique<Cta>(p, timing, scheduler));
+  }
+  running_.assign(ctas_.size(), kThreads);
+}
+
+template <class Body>
+void Cluster::run(const Body& body) {
+  const auto thread = [&](int i) {
+    body(i / kThreads, i % kThreads);
+    --running_[i / kThreads];
+  };
+  scheduler.run(size() * kThreads, thread, [this] { return finish_a_copy(); });
+  require(copies_.empty(), "copies are under way when the cluster ends");
+  for (const auto& cta : ctas_) cta->check_the_end();
+}
+
+inline Cta& Cluster::cta(int rank) {
+  require(rank >= 0 && rank < size(), "a CTA that the cluster does not have");
+  require(running_[rank] > 0, "a CTA of the cluster has ended already");
+  return *ctas_[rank];
+}
+
+inline void Cluster::copy(Copy copy, uint16_t mask, int own) {
+  const Box& box = *copy.box;
+  const auto channels =
+      std::min<int64_t>(box.box[0], static_cast<int64_t>(box.sizes[0]) - copy.at[0]);
+  fetched += channels * box.box[1] * box.box[2] * (box.rank == 4 ? box.box[3] : 1) * 2;
+  cta(own).barrier(copy.barrier);
+  for (int rank = 0; rank < 16; ++rank) {
+    if ((mask >> rank & 1) == 0) continue;
+    copy.rank = rank;
+    if (timing_.late_copies) {
+      copies_.push_back(copy);
+    } else {
+      cta(rank).finish(copy);
+    }
+  }
+}
+
+inline bool Cluster::finish_a_copy() {
+  if (copies_.empty()) return false;
+  const size_t i = scheduler.random()() % copies_.size();
+  const Copy copy = copies_[i];
+  copies_.erase(copies_.begin() + static_cast<std::ptrdiff_t>(i));
+  cta(copy.rank).finish(copy);
+  return true;
+}
 
 // ---- The machine -------------------------------------------------------------------------------
 
 inline float widen_half(uint16_t bits) { return vovnet_fast::widen(vovnet_fast::float16{bits}); }
 inline float widen_bfloat(uint16_t bits) { return vovnet_fast::widen(vovnet_fast::bfloat16{bits}); }
 
-// What a thread sees of a CTA.
+// What a thread sees of its CTA, and of the cluster.
 class Thread {
  public:
-  Thread(Cta& cta, int thread, int index, int ctas)
-      : cta_(cta), thread_(thread), index_(index), ctas_(ctas) {}
+  Thread(Cluster& cluster, int rank, int thread, int index, int clusters)
+      : all_(cluster),
+        cta_(cluster.cta(rank)),
+        rank_(rank),
+        thread_(thread),
+        index_(index),
+        clusters_(clusters) {}
 
   int thread() const { return thread_; }
-  int cta() const { return index_; }
-  int ctas() const { return ctas_; }
+  int thread_again() const { return thread_; }
+  int cluster() const { return index_; }
+  int clusters() const { return clusters_; }
+  int rank() const { return rank_; }
   void synchronise() {
     require(published_ || thread_ != 0, "the barriers were not published to the copies");
     cta_.meet(cta_.all_, kThreads, "all threads");
+  }
+  void synchronise_cluster() {
+    require(published_ || thread_ != 0, "the barriers were not published to the copies");
+    cta_.meet(all_.all, all_.size() * kThreads, "all threads of the cluster");
   }
   void synchronise_consumers() { cta_.meet(cta_.consumers_, 2 * kGroup, "the consumers"); }
   void shrink_registers() {}
@@ -450,16 +517,19 @@ class Thread {
     cta_.barrier(barrier).bytes += bytes;
     cta_.barrier(barrier).arrive();
   }
-  void arrive(uint32_t barrier) {
+  void wait_free(uint32_t barrier, uint32_t parity) { wait(barrier, parity); }
+  void arrive(uint32_t barrier, int count, int to) {
     cta_.meet(cta_.warps_[thread_ / kLanes], kLanes, "an arrival");
-    if (thread_ % kLanes == 0) cta_.barrier(barrier).arrive();
+    if (thread_ % kLanes < count) all_.cta(count == 1 ? rank_ : to).barrier(barrier).arrive();
   }
 
-  void copy_strip(uint32_t to, uint32_t full, int c, int w, int h, int n) {
-    cta_.copy(cta_.strip_, to, full, {c, w, h, n});
+  void copy_strip(uint32_t to, uint32_t full, int c, int w, int h, int n, int count,
+                  uint16_t mask) {
+    copy(all_.strip, to, full, {c, w, h, n}, count, mask);
   }
-  void copy_weights(uint32_t to, uint32_t full, int c, int tap, int first) {
-    cta_.copy(cta_.weight_, to, full, {c, tap, first, 0});
+  void copy_weights(uint32_t to, uint32_t full, int c, int tap, int first, int count,
+                    uint16_t mask) {
+    copy(all_.weight, to, full, {c, tap, first, 0}, count, mask);
   }
 
   uint64_t operand(uint32_t offset) { return vovnet_fast::conv_sm90::descriptor(offset); }
@@ -503,14 +573,26 @@ class Thread {
     return word;
   }
   template <class T>
+  void load(const T* from, uint32_t (&words)[4]) {
+    require(reinterpret_cast<uintptr_t>(from) % 16 == 0, "a load of 16 bytes is not aligned");
+    memcpy(words, from, 16);
+  }
+  template <class T>
   void store(T* to, const uint32_t (&words)[4]) {
     require(reinterpret_cast<uintptr_t>(to) % 16 == 0, "a store of 16 bytes is not aligned");
     memcpy(to, words, 16);
   }
 
  private:
+  void copy(const Box& box, uint32_t to, uint32_t full, std::array<int, 4> at, int count,
+            uint16_t mask) {
+    const auto own = static_cast<uint16_t>(1u << rank_);
+    all_.copy({&box, to, full, {at[0], at[1], at[2], at[3]}, 0}, count > 1 ? mask : own, rank_);
+  }
+
+  Cluster& all_;
   Cta& cta_;
-  int thread_, index_, ctas_;
+  int rank_, thread_, index_, clusters_;
   bool published_ = false, begun_ = false;
   int64_t products_ = 0;
   std::vector<int64_t> groups_;  // Number of products at the end of each that may be under way.

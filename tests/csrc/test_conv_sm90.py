@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 import vovnet_fast
 from vovnet_fast import tuning
-from vovnet_fast.backends import _cuda_conv, conv_sm90, cuda, reference
+from vovnet_fast.backends import _cuda_conv, conv_sm90, conv_sm90_tiles, cuda, reference
 
 ROOT = Path(vovnet_fast.__file__).parent.parent
 SOURCES = ROOT / "csrc" / "cuda" / "conv_sm90"
@@ -44,17 +44,22 @@ class Params(ctypes.Structure):
     """ConvSm90Params."""
 
     _fields_ = [
-        ("x", View),
-        ("out", View),
+        *((name, View) for name in ("x", "out", "add", "mask")),
         *((name, ctypes.c_void_p) for name in ("weight", "scale", "shift", "pool_partials")),
-        *((name, ctypes.c_int64) for name in ("n", "height", "width", "c_in", "c_out")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("n", "height", "width", "c_in", "c_out", "add_c", "mask_c")
+        ),
         *((name, ctypes.c_int32) for name in ("kernel", "tile_h", "tile_w", "block_out")),
+        *((name, ctypes.c_int32) for name in ("cluster_pixels", "cluster_channels")),
         *((name, ctypes.c_int32) for name in ("relu", "dtype")),
     ]
 
 
 def struct(fields):
-    return Params(**{k: View(*v) if isinstance(v, tuple) else v for k, v in fields.items()})
+    views = {name: View() for name in ("add", "mask") if fields[name] is None}
+    given = {k: View(*v) if isinstance(v, tuple) else v for k, v in fields.items()}
+    return Params(**given | views)
 
 
 class Simulator:
@@ -67,8 +72,11 @@ class Simulator:
         assert not failed, error.value.decode()
 
     def run(self, fields, *, ctas=2, late_copies=True, late_products=True, seed=0):
-        params = ctypes.byref(struct(fields))
-        self.call("conv_sm90_simulate", params, ctas, int(late_copies), int(late_products), seed)
+        """Returns the bytes that copies fetched."""
+        params, fetched = ctypes.byref(struct(fields)), ctypes.c_int64()
+        timing = (int(late_copies), int(late_products), seed)
+        self.call("conv_sm90_simulate", params, ctas, *timing, ctypes.byref(fetched))
+        return fetched.value
 
     def plan(self, fields):
         """Stages of strips and of weights, and bytes of shared memory."""
@@ -130,21 +138,40 @@ class Layer:
     def tensors(self):
         return self.x, self.weight, self.scale, self.shift, self.out
 
+    def beside(self, c):
+        """Of the same pixels, as wide as asked for, in a slot of its own."""
+        generator = torch.Generator().manual_seed(c)
+        _, view = slot((*self.out.shape[:3], c), self.x.dtype, self.x.device)
+        return view.copy_(torch.randn(view.shape, generator=generator).to(self.x.device))
+
     def exact(self, dtype=torch.float64):
         x, weight = (t.to(dtype).permute(0, 3, 1, 2) for t in (self.x, self.weight))
         y = F.conv2d(x, weight, padding=weight.shape[2] // 2).permute(0, 2, 3, 1)
         y = y * self.scale.to(dtype) + self.shift.to(dtype)
         return F.relu(y) if self.relu else y
 
-    def plan(self, config):
-        return conv_sm90.plan(config, *self.tensors, relu=self.relu)
+    def gradient(self, add=None, mask=None):
+        """What it computes as the gradient of an input."""
+        x, weight = (t.double().permute(0, 3, 1, 2) for t in (self.x, self.weight))
+        y = F.conv2d(x, weight, padding=weight.shape[2] // 2).permute(0, 2, 3, 1)
+        if add is not None:
+            y[..., : add.shape[3]] += add.double()
+        if mask is not None:
+            y[..., y.shape[3] - mask.shape[3] :] *= ~(mask <= 0)
+        return y
 
-    def check(self, partials=None):
+    def plan(self, config, **beside):
+        x, weight, scale, shift, out = self.tensors
+        if beside:
+            scale = shift = None
+        return conv_sm90.plan(config, x, weight, scale, shift, out, relu=self.relu, **beside)
+
+    def check(self, partials=None, exact=None):
         """One rounding of what is stored, and a few of sums; nothing else is touched.
 
         Sums are those of fp32; tensor cores cut what they add, where fp32 rounds.
         """
-        exact, simulated = self.exact(), not self.x.is_cuda
+        exact, simulated = self.exact() if exact is None else exact, not self.x.is_cuda
         slack = 2e-5 if simulated else 1e-3
         error = (self.out.double() - exact).abs()
         unit = torch.finfo(self.out.dtype).eps / 2
@@ -161,6 +188,11 @@ class Layer:
         )
 
 
+def by_themselves(*words):
+    """Tiles without clusters, which have tests of their own."""
+    return [config for config in conv_sm90.configs(*words) if config.cluster == (1, 1)]
+
+
 def simulate(simulator, layer, config, *, pool=False, **timing):
     launch = layer.plan(config)
     partials, pointer = None, None
@@ -168,8 +200,11 @@ def simulate(simulator, layer, config, *, pool=False, **timing):
         shape = (layer.x.shape[0], launch.tiles, layer.weight.shape[0])
         partials = torch.full(shape, float("nan"))
         pointer = partials.data_ptr()
-    simulator.run(dict(launch.fields, pool_partials=pointer), **timing)
+    fetched = simulator.run(dict(launch.fields, pool_partials=pointer), **timing)
     layer.check(partials)
+    n, h, w, c_in, c_out = (launch.fields[k] for k in ("n", "height", "width", "c_in", "c_out"))
+    shape = conv_sm90_tiles.Shape(n, h, w, c_in, c_out, launch.fields["kernel"], pool)
+    assert fetched == conv_sm90_tiles.work(config, shape, timing.get("ctas", 2)).fetched
 
 
 # --------------------------------------------------------------------------------------
@@ -179,13 +214,13 @@ def simulate(simulator, layer, config, *, pool=False, **timing):
 
 @pytest.mark.parametrize("c_out", CHANNELS)
 def test_3x3_is_right(c_out, simulator):
-    for config in conv_sm90.configs(c_out):
+    for config in by_themselves(c_out):
         simulate(simulator, Layer(1, 9, 11, 72, c_out), config)
 
 
 @pytest.mark.parametrize("c_out", CHANNELS)
 def test_1x1_with_pool_partials_is_right(c_out, simulator):
-    for config in conv_sm90.configs(c_out):
+    for config in by_themselves(c_out, 1):
         simulate(simulator, Layer(2, 9, 17, 80, c_out, kernel=1), config, pool=True)
 
 
@@ -206,8 +241,110 @@ def test_odd_sizes(size, kernel, simulator):
         simulate(simulator, layer, conv_sm90.Config(128, 64), pool=True)
 
 
+def test_weights_stay_where_they_have_room(simulator):
+    """They are fetched by the first tile of a CTA alone."""
+    config = conv_sm90.Config(256, 64)
+    for c_in, resident in ((64, True), (72, False)):
+        for ctas in (1, 3):
+            layer = Layer(2, 17, 40, c_in, 64)
+            shape = conv_sm90_tiles.Shape(2, 17, 40, c_in, 64, 3)
+            assert conv_sm90_tiles.work(config, shape, ctas).resident == resident
+            for late in (False, True):  # What is fetched is compared there.
+                simulate(simulator, layer, config, ctas=ctas, late_copies=late)
+
+
 def test_several_blocks_of_channels_share_a_tile(simulator):
     simulate(simulator, Layer(2, 9, 9, 16, 320), conv_sm90.Config(256, 160), ctas=3, pool=True)
+
+
+@pytest.mark.parametrize("slots", [(768, 192), (1024, 224), (4096, 80)])
+def test_1x1_over_a_concat_buffer(slots, simulator):
+    """All of a block's slots at once, each of its own magnitude, in many more steps than stages.
+
+    Against sums over one slot after the other: products that are lost, or another slot's, show.
+    """
+    first, width = slots
+    widths = [first] + [width] * 5
+    for config in [*conv_sm90.configs(256)[:1], conv_sm90.Config(128, 128, (1, 2))]:
+        layer = Layer(1, 9, 29, sum(widths), 256, kernel=1)
+        for i, slot in enumerate(layer.x.split(widths, dim=3)):
+            slot.mul_(2.0**-i)
+        simulate(simulator, layer, config, pool=True, ctas=1)
+        x, weight = (t.double().split(widths, dim=3) for t in (layer.x, layer.weight))
+        z = sum(x @ w.flatten(1).T for x, w in zip(x, weight))
+        exact = F.relu(z * layer.scale.double() + layer.shift.double())
+        torch.testing.assert_close(layer.out.double(), exact, rtol=6e-4, atol=2e-5)
+
+
+def test_the_last_block_of_channels_may_be_short(simulator):
+    """Of the widths that gradients of concat buffers have; what lies beyond is left alone."""
+    for c_out in (72, 152, 328):
+        for config in by_themselves(c_out):
+            assert c_out % config.block_out
+            for kernel in (1, 3):
+                simulate(simulator, Layer(1, 9, 15, 24, c_out, kernel=kernel), config, pool=True)
+            layer = Layer(1, 9, 15, 24, c_out)
+            simulate_gradient(simulator, layer, config, layer.beside(c_out), layer.beside(c_out))
+
+
+# --------------------------------------------------------------------------------------
+# Gradients of inputs, on the simulator
+# --------------------------------------------------------------------------------------
+
+
+def simulate_gradient(simulator, layer, config, add, mask, **timing):
+    exact = layer.gradient(add, mask)
+    launch = layer.plan(config, add=add, mask=mask)
+    assert launch.fields["scale"] is None
+    simulator.run(dict(launch.fields, pool_partials=None), **timing)
+    layer.check(exact=exact)
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("c_out", CHANNELS)
+def test_input_gradient_is_right(c_out, kernel, simulator):
+    for config in by_themselves(c_out):
+        layer = Layer(1, 9, 11, 72, c_out, kernel=kernel)
+        simulate_gradient(simulator, layer, config, layer.beside(c_out), layer.beside(c_out))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("add_c", "mask_c"), [(0, 0), (80, 0), (24, 0), (0, 80), (40, 56)])
+def test_what_is_added_and_what_masks(add_c, mask_c, dtype, simulator):
+    for size, crop in (((5, 9), False), ((17, 9), True)):
+        layer = Layer(2, *size, 24, 80, dtype=dtype, crop=crop)
+        add, mask = (layer.beside(c) if c else None for c in (add_c, mask_c))
+        if mask is not None:
+            mask[0, 0, 0, :2] = torch.tensor([float("nan"), 0.0])
+        simulate_gradient(simulator, layer, conv_sm90.Config(128, 80), add, mask, ctas=3)
+
+
+def test_what_is_added_may_be_the_output(simulator):
+    layer = Layer(2, 9, 33, 24, 320)
+    add = layer.out.copy_(layer.beside(320))[..., :160]
+    simulate_gradient(simulator, layer, conv_sm90.Config(128, 160), add, layer.beside(320))
+
+
+def test_it_is_the_gradient_of_autograd(simulator):
+    """Through the weights as backends pack them: scaled, transposed and flipped."""
+    weight = torch.randn(96, 3, 3, 80, dtype=torch.float64)
+    scale = torch.rand(96, dtype=torch.float64)
+    layer = Layer(1, 9, 11, 96, 80)
+    packed = (weight * scale[:, None, None, None]).permute(3, 1, 2, 0).flip(1, 2)
+    layer.weight = packed.contiguous().half()
+    x = torch.zeros(1, 80, 9, 11, dtype=torch.float64, requires_grad=True)
+    filters = layer.weight.double().permute(3, 1, 2, 0).flip(1, 2)
+    F.conv2d(x, filters.permute(0, 3, 1, 2), padding=1).backward(
+        layer.x.double().permute(0, 3, 1, 2)
+    )
+    launch = layer.plan(conv_sm90.Config(128, 80), add=None)
+    simulator.run(dict(launch.fields, pool_partials=None))
+    layer.check(exact=x.grad.permute(0, 2, 3, 1))
+
+
+# --------------------------------------------------------------------------------------
+# The rest, on the simulator
+# --------------------------------------------------------------------------------------
 
 
 def test_without_relu(simulator):
@@ -231,10 +368,49 @@ def test_nan_and_inf_go_where_they_go_in_torch(kernel, simulator):
 def test_rings_hold_whatever_the_timing(late_copies, late_products, kernel, simulator):
     """Many tiles for one CTA: every stage is used again and again, also across tiles."""
     simulate(
-        simulator, Layer(1, 17, 24, 136 if kernel == 3 else 456, 64, kernel=kernel),
+        simulator, Layer(1, 17, 24, 136 if kernel == 3 else 456, 128, kernel=kernel),
         conv_sm90.Config(128, 64), pool=True, ctas=1,
         late_copies=late_copies, late_products=late_products,
     )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------
+# Clusters, on the simulator
+# --------------------------------------------------------------------------------------
+
+
+CLUSTERS = [(2, 1), (1, 2), (2, 2), (1, 3), (4, 2)]
+
+
+@pytest.mark.parametrize("late_copies", [False, True])
+@pytest.mark.parametrize("late_products", [False, True])
+@pytest.mark.parametrize("cluster", CLUSTERS[:3])
+def test_what_a_cluster_shares_arrives_at_all(cluster, late_copies, late_products, simulator):
+    """However early or late, and at one of them before it arrives at another."""
+    for kernel, c_in in ((3, 136), (1, 456)):
+        layer = Layer(1, 17, 24, c_in, 256, kernel=kernel)
+        simulate(
+            simulator, layer, conv_sm90.Config(128, 64, cluster), pool=True, ctas=1, seed=kernel,
+            late_copies=late_copies, late_products=late_products,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS)
+def test_clusters_may_reach_beyond_the_image_and_the_channels(cluster, simulator):
+    """Nine tiles, of pixels and of channels, are no multiple of any cluster but one."""
+    for kernel in (1, 3):
+        layer = Layer(3, 20, 17, 24, 192, kernel=kernel)
+        simulate(simulator, layer, conv_sm90.Config(128, 64, cluster), pool=True, ctas=8)
+    add, mask = layer.beside(192), layer.beside(192)
+    simulate_gradient(simulator, layer, conv_sm90.Config(128, 64, cluster), add, mask)
+
+
+def test_a_cluster_shares_weights_that_stay(simulator):
+    config = conv_sm90.Config(128, 64, (2, 1))
+    shape = conv_sm90_tiles.Shape(2, 17, 40, 64, 64, 3)
+    assert conv_sm90_tiles.work(config, shape, 4).resident
+    for late in (False, True):
+        simulate(simulator, Layer(2, 17, 40, 64, 64), config, ctas=4, late_copies=late)
 
 
 # --------------------------------------------------------------------------------------
@@ -247,7 +423,7 @@ def test_every_tile_fits_into_shared_memory_with_room_to_run_ahead(simulator):
         for config in conv_sm90.configs(c_out):
             for kernel, (h, w) in [(3, (25, 42)), (3, (200, 336)), (3, (9, 400)), (1, (50, 84))]:
                 layer = Layer(1, h, w, 8, c_out, kernel=kernel)
-                fields = dict(layer.plan(config).fields, pool_partials=1)
+                fields = dict(layer.plan(config).fields, pool_partials=1, c_in=4096)
                 strips, weights, size = simulator.plan(fields)
                 assert size <= 226 << 10, (config, kernel)
                 assert strips >= 2, (config, kernel, strips)
@@ -263,7 +439,12 @@ def test_every_tile_fits_into_shared_memory_with_room_to_run_ahead(simulator):
         (dict(tile_w=4), "no tiles of 16 x 4 pixels"),
         (dict(tile_h=32), "no tiles of 32 x 8 pixels by 256 channels"),
         (dict(block_out=72), "no tiles"),
-        (dict(c_out=200), "for 200 output channels"),
+        (dict(cluster_pixels=9), "no clusters of 9 x 1"),
+        (dict(cluster_pixels=3), "no clusters of 3 x 1"),
+        (dict(c_out=204), "multiple of 8 channels, got 204"),
+        (dict(add_c=12), "multiples of 8 channels, got 12 and 0"),
+        (dict(add=(40, 4096, 512, 16), add_c=8), "multiples of 16 bytes"),
+        (dict(mask=(32, 4096, 512, 12), mask_c=8), "multiples of 16 bytes"),
         (dict(x=(32, 4096, 512, 20)), "multiples of 16 bytes"),
         (dict(out=(40, 4096, 512, 16)), "multiples of 16 bytes"),
         (dict(n=1 << 25), "2\\^30 tiles"),
@@ -271,9 +452,10 @@ def test_every_tile_fits_into_shared_memory_with_room_to_run_ahead(simulator):
 )
 def test_what_cannot_be_is_said(wrong, words, simulator):
     fields = dict(
-        x=(32, 1 << 20, 1 << 14, 64), out=(32, 1 << 20, 1 << 14, 256), weight=32, scale=32,
-        shift=32, pool_partials=None, n=1, height=100, width=100, c_in=64, c_out=256, kernel=3,
-        tile_h=16, tile_w=8, block_out=256, relu=1, dtype=0,
+        x=(32, 1 << 20, 1 << 14, 64), out=(32, 1 << 20, 1 << 14, 256), add=None, mask=None,
+        weight=32, scale=32, shift=32, pool_partials=None, n=1, height=100, width=100, c_in=64,
+        c_out=256, add_c=0, mask_c=0, kernel=3,
+        tile_h=16, tile_w=8, block_out=256, cluster_pixels=1, cluster_channels=1, relu=1, dtype=0,
     )  # fmt: skip
     simulator.plan(fields)
     with pytest.raises(AssertionError, match=words):
@@ -287,12 +469,20 @@ def test_tiles_follow_the_image():
     assert config.tile(1, 67200, 1) == (1, 256)
 
 
-def test_channels_are_never_padded():
+def test_channels_are_padded_only_where_nothing_wide_divides_them():
     for c_out in (*CHANNELS, 320, 384, 448, 512, 768, 1024):
         for config in conv_sm90.configs(c_out):
             assert c_out % config.block_out == 0
-    assert [c.name for c in conv_sm90.configs(224)] == ["conv-sm90 256x112", "conv-sm90 128x224"]
-    assert conv_sm90.configs(72) == []
+    names = [c.name.removeprefix("conv-sm90 ") for c in conv_sm90.configs(224)]
+    assert names == [
+        "256x112", "256x112 cluster 2x1", "256x112 cluster 2x2",
+        "128x224", "128x224 cluster 2x1", "128x224 cluster 4x1",
+    ]  # fmt: skip
+    for c_out in (1472, 1888, 2144):  # Concat buffers.
+        for config in conv_sm90.configs(c_out):
+            assert config.block_out >= 160
+            assert -c_out % config.block_out < 0.05 * c_out
+    assert conv_sm90.configs(56) == conv_sm90.configs(100) == []
 
 
 def test_refusals_name_what_is_wrong():
@@ -304,12 +494,16 @@ def test_refusals_name_what_is_wrong():
     assert refused(1, 1, 1, 16, 80) is None
     assert "float32" in refused(1, 5, 5, 16, 80, dtype=torch.float32)
     assert "stride 2" in refused(1, 5, 5, 16, 80, stride=2)
-    assert "72 output channels" in refused(1, 5, 5, 16, 72)
+    assert "56 output channels" in refused(1, 5, 5, 16, 56)
+    assert "100 output channels" in refused(1, 5, 5, 16, 100)
     assert "12 input channels" in refused(1, 5, 5, 12, 80)
     layer = Layer(2, 5, 5, 16, 80)
     assert "x does not start" in conv_sm90.refusal(
         layer.x[..., 4:12], layer.weight[..., :8], layer.out
     )
+    tensors = (layer.x, layer.weight, layer.out)
+    assert "mask does not start" in conv_sm90.refusal(*tensors, mask=layer.out[..., 4:12])
+    assert "add has 12 channels" in conv_sm90.refusal(*tensors, add=layer.out[..., :12])
     expanded = layer.x[:1].expand(2, -1, -1, -1)
     assert "x has strides" in conv_sm90.refusal(expanded, layer.weight, layer.out)
 
@@ -347,6 +541,36 @@ def test_the_cuda_backend_measures_it_against_aten(monkeypatch, tmp_path):
     torch.testing.assert_close(layer.out.double(), layer.exact(), rtol=1e-2, atol=1e-2)
 
 
+def test_the_cuda_backend_offers_it_for_gradients_of_inputs(monkeypatch):
+    layer, ran, seen = Layer(1, 5, 5, 80, 80), [], []
+    engine = conv_sm90.configs(80)[0].name
+
+    def choose(device, problem, candidates, static, run, **options):
+        seen.append(candidates)
+        return engine
+
+    def run(name, g, packed, scale, shift, out, **options):
+        ran.append((name, scale, shift, options))
+
+    ops = types.SimpleNamespace(pack_transposed=lambda weight, scale, out: None)
+    monkeypatch.setattr(tuning, "choose", choose)
+    monkeypatch.setattr(conv_sm90, "engines", lambda *args, **kwargs: [engine])
+    monkeypatch.setattr(conv_sm90, "run", run)
+    monkeypatch.setattr(_cuda_conv, "_ops", lambda: ops)
+    add, mask = layer.beside(80), layer.beside(80)
+    cuda.conv_input_grad(layer.x, layer.weight, None, layer.out, add=add, mask=mask)
+    assert "aten" in seen[0]
+    assert engine in seen[0]
+    assert ran == [(engine, None, None, dict(add=add, mask=mask))]
+    # Those of a stride are no convolution of the gradient.
+    wide = torch.empty(1, 10, 10, 80, dtype=layer.x.dtype)
+    monkeypatch.setattr(
+        _cuda_conv, "run_input_grad_engine", lambda name, *args, **kw: ran.append(name)
+    )
+    cuda.conv_input_grad(layer.x, layer.weight, None, wide, stride=2)
+    assert ran[1:] == ["aten"]
+
+
 # --------------------------------------------------------------------------------------
 # On a GPU
 # --------------------------------------------------------------------------------------
@@ -360,6 +584,15 @@ def gpu(monkeypatch):
     if reason is not None:
         pytest.skip(reason)
     return device
+
+
+def run_all_gradients(layer, add=None, mask=None):
+    exact = layer.gradient(add, mask)
+    for engine in conv_sm90.engines(layer.x, layer.weight, layer.out, add=add, mask=mask):
+        layer.out.fill_(float("nan"))
+        x, weight, _, _, out = layer.tensors
+        conv_sm90.run(engine, x, weight, None, None, out, add=add, mask=mask)
+        layer.check(exact=exact)
 
 
 def run_all(layer, *, pool=False):
@@ -380,6 +613,24 @@ def test_gpu_every_number_of_output_channels(c_out, kernel, dtype, gpu):
     for c_in in (8, 80, 160, 224):
         layer = Layer(2, 33, 50, c_in, c_out, kernel=kernel, dtype=dtype, device=gpu)
         run_all(layer, pool=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kernel", "c_out"), [(3, 64), (3, 128), (3, 160), (3, 224), (1, 1472)])
+def test_gpu_gradients_of_inputs(kernel, c_out, dtype, gpu):
+    layer = Layer(2, 33, 50, 160, c_out, kernel=kernel, dtype=dtype, device=gpu)
+    run_all_gradients(layer)
+    run_all_gradients(layer, layer.beside(c_out), layer.beside(c_out))
+    run_all_gradients(layer, layer.beside(24), layer.beside(40))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("c_in", [768, 1472, 2144])
+def test_gpu_1x1_over_a_concat_buffer(c_in, gpu):
+    run_all(Layer(2, 25, 42, c_in, 768, kernel=1, device=gpu), pool=True)
 
 
 @pytest.mark.gpu

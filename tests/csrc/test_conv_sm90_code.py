@@ -59,7 +59,8 @@ def test_instructions_are_those_of_hopper(compiled):
     _, kernels = compiled
     for name, sass in kernels.items():
         for instruction in (
-            "UTMALDG.4D", "UTMALDG.3D", "SYNCS.ARRIVE", "SYNCS.PHASECHK", "STG.E.128",
+            "UTMALDG.4D", "UTMALDG.3D", "UTMALDG.4D.MULTICAST", "UTMALDG.3D.MULTICAST",
+            "UCGABAR_ARV", "UCGABAR_WAIT", "SYNCS.ARRIVE", "SYNCS.PHASECHK", "STG.E.128",
             "USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC",
         ):  # fmt: skip
             assert instruction in sass, f"{name} has no {instruction}"

@@ -11,22 +11,23 @@
 
 Beside them lies what they share:
 
-==================  =========================================================
-``_extension``      ``vovnet_fast._C``: finding it, and its functions on tensors
-``_aten``           PyTorch's own convolutions on views
-``conv_sm80``       the extension's convolution for sm_80 and newer, an engine of ``cuda``
-``conv_sm80_grad``  its weight gradient
+========================  =========================================================
+``_extension``            ``vovnet_fast._C``: finding it, and its functions on tensors
+``_aten``                 PyTorch's own convolutions on views
+``conv_sm80``             the extension's convolution for sm_80 and newer, an engine of ``cuda``
+``conv_sm80_grad``        its weight gradient
 ``conv_sm80_input_grad``  its input gradients with stride 2, and of images
-``conv_sm90``       the extension's convolution for Hopper, an engine of two backends
-``cudnn_graph``     cuDNN's graphs, from a slot into a slot, an engine of ``triton``
-``depthwise_conv``  the extension's depthwise 3x3 and 1x1 in one kernel, an engine of ``cuda``
-``_cuda_conv``      the choice among engines of ``cuda``
-``_cuda_depthwise`` that for depthwise layers
-``_engines``        what choosing among engines takes: names of problems, trials
-``_predict``        which engines are worth measuring
-``_predict_depthwise``  the same of depthwise layers
-``eight_bits``      which backend's ops run a network in int8 or fp8
-==================  =========================================================
+``conv_sm90``             the extension's convolution for Hopper, an engine of two backends
+``conv_sm90_tiles``       its tiles, and what they fetch
+``cudnn_graph``           cuDNN's graphs, from a slot into a slot, an engine of ``triton``
+``depthwise_conv``        the extension's depthwise 3x3 and 1x1 in one kernel, an engine of ``cuda``
+``_cuda_conv``            the choice among engines of ``cuda``
+``_cuda_depthwise``       that for depthwise layers
+``_engines``              what choosing among engines takes: names of problems, trials
+``_predict``              which engines are worth measuring
+``_predict_depthwise``    the same of depthwise layers
+``eight_bits``            which backend's ops run a network in int8 or fp8
+========================  =========================================================
 
 A backend asked for by name that cannot run is an error, never a silent fallback. Asked
 for none, or for ``auto``, the first of :data:`CANDIDATES` is taken that can run, and whose

@@ -211,6 +211,8 @@ def conv_input_grad(
         own = conv_sm80_input_grad.engines(g, packed, out, **options)
     else:
         own = conv_sm80.engines(g, packed, out, add=add, mask=mask)
+    if stride == 1:
+        own = [*own, *conv_sm90.engines(g, packed, out, add=add, mask=mask)]
     if not own:
         run_input_grad_engine(ATEN, g, packed, out, **options)
         return
@@ -258,6 +260,8 @@ def run_input_grad_engine(
     """Run :func:`conv_input_grad` on one engine, with weights that are packed already."""
     if engine == ATEN:
         _ops().accumulate(_aten.input_grad(g, packed, out, stride), out, add, mask)
+    elif engine.startswith(conv_sm90.NAME):
+        conv_sm90.run(engine, g, packed, None, None, out, add=add, mask=mask)
     elif conv_sm80_input_grad.takes(packed, stride):
         conv_sm80_input_grad.run(engine, g, packed, out, stride=stride, add=add, mask=mask)
     else:

@@ -106,21 +106,23 @@ def _sm90(name: str, layer: Layer, device: Device) -> Prediction:
     from ..kernels.cost import Work, predict_work, through_shared
     from ..kernels.resources import Resources
 
-    config = next(c for c in conv_sm90.configs(layer.c_out) if c.name == name)
+    config = next(c for c in conv_sm90.configs(layer.c_out, layer.kernel) if c.name == name)
     tile_h, tile_w = config.tile(layer.height, layer.width, layer.kernel)
     across = cdiv(layer.height, tile_h) * cdiv(layer.width, tile_w)
     chunk, itemsize = conv_sm90.CHUNK, layer.dtype.itemsize
-    copied = ((tile_h + layer.kernel - 1) * tile_w + layer.kernel * config.block_out) * chunk
-    copied *= itemsize
+    strip = (tile_h + layer.kernel - 1) * tile_w * chunk * itemsize
+    weight = layer.kernel * config.block_out * chunk * itemsize
+    # CTAs of a cluster each fetch a part of what they share.
+    copied = strip // config.cluster[1] + weight // config.cluster[0]
     sums = config.pixels * config.block_out
     read = through_shared(config.pixels, config.block_out, chunk * itemsize, 8, warpgroups=True)
     weights = layer.weight_elements * itemsize
     work = Work(
-        programs=layer.batch * across * (layer.c_out // config.block_out),
+        programs=layer.batch * across * cdiv(layer.c_out, config.block_out),
         steps=layer.kernel * cdiv(layer.c_in, chunk),
         flop=2 * sums * chunk * layer.kernel,
         copied=copied,
-        shared=copied + layer.kernel * read,
+        shared=strip + weight + layer.kernel * read,
         instructions=0,  # A warpgroup of its own copies.
         last_instructions=sums * 4,
         last_bytes=sums * itemsize,
@@ -266,7 +268,7 @@ def _has_tiles(name: str, layer: Layer) -> bool:
     if kind == conv_sm80.NAME:
         return name in _sm80_names(layer)
     if kind == conv_sm90.NAME:
-        return any(name == config.name for config in conv_sm90.configs(layer.c_out))
+        return any(name == config.name for config in conv_sm90.configs(layer.c_out, layer.kernel))
     return True
 
 

@@ -2,8 +2,10 @@
 
 Where Triton rounds 80, 96, 112, 160, 192 or 224 output channels up to powers of two, or splits
 them, and fetches the pixels of every tap, this one multiplies what there is, and fetches a strip
-of pixels once for the three taps of a column; ``csrc/cuda/conv_sm90/launch.cu`` has the
-arithmetic. It reads and writes slots where they lie, and leaves pool partials.
+of pixels once for the three taps of a column, and once for the CTAs of a cluster;
+``csrc/cuda/conv_sm90/launch.cu`` has the arithmetic. It reads and writes slots where they lie. One
+kernel has all epilogues: scale, shift and ReLU with pool partials, or what is added to a gradient
+and masks it.
 
 It is not verified on a GPU yet, and so not on offer unless the environment variable
 ``VOVNET_FAST_CONV_SM90`` is 1. An engine that is wrong is never chosen
@@ -21,72 +23,18 @@ from torch import Tensor
 from .. import _environment
 from ..compat import zip
 from . import _extension
-from ._extension.fields import pointer
+from ._extension.fields import new_high, pointer
+from .conv_sm90_tiles import CHUNK, NAME, Config, configs, tiles_of
 
-NAME = "conv-sm90"
-"""Names of engines begin with it; the pixels and the output channels of a tile follow."""
+__all__ = ["CHUNK", "NAME", "Config", "configs", "engines", "plan", "refusal", "run", "why_not"]
 
 ENVIRONMENT = "VOVNET_FAST_CONV_SM90"
 
 CAPABILITY = (9, 0)
 
-CHUNK = 64
-"""Input channels of a step: kChunk of csrc/cuda/conv_sm90/layout.h."""
-
 _ALIGNMENT = 16  # Bytes; of what bulk copies fetch, and of stores.
 _PIXEL_LIMIT = 2**30  # Tiles are counted in 32 bits, and any tile has a pixel.
 _DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # Codes of csrc/params.h.
-
-_BLOCKS = {128: (256, 224, 192, 160, 128, 112, 96, 80, 64), 256: (160, 128, 112, 96, 80, 64)}
-"""Output channels of a tile, by its pixels: what registers have room for."""
-
-_TILE_WIDTHS = (8, 16, 32)
-
-
-@dataclass(frozen=True)
-class Config:
-    """How a CTA tiles its work.
-
-    Attributes:
-        pixels: of a tile.
-        block_out: output channels of a tile.
-    """
-
-    pixels: int
-    block_out: int
-
-    @property
-    def name(self) -> str:
-        """What the engine is called. The shape of the tile follows from the image."""
-        return f"{NAME} {self.pixels}x{self.block_out}"
-
-    def tile(self, height: int, width: int, kernel: int) -> tuple[int, int]:
-        """Height and width of a tile: the fewest tiles, and of these the least to fetch."""
-        if height == 1 and kernel == 1:
-            return 1, self.pixels
-        shapes = [(self.pixels // tile_w, tile_w) for tile_w in _TILE_WIDTHS]
-
-        def cost(shape: tuple[int, int]) -> tuple[int, int]:
-            tile_h, tile_w = shape
-            return _tiles(height, width, shape), (tile_h + kernel - 1) * tile_w
-
-        return min(shapes, key=cost)
-
-
-def _tiles(height: int, width: int, tile: tuple[int, int]) -> int:
-    """Tiles of an image."""
-    return -(-height // tile[0]) * -(-width // tile[1])
-
-
-def configs(c_out: int) -> list[Config]:
-    """Tiles for a number of output channels, largest first; empty where none has whole blocks."""
-    found = []
-    for pixels in sorted(_BLOCKS, reverse=True):
-        whole = [block for block in _BLOCKS[pixels] if c_out % block == 0]
-        if whole:
-            found.append(Config(pixels, whole[0]))
-    return found
-
 
 # --------------------------------------------------------------------------------------
 # What it takes
@@ -115,8 +63,16 @@ def _missing() -> str | None:
     return reason
 
 
-def refusal(x: Tensor, weight: Tensor, out: Tensor, *, stride: int = 1) -> str | None:
-    """The reason why the kernel cannot take these arguments of :func:`.triton.conv`, or None.
+def refusal(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    *,
+    stride: int = 1,
+    add: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> str | None:
+    """The reason why the kernel cannot take these arguments of :func:`run`, or None.
 
     Bulk copies, and stores of whole vectors, want addresses and strides that are multiples of 16
     bytes; a copy does not repeat a pixel (stride 0).
@@ -127,10 +83,15 @@ def refusal(x: Tensor, weight: Tensor, out: Tensor, *, stride: int = 1) -> str |
     if stride != 1 or kernel not in (1, 3):
         return f"no kernel {kernel} with stride {stride}"
     if not configs(c_out):
-        return f"no tiles of whole blocks for {c_out} output channels"
+        return f"no tiles for {c_out} output channels, only for multiples of 8 from 64 on"
     if c_in * x.element_size() % _ALIGNMENT:
         return f"{c_in} input channels are no multiple of {_ALIGNMENT} bytes"
-    for name, view in (("x", x), ("weight", weight.flatten(1)), ("out", out)):
+    views = (("x", x), ("weight", weight.flatten(1)), ("out", out), ("add", add), ("mask", mask))
+    for name, view in views:
+        if view is None:
+            continue
+        if view.shape[-1] * view.element_size() % _ALIGNMENT:
+            return f"{name} has {view.shape[-1]} channels, no multiple of {_ALIGNMENT} bytes"
         if view.data_ptr() % _ALIGNMENT:
             return f"{name} does not start at a multiple of {_ALIGNMENT} bytes"
         steps = [s for s, size in zip(view.stride(), view.shape, strict=True) if size > 1]
@@ -141,11 +102,21 @@ def refusal(x: Tensor, weight: Tensor, out: Tensor, *, stride: int = 1) -> str |
     return None
 
 
-def engines(x: Tensor, weight: Tensor, out: Tensor, *, stride: int = 1) -> list[str]:
-    """Names of what is on offer for these arguments of :func:`.triton.conv`, largest tile first."""
-    if why_not(x.device) is not None or refusal(x, weight, out, stride=stride) is not None:
+def engines(
+    x: Tensor,
+    weight: Tensor,
+    out: Tensor,
+    *,
+    stride: int = 1,
+    add: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> list[str]:
+    """Names of what is on offer for these arguments of :func:`run`, largest tile first."""
+    if why_not(x.device) is not None:
         return []
-    return [config.name for config in configs(weight.shape[0])]
+    if refusal(x, weight, out, stride=stride, add=add, mask=mask) is not None:
+        return []
+    return [config.name for config in configs(weight.shape[0], weight.shape[1])]
 
 
 # --------------------------------------------------------------------------------------
@@ -166,11 +137,13 @@ class Launch:
     tiles: int
 
 
-def _view(name: str, view: Tensor) -> tuple[int, ...]:
-    return pointer(name, view), *view.stride()[:3]
+def _view(name: str, view: Tensor | None) -> tuple[int, ...] | None:
+    return None if view is None else (pointer(name, view), *view.stride()[:3])
 
 
-def _vector(name: str, vector: Tensor, c_out: int) -> int:
+def _vector(name: str, vector: Tensor | None, c_out: int) -> int | None:
+    if vector is None:
+        return None
     found = (tuple(vector.shape), vector.dtype, vector.is_contiguous())
     assert found == ((c_out,), torch.float32, True), (
         f"{name} must be a contiguous fp32 tensor of shape ({c_out},), got {vector.dtype}, "
@@ -183,11 +156,13 @@ def plan(
     config: Config,
     x: Tensor,
     weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
     out: Tensor,
     *,
     relu: bool = True,
+    add: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Launch:
     """Decide the launch of :func:`run`. Nothing may be empty.
 
@@ -200,47 +175,66 @@ def plan(
     assert weight.dtype == x.dtype == out.dtype, (
         f"x, weight and out must have one dtype, got {x.dtype}, {weight.dtype}, {out.dtype}"
     )
-    raster = all(view.stride(1) == width * view.stride(2) for view in (x, out))
+    beside = {"add": add, "mask": mask}
+    channels = {name: 0 if view is None else view.shape[3] for name, view in beside.items()}
+    views = [x, out]
+    for name, view in beside.items():
+        if view is None:
+            continue
+        assert view.shape[:3] == out.shape[:3], f"{name} is {tuple(view.shape)}"
+        assert channels[name] <= c_out, f"{name} has {channels[name]} of {c_out} channels"
+        assert view.dtype == x.dtype, f"{name} must be {x.dtype}, got {view.dtype}"
+        views.append(view)
+    raster = all(view.stride(1) == width * view.stride(2) for view in views)
     if kernel == 1 and (raster or height == 1):
         height, width = 1, height * width
     tile = config.tile(height, width, kernel)
     fields = dict(
-        x=_view("x", x), out=_view("out", out), weight=pointer("weight", weight),
+        x=_view("x", x), out=_view("out", out), add=_view("add", add), mask=_view("mask", mask),
+        weight=pointer("weight", weight),
         scale=_vector("scale", scale, c_out), shift=_vector("shift", shift, c_out),
-        n=n, height=height, width=width, c_in=c_in, c_out=c_out, kernel=kernel,
+        n=n, height=height, width=width, c_in=c_in, c_out=c_out, add_c=channels["add"],
+        mask_c=channels["mask"], kernel=kernel,
         tile_h=tile[0], tile_w=tile[1], block_out=config.block_out,
-        relu=int(relu), dtype=_DTYPES[x.dtype],
+        cluster_pixels=config.cluster[0], cluster_channels=config.cluster[1],
+        relu=int(relu and scale is not None), dtype=_DTYPES[x.dtype],
     )  # fmt: skip
-    return Launch(fields, _tiles(height, width, tile))
+    return Launch(fields, tiles_of(height, width, tile))
 
 
 def run(
     engine: str,
     x: Tensor,
     weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
     out: Tensor,
     *,
     relu: bool = True,
     pool: bool = False,
+    add: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> Tensor | None:
     """out = relu(conv(x, weight) * scale + shift), padded by K // 2, on one of :func:`engines`.
 
+    Without scale and shift it is the gradient of an input, out = mask(conv(x, weight) + add).
     Products are summed in fp32, and rounded once, when they are stored. NaN stays NaN.
 
     Args:
         engine: a name that :func:`engines` gave for these arguments.
         x: ``[N, H, W, C_in]`` view in fp16 or bf16.
         weight: ``[C_out, K, K, C_in]``, contiguous, dtype of ``x``.
-        scale, shift: ``[C_out]``, fp32.
+        scale, shift: ``[C_out]``, fp32, or None.
         out: ``[N, H, W, C_out]`` view, dtype of ``x``. Nothing outside it is written.
-        relu: apply it.
-        pool: return partial sums of the output, ``[N, T, C_out]`` in fp32.
+        relu: apply it; only with ``scale``.
+        pool: return partial sums of the output, ``[N, T, C_out]`` in fp32; only with ``scale``.
+        add: as ``out``, of its first channels, or None; may be ``out``. Only without ``scale``.
+        mask: as ``out``, activations of its last channels, or None. Only without ``scale``.
     """
-    config = next(config for config in configs(weight.shape[0]) if config.name == engine)
-    launch = plan(config, x, weight, scale, shift, out, relu=relu)
-    partials = scale.new_empty(x.shape[0], launch.tiles, weight.shape[0]) if pool else None
+    config = next(c for c in configs(weight.shape[0], weight.shape[1]) if c.name == engine)
+    launch = plan(config, x, weight, scale, shift, out, relu=relu, add=add, mask=mask)
+    shape = (x.shape[0], launch.tiles, weight.shape[0])
+    partials = new_high(x, *shape) if pool else None
     address = None if partials is None else pointer("pool_partials", partials)
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream

@@ -28,6 +28,7 @@ _CONVOLUTIONS = (
     "backends.conv_sm80_grad",
     "backends.conv_sm80_input_grad",
     "backends.conv_sm90",
+    "backends.conv_sm90_tiles",
 )
 
 

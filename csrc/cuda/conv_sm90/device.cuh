@@ -13,9 +13,9 @@ namespace vovnet_fast {
 namespace conv_sm90 {
 
 // Registers of a thread that fetches and of one that multiplies. They start with what the launch
-// bounds leave to each, 168: 24 + 2 * 240 = 3 * 168.
-constexpr int kFetchRegisters = 24;
-constexpr int kMultiplyRegisters = 240;
+// bounds leave to each, 168: 32 + 2 * 232 < 3 * 168.
+constexpr int kFetchRegisters = 32;
+constexpr int kMultiplyRegisters = 232;
 
 class Sm90 {
  public:
@@ -25,9 +25,30 @@ class Sm90 {
       : shared_(shared), generic_(generic), x_(x), weight_(weight) {}
 
   __device__ __forceinline__ int thread() const { return threadIdx.x; }
-  __device__ __forceinline__ int cta() const { return blockIdx.x; }
-  __device__ __forceinline__ int ctas() const { return gridDim.x; }
+  __device__ __forceinline__ int thread_again() const {
+    int found;
+    asm volatile("mov.u32 %0, %%tid.x;" : "=r"(found));
+    return found;
+  }
+  __device__ __forceinline__ int cluster() const {
+    int found;
+    asm("mov.u32 %0, %%clusterid.x;" : "=r"(found));
+    return found;
+  }
+  __device__ __forceinline__ int clusters() const {
+    int found;
+    asm("mov.u32 %0, %%nclusterid.x;" : "=r"(found));
+    return found;
+  }
+  __device__ __forceinline__ int rank() const {
+    int found;
+    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(found));
+    return found;
+  }
   __device__ __forceinline__ void synchronise() { __syncthreads(); }
+  __device__ __forceinline__ void synchronise_cluster() {
+    asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+  }
   __device__ __forceinline__ void synchronise_consumers() {
     asm volatile("bar.sync 1, %0;" ::"n"(kConsumers * kWarpgroup) : "memory");
   }
@@ -65,23 +86,60 @@ class Sm90 {
           : "memory");
     } while (done == 0);
   }
+  // The same, for what CTAs of the cluster have arrived at.
+  __device__ __forceinline__ void wait_free(uint32_t barrier, uint32_t parity) {
+    uint32_t done;
+    do {
+      asm volatile(
+          "{\n.reg .pred p;\n"
+          "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
+          "selp.u32 %0, 1, 0, p;\n}\n"
+          : "=r"(done)
+          : "r"(shared_ + barrier), "r"(parity)
+          : "memory");
+    } while (done == 0);
+  }
   __device__ __forceinline__ void expect(uint32_t barrier, uint32_t bytes) {
     asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_ + barrier),
                  "r"(bytes)
                  : "memory");
   }
-  // Once for a warp, all of whose threads waited for their products.
-  __device__ __forceinline__ void arrive(uint32_t barrier) {
+  // Once for a warp, all of whose threads waited for their products, at the
+  // barriers of `count` CTAs, lane i at that of the CTA with rank `to`.
+  __device__ __forceinline__ void arrive(uint32_t barrier, int count, int to) {
     __syncwarp();
-    if (threadIdx.x % kWarp == 0) {
-      asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_ + barrier) : "memory");
+    const int lane = threadIdx.x % kWarp;
+    if (count == 1) {
+      if (lane == 0) {
+        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_ + barrier)
+                     : "memory");
+      }
+    } else if (lane < count) {
+      asm volatile(
+          "{\n.reg .b32 there;\n"
+          "mapa.shared::cluster.u32 there, %0, %1;\n"
+          "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}\n" ::"r"(shared_ +
+                                                                                       barrier),
+          "r"(to)
+          : "memory");
     }
   }
 
   // ---- Bulk copies
 
-  __device__ __forceinline__ void copy_strip(uint32_t to, uint32_t full, int c, int w, int h,
-                                             int n) {
+  // To the same place in all CTAs of the mask, whose barriers at `full` get the bytes as well.
+
+  __device__ __forceinline__ void copy_strip(uint32_t to, uint32_t full, int c, int w, int h, int n,
+                                             int count, int mask) {
+    if (count > 1) {
+      asm volatile(
+          "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
+          ".multicast::cluster [%0], [%1, {%3, %4, %5, %6}], [%2], %7;" ::"r"(shared_ + to),
+          "l"(x_), "r"(shared_ + full), "r"(c), "r"(w), "r"(h), "r"(n),
+          "h"(static_cast<uint16_t>(mask))
+          : "memory");
+      return;
+    }
     asm volatile(
         "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes"
         " [%0], [%1, {%3, %4, %5, %6}], [%2];" ::"r"(shared_ + to),
@@ -89,7 +147,16 @@ class Sm90 {
         : "memory");
   }
   __device__ __forceinline__ void copy_weights(uint32_t to, uint32_t full, int c, int tap,
-                                               int first) {
+                                               int first, int count, int mask) {
+    if (count > 1) {
+      asm volatile(
+          "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
+          ".multicast::cluster [%0], [%1, {%3, %4, %5}], [%2], %6;" ::"r"(shared_ + to),
+          "l"(weight_), "r"(shared_ + full), "r"(c), "r"(tap), "r"(first),
+          "h"(static_cast<uint16_t>(mask))
+          : "memory");
+      return;
+    }
     asm volatile(
         "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes"
         " [%0], [%1, {%3, %4, %5}], [%2];" ::"r"(shared_ + to),
@@ -131,6 +198,11 @@ class Sm90 {
     uint32_t word;
     memcpy(&word, pair, sizeof word);
     return word;
+  }
+  template <class T>
+  __device__ __forceinline__ void load(const T* from, uint32_t (&words)[4]) {
+    const uint4 found = *reinterpret_cast<const uint4*>(from);
+    words[0] = found.x, words[1] = found.y, words[2] = found.z, words[3] = found.w;
   }
   template <class T>
   __device__ __forceinline__ void store(T* to, const uint32_t (&words)[4]) {

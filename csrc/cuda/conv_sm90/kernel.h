@@ -1,23 +1,18 @@
 // What a thread of the Hopper convolution does, on any machine.
 //
 // Two threads fetch: one the strips of pixels, one the weights of the taps, each into a ring of
-// stages. Two warpgroups multiply: each holds 64 or 128 pixels of the tile by all of its output
-// channels, in fp32. CTAs loop over tiles, so that the next tile is fetched under the epilogue.
+// stages, which other CTAs of its cluster may fill as well. Two warpgroups multiply: each holds 64
+// or 128 pixels of the tile by all of its output channels, in fp32. CTAs loop over tiles, so that
+// the next tile is fetched under the epilogue.
 //
 // The machine is a class: that of device.cuh issues the instructions of sm_90a, that of the tests
 // simulates them.
 #pragma once
 
 #include "../../math.h"
+#include "epilogue.h"
 #include "layout.h"
-
-#ifdef __CUDACC__
-#define VF_THREAD __device__ __forceinline__
-#define VF_UNROLL _Pragma("unroll")
-#else
-#define VF_THREAD inline
-#define VF_UNROLL
-#endif
+#include "thread.h"
 
 namespace vovnet_fast {
 namespace conv_sm90 {
@@ -26,28 +21,47 @@ template <class Machine>
 VF_THREAD void initialise_barriers(Machine& m, const Problem& p) {
   for (int i = 0; i < p.x_stages; ++i) {
     m.initialise(strip_full(p, i), 1);
-    m.initialise(strip_free(p, i), kConsumerWarps);
+    m.initialise(strip_free(p, i), kConsumerWarps * p.cluster_channels);
   }
   for (int i = 0; i < p.w_stages; ++i) {
     m.initialise(weights_full(p, i), 1);
-    m.initialise(weights_free(p, i), kConsumerWarps);
+    m.initialise(weights_free(p, i), kConsumerWarps * p.cluster_pixels);
   }
 }
 
+// Which of the sharers fetches: one after the other.
+struct Turn {
+  int next = 0;
+
+  VF_HD bool take(int own, int count) {
+    const bool mine = next == own;
+    next = next + 1 == count ? 0 : next + 1;
+    return mine;
+  }
+};
+
+// A stage is free when all sharers have read it; each then expects what one of them fetches.
 template <class Machine>
 VF_THREAD void fetch_strips(Machine& m, const Problem& p) {
   Ring ring(p.x_stages);
+  Turn turn;
   const int pad = p.kernel / 2;
-  for (int index = m.cta(); index < p.tiles; index += m.ctas()) {
-    const Tile tile = tile_at(p, index);
+  VF_NO_UNROLL
+  for (int index = m.cluster(); index < p.tiles; index += m.clusters()) {
+    const Tile tile = tile_at(p, index, m.rank());
+    VF_NO_UNROLL
     for (int chunk = 0; chunk < p.chunks; ++chunk) {
+      VF_NO_UNROLL
       for (int tap_column = 0; tap_column < p.kernel; ++tap_column) {
         const uint32_t full = strip_full(p, ring.stage);
-        m.wait(strip_free(p, ring.stage), ring.parity ^ 1);
+        m.wait_free(strip_free(p, ring.stage), ring.parity ^ 1);
         m.expect(full, strip_bytes(p));
         // What lies outside the image, or beyond the last channel, arrives as zeros.
-        m.copy_strip(strip_at(p, ring.stage), full, chunk * kChunk, tile.w + tap_column - pad,
-                     tile.h - pad, tile.n);
+        if (turn.take(own_of_strips(p, m.rank()), p.cluster_channels)) {
+          m.copy_strip(strip_at(p, ring.stage), full, chunk * kChunk, tile.w + tap_column - pad,
+                       tile.h - pad, tile.n, p.cluster_channels,
+                       p.strip_sharers << first_of_strips(p, m.rank()));
+        }
         ring.advance();
       }
     }
@@ -57,21 +71,49 @@ VF_THREAD void fetch_strips(Machine& m, const Problem& p) {
 template <class Machine>
 VF_THREAD void fetch_weights(Machine& m, const Problem& p) {
   Ring ring(p.w_stages);
-  for (int index = m.cta(); index < p.tiles; index += m.ctas()) {
-    const Tile tile = tile_at(p, index);
+  Turn turn;
+  const int end = p.resident ? m.cluster() + 1 : p.tiles;
+  VF_NO_UNROLL
+  for (int index = m.cluster(); index < end; index += m.clusters()) {
+    const Tile tile = tile_at(p, index, m.rank());
+    VF_NO_UNROLL
     for (int chunk = 0; chunk < p.chunks; ++chunk) {
+      VF_NO_UNROLL
       for (int tap_column = 0; tap_column < p.kernel; ++tap_column) {
+        VF_NO_UNROLL
         for (int tap_row = 0; tap_row < p.kernel; ++tap_row) {
           const uint32_t full = weights_full(p, ring.stage);
-          m.wait(weights_free(p, ring.stage), ring.parity ^ 1);
+          m.wait_free(weights_free(p, ring.stage), ring.parity ^ 1);
           m.expect(full, weight_bytes(p));
-          m.copy_weights(weights_at(p, ring.stage), full, chunk * kChunk,
-                         tap_row * p.kernel + tap_column, tile.first);
+          if (turn.take(own_of_weights(p, m.rank()), p.cluster_pixels)) {
+            m.copy_weights(weights_at(p, ring.stage), full, chunk * kChunk,
+                           tap_row * p.kernel + tap_column, tile.first, p.cluster_pixels,
+                           p.weight_sharers << first_of_weights(p, m.rank()));
+          }
           ring.advance();
         }
       }
     }
   }
+}
+
+// The ranks whose barriers a lane arrives at, if there are so many sharers.
+struct Readers {
+  int strips, weights;
+
+  VF_HD Readers(const Problem& p, int rank, int lane)
+      : strips(first_of_strips(p, rank) + lane * p.cluster_pixels),
+        weights(first_of_weights(p, rank) + lane) {}
+};
+
+template <class Machine>
+VF_THREAD void free_strip(Machine& m, const Problem& p, const Readers& readers, int stage) {
+  m.arrive(strip_free(p, stage), p.cluster_channels, readers.strips);
+}
+
+template <class Machine>
+VF_THREAD void free_weights(Machine& m, const Problem& p, const Readers& readers, int stage) {
+  if (!p.resident) m.arrive(weights_free(p, stage), p.cluster_pixels, readers.weights);
 }
 
 // Issue the products of a tap and STEPS * 16 input channels.
@@ -94,8 +136,8 @@ VF_THREAD void multiply_add(Machine& m, float (&sums)[BLOCKS][N / 2], uint64_t a
 // The loop over the taps and input channels of a tile. The products of one tap are still under way
 // when those of the next are issued; what a tap read is free one tap later.
 template <class T, int N, int BLOCKS, class Machine>
-VF_THREAD void multiply(Machine& m, const Problem& p, Ring& strips, Ring& weights,
-                        float (&sums)[BLOCKS][N / 2]) {
+VF_THREAD void multiply(Machine& m, const Problem& p, const Readers& readers, Ring& strips,
+                        Ring& weights, float (&sums)[BLOCKS][N / 2]) {
   const int consumer = m.thread() / kWarpgroup - 1;
   bool started = false;
   for (int chunk = 0; chunk < p.chunks; ++chunk) {
@@ -121,8 +163,8 @@ VF_THREAD void multiply(Machine& m, const Problem& p, Ring& strips, Ring& weight
         }
         m.template wait_products<1>();
         if (started) {
-          m.arrive(weights_free(p, weights.previous()));
-          if (tap_row == 0) m.arrive(strip_free(p, strips.previous()));
+          free_weights(m, p, readers, weights.previous());
+          if (tap_row == 0) free_strip(m, p, readers, strips.previous());
         }
         started = true;
         weights.advance();
@@ -131,104 +173,8 @@ VF_THREAD void multiply(Machine& m, const Problem& p, Ring& strips, Ring& weight
     }
   }
   m.template wait_products<0>();
-  m.arrive(weights_free(p, weights.previous()));
-  m.arrive(strip_free(p, strips.previous()));
-}
-
-// words[i] of lane q of four goes to words[q] of lane i.
-template <class Machine>
-VF_THREAD void transpose(Machine& m, uint32_t (&words)[4]) {
-  const int lane = m.thread() % 4;
-  VF_UNROLL
-  for (int bit = 1; bit <= 2; bit *= 2) {
-    const bool high = (lane & bit) != 0;
-    VF_UNROLL
-    for (int i = 0; i < 2; ++i) {
-      const int a = bit == 1 ? 2 * i : i, b = a + bit;
-      const uint32_t received = m.shuffle_xor(high ? words[a] : words[b], bit);
-      words[a] = high ? received : words[a];
-      words[b] = high ? words[b] : received;
-    }
-  }
-}
-
-// Leave the sums of a tile's 8 * 4 columns, of the pixels of this warp, in shared memory.
-template <class Machine>
-VF_THREAD void leave_sums(Machine& m, const Problem& p, int column, int columns,
-                          float (&sums)[4][2]) {
-  const int thread = m.thread() - kWarpgroup;
-  float* row = m.floats(sums_at(p)) + thread / kWarp * p.block_out + column + column_of(thread);
-  VF_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    VF_UNROLL
-    for (int k = 0; k < 2; ++k) {
-      float sum = sums[i][k];
-      VF_UNROLL
-      for (int lanes = 4; lanes < kWarp; lanes *= 2) sum += m.shuffle_xor(sum, lanes);
-      if (thread % kWarp < 4 && i * 8 < columns) row[i * 8 + k] = sum;
-    }
-  }
-}
-
-// Add up what the warps left, in order.
-template <class Machine>
-VF_THREAD void store_partials(Machine& m, const Problem& p, const Tile& tile) {
-  m.synchronise_consumers();
-  const float* sums = m.floats(sums_at(p));
-  for (int c = m.thread() - kWarpgroup; c < p.block_out; c += kConsumers * kWarpgroup) {
-    float sum = 0;
-    for (int warp = 0; warp < kConsumerWarps; ++warp) sum += sums[warp * p.block_out + c];
-    p.pool_partials[tile.partial * p.c_out + tile.first + c] = sum;
-  }
-  m.synchronise_consumers();  // Before the next tile's sums take their place.
-}
-
-// Scale, shift, ReLU, rounding; and 16 bytes a store, for which four lanes swap what they hold of
-// 8 * 4 adjacent channels.
-template <class T, int N, int BLOCKS, class Machine>
-VF_THREAD void store_tile(Machine& m, const Problem& p, const Tile& tile,
-                          float (&sums)[BLOCKS][N / 2]) {
-  const int thread = m.thread() % kWarpgroup;
-  const int consumer = m.thread() / kWarpgroup - 1;
-  T* pixels[BLOCKS][2];
-  VF_UNROLL
-  for (int i = 0; i < BLOCKS * 2; ++i) {
-    const int row = (consumer * BLOCKS + i / 2) * kBlockRows + i % 2 * 8 + row_of(thread);
-    const Pixel pixel = pixel_at(p, tile, row);
-    T* out = static_cast<T*>(p.out) + out_offset(p, tile, pixel) + thread % 4 * 8;
-    pixels[i / 2][i % 2] = inside(p, pixel) ? out : nullptr;
-  }
-  VF_UNROLL
-  for (int column = 0; column < N; column += 32) {
-    const int columns = N - column < 32 ? N - column : 32;
-    const float* scale = p.scale + tile.first + column + column_of(thread);
-    const float* shift = p.shift + tile.first + column + column_of(thread);
-    float pooled[4][2] = {};
-    VF_UNROLL
-    for (int block = 0; block < BLOCKS; ++block) {
-      VF_UNROLL
-      for (int half = 0; half < 2; ++half) {
-        T* out = pixels[block][half];
-        uint32_t words[4] = {};
-        VF_UNROLL
-        for (int i = 0; i * 8 < columns; ++i) {
-          float y[2];
-          VF_UNROLL
-          for (int k = 0; k < 2; ++k) {
-            const float z = sums[block][column / 2 + i * 4 + half * 2 + k];
-            y[k] = scale_shift(z, scale[i * 8 + k], shift[i * 8 + k]);
-            if (p.relu) y[k] = relu(y[k]);
-            pooled[i][k] += out != nullptr ? y[k] : 0.f;
-          }
-          words[i] = m.template narrow_pair<T>(y[0], y[1]);
-        }
-        transpose(m, words);
-        if (out != nullptr && thread % 4 * 8 < columns) m.store(out + column, words);
-      }
-    }
-    if (p.pool_partials != nullptr) leave_sums(m, p, column, columns, pooled);
-  }
-  if (p.pool_partials != nullptr) store_partials(m, p, tile);
+  free_weights(m, p, readers, weights.previous());
+  free_strip(m, p, readers, strips.previous());
 }
 
 // One thread of the kernel. BLOCKS: of 64 pixels, that a warpgroup multiplies.
@@ -238,20 +184,28 @@ VF_THREAD void run_thread(Machine& m, const Problem& p) {
     initialise_barriers(m, p);
     m.publish_barriers();
   }
-  m.synchronise();
+  const bool clustered = cluster_size(p) > 1;
+  if (clustered) {
+    m.synchronise_cluster();
+  } else {
+    m.synchronise();
+  }
   if (m.thread() < kWarpgroup) {
     m.shrink_registers();
     if (m.thread() == 0) fetch_strips(m, p);
     if (m.thread() == kWarp) fetch_weights(m, p);
   } else {
     m.grow_registers();
-    Ring strips(p.x_stages), weights(p.w_stages);
-    for (int index = m.cta(); index < p.tiles; index += m.ctas()) {
+    const Readers readers(p, m.rank(), m.thread() % kWarp);
+    Ring strips(p.x_stages), weights(p.w_stages, p.resident);
+    for (int index = m.cluster(); index < p.tiles; index += m.clusters()) {
       float sums[BLOCKS][N / 2];
-      multiply<T, N, BLOCKS>(m, p, strips, weights, sums);
-      store_tile<T, N, BLOCKS>(m, p, tile_at(p, index), sums);
+      multiply<T, N, BLOCKS>(m, p, readers, strips, weights, sums);
+      finish<T, N, BLOCKS>(m, p, tile_at(p, index, m.rank()), sums);
     }
   }
+  // Others of the cluster still arrive at barriers of this CTA.
+  if (clustered) m.synchronise_cluster();
 }
 
 }  // namespace conv_sm90

@@ -11,12 +11,16 @@
 //     16 x 16     160        160       98
 //     16 x  8     224        105       81
 //
-// At 790 TFLOP/s 85 FLOP a byte ask L2 for 9.3 TB/s, 146 for 5.4. WGMMA reads both operands from
-// shared memory, (64 + N) * 32 bytes in N / 2 cycles for 64 pixels by N channels, at 128 bytes a
-// cycle: 64 channels take all of it, 160 leave 30 % to the copies. The channels are never padded,
-// where 80, 112 or 224 would become 128 or 256. So it should win where Triton pads or splits, and
-// on wide 3x3 layers, and not with 64 channels. All of this is arithmetic: nothing was measured
-// yet.
+// At 790 TFLOP/s 85 FLOP a byte ask L2 for 9.3 TB/s, 146 for 5.4. CTAs of a cluster share more:
+// those of other pixels one copy of the weights, those of other channels one of the strips, by bulk
+// copies that go to all of them. A pair of 16 x 16 pixels by 128 channels takes 205 FLOP a byte, a
+// 1x1 convolution of 512 pixels by 512 channels 256. Where a CTA has all weights at once, as of
+// 64>64, it fetches them for its first tile alone.
+//
+// WGMMA reads both operands from shared memory, (64 + N) * 32 bytes in N / 2 cycles for 64 pixels
+// by N channels, at 128 bytes a cycle: 64 channels take all of it, 160 leave 30 % to the copies.
+// The channels are never padded where some wide block divides them, where 80, 112 or 224 would
+// become 128 or 256. All of this is arithmetic: nothing was measured yet.
 //
 // CTAs are persistent: one fills a processor's shared memory, so that only a CTA which goes on to
 // the next tile can fetch it under the epilogue. Where the last wave is short, smaller tiles help.
@@ -107,9 +111,27 @@ void conv_sm90(const ConvSm90Params& params, void* stream) {
   check(kOp, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
         "no kernel for this device (it is for compute capability 9.0), or none with " +
             std::to_string(bytes) + " bytes of shared memory");
-  const int grid = std::min(p.tiles, processors());
-  kernel<<<grid, conv_sm90::kThreads, bytes, static_cast<cudaStream_t>(stream)>>>(x, weight, p);
-  check(kOp, cudaGetLastError(), "cannot launch " + std::to_string(grid) + " blocks");
+  const int size = cluster_size(p);
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = size;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = processors() / size * size;
+  config.blockDim = conv_sm90::kThreads;
+  config.dynamicSmemBytes = bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &cluster;
+  config.numAttrs = size > 1 ? 1 : 0;
+  int together = processors();
+  if (size > 1) {  // Of those that start at once, every cluster lies within one part of the GPU.
+    check(kOp, cudaOccupancyMaxActiveClusters(&together, kernel, &config),
+          "cannot ask for clusters of " + std::to_string(size));
+  }
+  const int clusters = std::min(p.tiles, std::max(together, 1));
+  config.gridDim = clusters * size;
+  check(kOp, cudaLaunchKernelEx(&config, kernel, x, weight, p),
+        "cannot launch " + std::to_string(clusters) + " clusters of " + std::to_string(size));
 }
 
 }  // namespace cuda

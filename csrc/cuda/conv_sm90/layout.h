@@ -37,19 +37,33 @@ constexpr int kThreads = (1 + kConsumers) * kWarpgroup;
 constexpr int kBarrierBytes = 8;
 constexpr int kMaxStages = 8;
 
+// Strides of a [N, H, W, C] view in elements.
+struct Pitch {
+  int64_t n, h, w;
+};
+
 // All that the kernel is told, besides where to copy from.
 struct Problem {
-  const float* scale;           // [C_out]
-  const float* shift;           // [C_out]
-  float* pool_partials;         // [N, down * across, C_out], or null
-  void* out;                    // [N, H, W, C_out]
-  int64_t out_n, out_h, out_w;  // strides of out in elements
+  const float* scale;    // [C_out], or null
+  const float* shift;    // [C_out]
+  float* pool_partials;  // [N, down * across, C_out], or null
+  void* out;             // [N, H, W, C_out]
+  const void* add;       // [N, H, W, add_c], of the first channels; may be out
+  const void* mask;      // [N, H, W, mask_c], of the last channels
+  Pitch out_pitch, add_pitch, mask_pitch;
   int32_t height, width, c_in, c_out, kernel, relu;
+  int32_t add_c, mask_c;  // 0: nothing is added, or masks
   int32_t tile_h, tile_w, block_out;
-  int32_t down, across, groups;  // tiles: of rows, of columns, of output channels
-  int32_t tiles;                 // all of them, over all images
-  int32_t chunks;                // of input channels
-  int32_t x_stages, w_stages;    // depth of the rings of strips and of weights of a tap
+  int32_t down, across;                      // tiles of an image: of rows, of columns
+  int32_t rectangles;                        // of all images
+  int32_t cluster_pixels, cluster_channels;  // tiles of a cluster
+  int32_t cluster_shift;                     // cluster_pixels is 2 to its power
+  int32_t strip_sharers, weight_sharers;     // of the first of a cluster, by bits
+  int32_t groups;                            // clusters' steps along the output channels
+  int32_t tiles;                             // of clusters, over all images
+  int32_t chunks;                            // of input channels
+  int32_t x_stages, w_stages;                // depth of the rings of strips and of weights of a tap
+  int32_t resident;  // weights stay where they are: their ring has room for all
 };
 
 // ---- Tiles -------------------------------------------------------------------------------------
@@ -61,13 +75,35 @@ struct Tile {
   int64_t partial;  // which of all pool partials is its own
 };
 
-// Tiles that share pixels are neighbours: the second one finds them in L2.
-VF_HD Tile tile_at(const Problem& p, int index) {
-  const int rectangle = index / p.groups;
+VF_HD int cluster_size(const Problem& p) { return p.cluster_pixels * p.cluster_channels; }
+
+// CTAs of a cluster that read the same: strips, those that differ in their channels, and weights,
+// those that differ in their pixels. One after the other fetches it for all of them. In ranks:
+VF_HD int first_of_strips(const Problem& p, int rank) { return rank & (p.cluster_pixels - 1); }
+VF_HD int own_of_strips(const Problem& p, int rank) { return rank >> p.cluster_shift; }
+VF_HD int first_of_weights(const Problem& p, int rank) { return rank & -p.cluster_pixels; }
+VF_HD int own_of_weights(const Problem& p, int rank) { return rank & (p.cluster_pixels - 1); }
+
+// The sharers of the CTA with rank 0, by bits: those of another one follow by its first.
+VF_HD int strip_sharers(int cluster_pixels, int cluster_channels) {
+  int found = 0;
+  for (int i = 0; i < cluster_channels; ++i) found |= 1 << i * cluster_pixels;
+  return found;
+}
+VF_HD int weight_sharers(int cluster_pixels) { return (1 << cluster_pixels) - 1; }
+
+// Of the CTA with this rank in its cluster. Tiles that share pixels are neighbours: the second one
+// finds them in L2. A cluster may reach beyond the last image, or the last channel: tiles there
+// have zeros to multiply, and store nothing.
+VF_HD Tile tile_at(const Problem& p, int index, int rank) {
+  const int rectangle = index / p.groups * p.cluster_pixels + first_of_strips(p, rank);
+  const int group = index % p.groups * p.cluster_channels + own_of_strips(p, rank);
   const int of_image = rectangle % (p.down * p.across);
   return {rectangle / (p.down * p.across), of_image / p.across * p.tile_h,
-          of_image % p.across * p.tile_w, index % p.groups * p.block_out, rectangle};
+          of_image % p.across * p.tile_w, group * p.block_out, rectangle};
 }
+
+VF_HD bool exists(const Problem& p, const Tile& tile) { return tile.partial < p.rectangles; }
 
 // Pixel `row` of a tile, which are in raster order.
 struct Pixel {
@@ -82,8 +118,14 @@ VF_HD bool inside(const Problem& p, const Pixel& pixel) {
   return pixel.h < p.height && pixel.w < p.width;
 }
 
-VF_HD int64_t out_offset(const Problem& p, const Tile& tile, const Pixel& pixel) {
-  return tile.n * p.out_n + pixel.h * p.out_h + pixel.w * p.out_w + tile.first;
+VF_HD int64_t offset(const Tile& tile, const Pixel& pixel, const Pitch& pitch) {
+  return tile.n * pitch.n + pixel.h * pitch.h + pixel.w * pitch.w;
+}
+
+// Output channels of a tile: the last one may have fewer, or none.
+VF_HD int channels_of(const Problem& p, const Tile& tile) {
+  const int left = p.c_out - tile.first;
+  return left < p.block_out ? left : p.block_out;
 }
 
 // WGMMAs along the input channels of a chunk: the last chunk may have fewer.
@@ -133,18 +175,20 @@ VF_HD uint32_t shared_bytes(const Problem& p) {
   return barrier_at(p, 2 * (p.x_stages + p.w_stages));
 }
 
-// Where a thread is in a ring of stages. A barrier's phase has a parity: that of the pass.
+// Where a thread is in a ring of stages. A barrier's phase has a parity: that of the pass. What is
+// resident arrives once, and is waited for in its first phase ever after.
 struct Ring {
   int depth;
+  uint32_t flip;
   int stage = 0;
   uint32_t parity = 0;
 
-  VF_HD explicit Ring(int depth) : depth(depth) {}
+  VF_HD explicit Ring(int depth, bool resident = false) : depth(depth), flip(resident ? 0 : 1) {}
   VF_HD int previous() const { return (stage == 0 ? depth : stage) - 1; }
   VF_HD void advance() {
     if (++stage == depth) {
       stage = 0;
-      parity ^= 1;
+      parity ^= flip;
     }
   }
 };

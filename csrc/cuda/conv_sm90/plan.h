@@ -16,7 +16,14 @@ constexpr uint32_t kSharedLimit = 227 * 1024 - kAtomBytes;
 
 // f(channels of a tile, the most blocks of 64 pixels that a warpgroup can hold with them).
 #define VF_CONV_SM90_TILES(f) \
-  f(64, 2) f(80, 2) f(96, 2) f(112, 2) f(128, 2) f(160, 2) f(192, 1) f(224, 1) f(256, 1)
+  f(64, 2) f(80, 2) f(96, 2) f(112, 2) f(128, 2) f(160, 2) f(192, 2) f(224, 1) f(256, 1)
+
+// CTAs of a cluster, on every GPU of compute capability 9.0.
+constexpr int kMaxCluster = 8;
+
+// Weights stay in shared memory if they are no more stages than this, beside so many strips.
+constexpr int kMaxResident = 36;
+constexpr int kResidentStrips = 3;
 
 // What a bulk copy is told of a tensor: dimension 0 is the innermost, with stride 1.
 struct Box {
@@ -104,26 +111,43 @@ inline void check(const ConvSm90Params& params) {
           "the kernel must be 1 or 3, got " + std::to_string(params.kernel));
   require(params.c_in % 8 == 0,
           "the input must have a multiple of 8 channels, got " + std::to_string(params.c_in));
+  require(params.c_out % 8 == 0,
+          "the output must have a multiple of 8 channels, got " + std::to_string(params.c_out));
   require(params.height < kLimit && params.width < kLimit && params.c_in < kLimit &&
               params.c_out < kLimit && params.n < kLimit,
           "sizes must be less than 2^30: cut the images into tiles");
-  require(aligned(params.x, params) && aligned(params.out, params) && aligned(params.weight),
+  require(params.add_c % 8 == 0 && params.mask_c % 8 == 0,
+          "what is added and what masks must have multiples of 8 channels, got " +
+              std::to_string(params.add_c) + " and " + std::to_string(params.mask_c));
+  require(aligned(params.x, params) && aligned(params.out, params) && aligned(params.weight) &&
+              (params.add_c == 0 || aligned(params.add, params)) &&
+              (params.mask_c == 0 || aligned(params.mask, params)),
           "addresses and strides must be multiples of 16 bytes, and not 0 (copy x, or take "
           "another engine)");
+  require(params.cluster_pixels > 0 && params.cluster_channels > 0 &&
+              params.cluster_pixels <= kMaxCluster && params.cluster_channels <= kMaxCluster &&
+              params.cluster_pixels * params.cluster_channels <= kMaxCluster &&
+              (params.cluster_pixels & (params.cluster_pixels - 1)) == 0,
+          "no clusters of " + std::to_string(params.cluster_pixels) + " x " +
+              std::to_string(params.cluster_channels));
   const int pixels = params.tile_h * params.tile_w;
   require(params.tile_h > 0 && params.tile_w > 0 && params.tile_w % kAtomRows == 0 &&
               params.tile_w <= 256 && (pixels == 128 || pixels == 256) &&
-              blocks_of(params) <= most_blocks(params.block_out) &&
-              params.c_out % params.block_out == 0,
-          "no tiles of " + detail::words(params) + " for " + std::to_string(params.c_out) +
-              " output channels");
+              blocks_of(params) <= most_blocks(params.block_out),
+          "no tiles of " + detail::words(params));
   require((params.kernel == 1 || strip_box(params).box[2] <= 256), "tile_h is at most 254");
 }
+
+inline Pitch pitch(const View& view) { return {view.stride_n, view.stride_h, view.stride_w}; }
 
 // The deepest rings that shared memory has room for; of strips as few as hide their latency, as
 // each is read for `kernel` taps.
 inline void choose_stages(Problem& p) {
-  p.x_stages = p.w_stages = 2;
+  // All tiles of a CTA have the same weights, if there is one group: then they may stay.
+  p.w_stages = p.chunks * p.kernel * p.kernel;
+  p.x_stages = kResidentStrips;
+  p.resident = p.groups == 1 && p.w_stages <= kMaxResident && shared_bytes(p) <= kSharedLimit;
+  if (!p.resident) p.x_stages = p.w_stages = 2;
   const auto grow = [&p](int32_t& stages, int limit) {
     if (stages >= limit) return false;
     ++stages;
@@ -131,6 +155,10 @@ inline void choose_stages(Problem& p) {
     --stages;
     return false;
   };
+  if (p.resident) {
+    while (grow(p.x_stages, kMaxStages)) continue;
+    return;
+  }
   if (p.kernel == 1) {
     while (p.w_stages < kMaxStages && grow(p.w_stages, kMaxStages)) {
       if (!grow(p.x_stages, kMaxStages)) {
@@ -152,14 +180,18 @@ inline void choose_stages(Problem& p) {
 // Raises: it cannot take these arguments.
 inline Problem plan(const ConvSm90Params& params) {
   detail::check(params);
-  Problem p;
+  Problem p = {};
   p.scale = static_cast<const float*>(params.scale);
   p.shift = static_cast<const float*>(params.shift);
   p.pool_partials = static_cast<float*>(params.pool_partials);
   p.out = params.out.data;
-  p.out_n = params.out.stride_n;
-  p.out_h = params.out.stride_h;
-  p.out_w = params.out.stride_w;
+  p.add = params.add.data;
+  p.mask = params.mask.data;
+  p.out_pitch = detail::pitch(params.out);
+  p.add_pitch = detail::pitch(params.add);
+  p.mask_pitch = detail::pitch(params.mask);
+  p.add_c = static_cast<int32_t>(params.add_c);
+  p.mask_c = static_cast<int32_t>(params.mask_c);
   p.height = static_cast<int32_t>(params.height);
   p.width = static_cast<int32_t>(params.width);
   p.c_in = static_cast<int32_t>(params.c_in);
@@ -171,7 +203,13 @@ inline Problem plan(const ConvSm90Params& params) {
   p.block_out = params.block_out;
   p.down = static_cast<int32_t>(ceil_div(params.height, params.tile_h));
   p.across = static_cast<int32_t>(ceil_div(params.width, params.tile_w));
-  p.groups = static_cast<int32_t>(params.c_out / params.block_out);
+  p.cluster_pixels = params.cluster_pixels;
+  p.cluster_channels = params.cluster_channels;
+  while (1 << p.cluster_shift < p.cluster_pixels) ++p.cluster_shift;
+  p.strip_sharers = strip_sharers(p.cluster_pixels, p.cluster_channels);
+  p.weight_sharers = weight_sharers(p.cluster_pixels);
+  p.groups = static_cast<int32_t>(
+      ceil_div(params.c_out, int64_t{params.block_out} * params.cluster_channels));
   p.chunks = static_cast<int32_t>(ceil_div(params.c_in, kChunk));
   // Factors are less than 2^30 each, and so is the product of the first two: 64 bits hold it all.
   const int64_t of_image = static_cast<int64_t>(p.down) * p.across;
@@ -179,7 +217,8 @@ inline Problem plan(const ConvSm90Params& params) {
   detail::require(
       of_image < limit && of_image * params.n < limit && of_image * params.n * p.groups < limit,
       "more than 2^30 tiles: split the batch");
-  p.tiles = static_cast<int32_t>(of_image * params.n * p.groups);
+  p.rectangles = static_cast<int32_t>(of_image * params.n);
+  p.tiles = static_cast<int32_t>(ceil_div(p.rectangles, p.cluster_pixels) * p.groups);
   detail::choose_stages(p);
   detail::require(shared_bytes(p) <= kSharedLimit,
                   "tiles of " + detail::words(params) + " take more shared memory than there is");

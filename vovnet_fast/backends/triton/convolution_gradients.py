@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ... import tuning
 from ..._dtypes import accumulator
-from .. import _aten
+from .. import _aten, conv_sm90
 from .._engines import (
     ATEN,
     aten,
@@ -58,7 +58,9 @@ def choose_input_grad_engine(
     add: Tensor | None,
     mask: Tensor | None,
 ) -> str:
-    """The fastest engine for an input gradient: :data:`ATEN`, or a Triton configuration.
+    """The fastest engine for an input gradient.
+
+    That is :data:`ATEN`, one of :func:`.conv_sm90.engines`, or a Triton configuration.
 
     Where ``add`` is ``out`` itself, every run adds once more: what ``out`` held before
     anything was measured is put back.
@@ -69,6 +71,8 @@ def choose_input_grad_engine(
     named = (("add", add), ("mask", mask))
     words = [f"{name} {view.shape[3]}" for name, view in named if view is not None]
     layer = (c_out, kernel, kernel, c_in)
+    own = conv_sm90.engines(g, packed, out, add=add, mask=mask) if stride == 1 else []
+    words += [f"and {conv_sm90.NAME}"] if own else []
     key = problem("conv input gradient", out, layer, stride, *words, form(found, g))
     before: list[Tensor] = []
 
@@ -88,7 +92,7 @@ def choose_input_grad_engine(
         )
 
     try:
-        return choose(g, found, key, aten(g, out), run, prepare)
+        return choose(g, found, key, [*aten(g, out), *own], run, prepare)
     finally:
         for values in before:
             out.copy_(values)
@@ -108,6 +112,9 @@ def run_input_grad_engine(
     kernels = load_kernels()
     if engine == ATEN:
         kernels.accumulate.accumulate(_aten.input_grad(g, packed, out, stride), out, add, mask)
+        return
+    if engine.startswith(conv_sm90.NAME):
+        conv_sm90.run(engine, g, packed, None, None, out, add=add, mask=mask)
         return
     options: dict[str, Any] = dict(stride=stride, add=add, mask=mask, tf32=tf32(g))
     found, _ = kernels.conv.input_grad_choices(g, packed, out, **options)

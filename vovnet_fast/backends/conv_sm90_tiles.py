@@ -1,0 +1,209 @@
+"""How :mod:`.conv_sm90` divides a layer into tiles, and what those fetch from L2.
+
+Arithmetic alone, of ``csrc/cuda/conv_sm90/layout.h`` and ``plan.h``: a test holds the two together.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+NAME = "conv-sm90"
+"""Names of engines begin with it; the pixels and the output channels of a tile follow."""
+
+CHUNK = 64
+"""Input channels of a step: kChunk of csrc/cuda/conv_sm90/layout.h."""
+
+_ROW_BYTES = 2 * CHUNK
+_CONSUMER_WARPS = 8
+_SHARED_LIMIT = (227 << 10) - 1024
+_MAX_RESIDENT, _RESIDENT_STRIPS = 36, 3  # kMaxResident and kResidentStrips of plan.h.
+
+_BLOCKS = {128: (256, 224, 192, 160, 128, 112, 96, 80, 64), 256: (192, 160, 128, 112, 96, 80, 64)}
+"""Output channels of a tile, by its pixels: what registers have room for."""
+
+_NARROWEST, _WIDE = 64, 96
+"""Channels: the fewest of a tile, and of one that is not narrow."""
+
+_PADDING = 1.05
+"""How many channels are multiplied, at most, for one that is there, where blocks are not whole."""
+
+ENOUGH = 200.0
+"""FLOP a byte from L2 that clusters are made for."""
+
+_TILE_WIDTHS = (8, 16, 32)
+
+
+@dataclass(frozen=True)
+class Config:
+    """How a CTA tiles its work.
+
+    Attributes:
+        pixels: of a tile.
+        block_out: output channels of a tile.
+        cluster: tiles of pixels and of output channels that CTAs of a cluster have side by side;
+            those that read the same weights, or the same pixels, share one copy of them.
+    """
+
+    pixels: int
+    block_out: int
+    cluster: tuple[int, int] = (1, 1)
+
+    @property
+    def name(self) -> str:
+        """What the engine is called. The shape of the tile follows from the image."""
+        down, across = self.cluster
+        shared = f" cluster {down}x{across}" if down * across > 1 else ""
+        return f"{NAME} {self.pixels}x{self.block_out}{shared}"
+
+    def tile(self, height: int, width: int, kernel: int) -> tuple[int, int]:
+        """Height and width of a tile: the fewest tiles, and of these the least to fetch."""
+        if height == 1 and kernel == 1:
+            return 1, self.pixels
+        shapes = [(self.pixels // tile_w, tile_w) for tile_w in _TILE_WIDTHS]
+
+        def cost(shape: tuple[int, int]) -> tuple[int, int]:
+            tile_h, tile_w = shape
+            return tiles_of(height, width, shape), (tile_h + kernel - 1) * tile_w
+
+        return min(shapes, key=cost)
+
+
+def tiles_of(height: int, width: int, tile: tuple[int, int]) -> int:
+    """Tiles of an image."""
+    return -(-height // tile[0]) * -(-width // tile[1])
+
+
+@functools.lru_cache(256)
+def _configs(c_out: int, kernel: int) -> tuple[Config, ...]:
+    if c_out % 8 or c_out < _NARROWEST:
+        return ()
+    found = []
+    for pixels in sorted(_BLOCKS)[::-1]:
+        alone = Config(pixels, _block(c_out, _BLOCKS[pixels]))
+        found += [alone, *_clustered(alone, c_out, kernel)]
+    return tuple(found)
+
+
+def configs(c_out: int, kernel: int = 3) -> list[Config]:
+    """Tiles for a number of output channels, largest first; empty where there are none.
+
+    Whole blocks, but for numbers that have none or only narrow ones, as those of concat buffers
+    may: then the widest blocks whose last one is nearly full. Each by itself, in pairs, and in
+    the smallest clusters that fetch little enough.
+    """
+    return list(_configs(c_out, kernel))
+
+
+def _clustered(alone: Config, c_out: int, kernel: int) -> list[Config]:
+    """Pairs, and the smallest clusters with ENOUGH FLOP a byte; of a size those with the most."""
+    rows = {128: 8, 256: 16}[alone.pixels] + kernel - 1 if kernel > 1 else alone.pixels // 16
+    groups = -(-c_out // alone.block_out)
+
+    def intensity(config: Config) -> float:
+        down, across = config.cluster
+        products = down * across * alone.pixels * alone.block_out * kernel**2
+        return products / (down * kernel * rows * 16 + across * kernel**2 * alone.block_out)
+
+    if intensity(alone) >= ENOUGH:
+        return []
+    found = [
+        dataclasses.replace(alone, cluster=(size // across, across))
+        for size in (2, 4, 8)
+        for across in (1, 2, 4, 8)
+        if across <= min(groups, size)
+    ]
+    sizes = [config for config in found if intensity(config) >= ENOUGH] or found[-1:]
+    wanted = dict.fromkeys((2, math.prod(sizes[0].cluster)))
+    return [
+        max((c for c in found if math.prod(c.cluster) == size), key=intensity) for size in wanted
+    ]
+
+
+def _block(c_out: int, blocks: tuple[int, ...]) -> int:
+    """Which of some numbers of channels, the largest first, a tile has."""
+    wide = [block for block in blocks if block >= min(c_out, _WIDE)]
+
+    def padded(block: int) -> int:
+        return -(-c_out // block) * block
+
+    for most in (1.0, _PADDING):
+        fit = [block for block in wide if padded(block) <= most * c_out]
+        if fit:
+            return fit[0]
+    return min(wide, key=padded)
+
+
+# --------------------------------------------------------------------------------------
+# Traffic
+# --------------------------------------------------------------------------------------
+
+
+class Shape(NamedTuple):
+    """A layer, as the kernel sees it: a 1x1 convolution has one row of pixels where it can.
+
+    Attributes:
+        batch, height, width: of the output.
+        c_in, c_out, kernel: of the weights.
+        pool: with pool partials.
+    """
+
+    batch: int
+    height: int
+    width: int
+    c_in: int
+    c_out: int
+    kernel: int
+    pool: bool = False
+
+
+class Work(NamedTuple):
+    """What all CTAs together do for a layer.
+
+    Attributes:
+        tiles: of all images and channels, those of clusters' that do not exist among them.
+        flop: two a product, those of pixels and channels of tiles that do not exist among them.
+        fetched: bytes that bulk copies take from L2, without channels that there are not.
+        resident: weights are fetched once by every CTA.
+    """
+
+    tiles: int
+    flop: int
+    fetched: int
+    resident: bool
+
+    @property
+    def intensity(self) -> float:
+        """FLOP a byte from L2."""
+        return self.flop / self.fetched
+
+
+def work(config: Config, shape: Shape, ctas: int) -> Work:
+    """Of a layer on at most ``ctas`` CTAs, one a processor."""
+    kernel = shape.kernel
+    tile_h, tile_w = config.tile(shape.height, shape.width, kernel)
+    down, across = config.cluster
+    groups = -(-shape.c_out // (config.block_out * across))
+    rectangles = shape.batch * tiles_of(shape.height, shape.width, (tile_h, tile_w))
+    passes = -(-rectangles // down) * groups  # Of clusters.
+    clusters = min(max(ctas // (down * across), 1), passes)
+    tiles = passes * down * across
+    chunks = -(-shape.c_in // CHUNK)
+    strip = (tile_h + kernel - 1) * tile_w * _ROW_BYTES
+    weights = config.block_out * _ROW_BYTES
+    stages = chunks * kernel**2
+    sums = _CONSUMER_WARPS * config.block_out * 4 if shape.pool else 0
+    taken = _RESIDENT_STRIPS * (strip + 16) + stages * (weights + 16) + sums
+    resident = groups == 1 and stages <= _MAX_RESIDENT and taken <= _SHARED_LIMIT
+    # Of a tile, for all channels there are: rows of pixels, and of output channels.
+    rows_x = down * kernel * (tile_h + kernel - 1) * tile_w
+    rows_w = across * kernel**2 * config.block_out
+    rows = passes * rows_x + (clusters if resident else passes) * rows_w
+    fetched = rows * 2 * shape.c_in
+    # The last chunk multiplies whole steps of 16.
+    depth = -(-shape.c_in // 16) * 16
+    flop = 2 * tiles * config.pixels * config.block_out * kernel**2 * depth
+    return Work(tiles, flop, fetched, resident)
