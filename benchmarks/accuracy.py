@@ -10,7 +10,9 @@ calibrated on the same training scenes, and the detector finds digits in the val
   digits that neither training nor calibration saw;
 * the time of the backbone for a batch of the evaluation, all formats in turn.
 
-``--out results`` writes ``results.json``, ``results.md`` and ``results.png``.
+``--out results`` writes ``results.json``, ``results.md`` and ``results.png``. The first two take
+minutes and any machine; times want one at rest. ``--no-speed`` leaves them out, and ``--only-speed
+--out results`` adds them to what is there, of the same folders at the same commit.
 """
 
 from __future__ import annotations
@@ -117,18 +119,24 @@ CHOICES = (
 
 
 def main() -> None:
-    options = _parser().parse_args()
+    parser = _parser()
+    options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    rows: list[Row] = []
-    text: list[str] = []
+    about = {**provenance.collect(CPU), "threads": options.threads, "rounds": options.rounds}
+    rows = _rows_there(parser, options.out, about) if options.only_speed else []
     with torch.no_grad(), warnings.catch_warnings(), Progress(console=Console(stderr=True)) as bar:
         warnings.simplefilter("ignore")
         for folder in options.folders:
             with contextlib.redirect_stdout(io.StringIO()):
-                found = measure(folder, options.rounds, bar)
-            rows += found
-            text += table(found)
-    about = {**provenance.collect(CPU), "threads": options.threads, "rounds": options.rounds}
+                detector = Detector(folder)
+                spec = detector.backbone.spec.name
+                if not options.only_speed:
+                    rows += measure(detector, bar)
+                if not options.no_speed:
+                    add_speed([r for r in rows if r["spec"] == spec], detector, options.rounds, bar)
+    text: list[str] = []
+    for spec in dict.fromkeys(row["spec"] for row in rows):
+        text += table([row for row in rows if row["spec"] == spec])
     text += ["", "## Where and with what", "", *(f"* {k}: {v}" for k, v in about.items())]
     Console().print("\n".join(text), markup=False, highlight=False, soft_wrap=True)
     if options.out is not None:
@@ -175,6 +183,16 @@ class Detector:
         self.runner.load_or_resume()
         self.model = self.runner.model.to(memory_format=torch.channels_last).eval()
         self.backbone = self.model.backbone
+
+    @functools.cached_property
+    def calibration(self) -> list[Tensor]:
+        """Batches of training scenes."""
+        return self.images(self.runner.train_dataloader, CALIBRATION)
+
+    @functools.cached_property
+    def unseen(self) -> list[Tensor]:
+        """Batches of validation scenes."""
+        return self.images(self.runner.test_dataloader, UNSEEN)
 
     def images(self, loader: Any, batches: int) -> list[Tensor]:
         """Batches as the backbone gets them."""
@@ -252,19 +270,16 @@ def apart(scores: Scores, baseline: Scores) -> tuple[float, float]:
 # --------------------------------------------------------------------------------------
 
 
-def measure(folder: Path, rounds: int, bar: Progress) -> list[Row]:
+def measure(detector: Detector, bar: Progress) -> list[Row]:
     """Rows of all formats, and then of all ways to choose the numbers of eight bits."""
-    detector = Detector(folder)
     spec = detector.backbone.spec.name
-    calibration = detector.images(detector.runner.train_dataloader, CALIBRATION)
-    unseen = detector.images(detector.runner.test_dataloader, UNSEEN)
+    calibration, unseen = detector.calibration, detector.unseen
     with use_backend("reference"):
         exact = copy.deepcopy(detector.backbone).double()
         wanted = [exact(x.double()) for x in unseen]
 
     about = dict(spec=spec, **{key: detector.about[key] for key in ("iterations", "seed")})
     rows: list[Row] = []
-    works: dict[str, Callable[[], Any]] = {}
     baseline: Scores | None = None
     task = bar.add_task(f"{spec}, formats", total=len(FORMATS))
     for form in FORMATS:
@@ -280,18 +295,7 @@ def measure(folder: Path, rounds: int, bar: Progress) -> list[Row]:
                 mAP_minus_fp32=mean - baseline.mean()[0], mAP_minus_low=low, mAP_minus_high=high
             )
         rows.append({**row, "least_sqnr_db": least_sqnr(network, unseen, wanted)})
-        if form.fast:
-            works[form.name] = functools.partial(_run, form, network, unseen[0])
         bar.advance(task)
-
-    task = bar.add_task(f"{spec}, speed", total=len(works) * (rounds + 2))
-    times = interleaved(
-        works, rounds, watch=Stopwatch(CPU), cold=False, each=lambda _: bar.advance(task)
-    )
-    for row in rows:
-        if (seconds := times.get(row["format"])) is not None:
-            ratio = ratio_interval(times[FP32.name], seconds).fields()
-            row.update(images=len(unseen[0]), **spread(seconds, "ms"), **ratio)
 
     task = bar.add_task(f"{spec}, calibrators", total=len(EIGHT_BITS) * len(CHOICES))
     for form, choice in itertools.product(EIGHT_BITS, CHOICES):
@@ -301,6 +305,41 @@ def measure(folder: Path, rounds: int, bar: Progress) -> list[Row]:
             dict(about, table="choices", format=form.name, choice=choice.name, least_sqnr_db=sqnr)
         )
         bar.advance(task)
+    return rows
+
+
+def add_speed(rows: Sequence[Row], detector: Detector, rounds: int, bar: Progress) -> None:
+    """Times of a batch of the evaluation, all formats in turn, into the rows of formats."""
+    spec, images = detector.backbone.spec.name, detector.unseen[0]
+    works = {
+        form.name: functools.partial(
+            _run, form, form.make(detector.backbone, detector.calibration), images
+        )
+        for form in FORMATS
+        if form.fast
+    }
+    task = bar.add_task(f"{spec}, speed", total=len(works) * (rounds + 2))
+    times = interleaved(
+        works, rounds, watch=Stopwatch(CPU), cold=False, each=lambda _: bar.advance(task)
+    )
+    for row in rows:
+        seconds = times.get(row["format"]) if row["table"] == "formats" else None
+        if seconds is not None:
+            ratio = ratio_interval(times[FP32.name], seconds).fields()
+            row.update(images=len(images), **spread(seconds, "ms"), **ratio)
+
+
+def _rows_there(parser: argparse.ArgumentParser, out: Path | None, about: Row) -> list[Row]:
+    """What was measured before, of the same code."""
+    if out is None or not out.with_suffix(".json").is_file():
+        parser.error("--only-speed adds to results that are there: give them as --out")
+    found = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+    if found["provenance"]["commit"] != about["commit"]:
+        parser.error(
+            f"{out}.json is of commit {found['provenance']['commit']}, and this is "
+            f"{about['commit']}: measure all of it again"
+        )
+    rows: list[Row] = found["rows"]
     return rows
 
 
@@ -338,7 +377,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
     yield ""
     yield "mAP on validation scenes, its difference to fp32 with an interval of 95 % over scenes"
     yield "drawn anew, and plain PyTorch's time over the row's for the backbone on a batch of"
-    yield f"{first['images']} images. SQNR: the least of a feature, against fp64."
+    yield f"{first.get('images', 'some')} images. SQNR: the least of a feature, against fp64."
     yield ""
     yield "| format | mAP | mAP50 | mAP minus fp32's | SQNR, dB | times as fast | median ms |"
     yield "|---|---|---|---|---|---|---|"
@@ -399,7 +438,7 @@ def draw(rows: Sequence[Row], target: Path) -> None:
             axes.errorbar(
                 x, row["bbox_mAP"], fmt=style, color=f"C{index}", label=name, capsize=2, **spans
             )
-        axes.set_title(f"{spec}, {formats[0]['images']} images", fontsize=10)
+        axes.set_title(f"{spec}, {formats[0].get('images', 'some')} images", fontsize=10)
         axes.set_xlabel("times as fast as plain PyTorch in fp32 (backbone)")
         axes.set_ylabel("mAP, with the interval of its distance from fp32")
         axes.legend(fontsize=7)
@@ -417,6 +456,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="(%(default)s)"
     )
+    times = parser.add_mutually_exclusive_group()
+    times.add_argument("--no-speed", action="store_true", help="time nothing")
+    times.add_argument(
+        "--only-speed", action="store_true",
+        help="time, and add that to the files of an earlier run with --no-speed",
+    )  # fmt: skip
     parser.add_argument("--out", type=Path, help="files to write, without their endings")
     return parser
 
