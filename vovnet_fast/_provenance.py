@@ -47,6 +47,14 @@ _ABOUT_GPU = {
     "max_sm_clock": "clocks.max.sm",
     "max_memory_clock": "clocks.max.mem",
 }
+_FORCING = (
+    *(f"VOVNET_FAST_{name}" for name in ("BACKEND", "CPU_ISA", "KEEP_WEIGHTS", "TUNE", "WINOGRAD")),
+    "ATEN_CPU_CAPABILITY",
+    "ONEDNN_MAX_CPU_ISA",
+    "OMP_NUM_THREADS",
+)
+"""Variables that decide what runs, and hold no paths."""
+
 _READINGS = {
     "sm_mhz": "clocks.sm",
     "memory_mhz": "clocks.mem",
@@ -71,7 +79,14 @@ def collect(device: torch.device, folder: Path | None = None) -> dict[str, Any]:
         **_cpu(),
         **versions(),
         **_flags(),
+        **_forced(),
     }
+
+
+def _forced() -> dict[str, str]:
+    """What the environment has forced upon a measurement, if anything."""
+    found = " ".join(f"{name}={os.environ[name]}" for name in _FORCING if os.environ.get(name))
+    return {"forced": found} if found else {}
 
 
 def sources(folder: Path | None = None) -> dict[str, Any]:

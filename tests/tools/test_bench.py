@@ -178,6 +178,15 @@ def test_spread_is_in_ms():
 # --------------------------------------------------------------------------------------
 
 
+def test_provenance_says_what_was_forced(monkeypatch):
+    for name in provenance._FORCING:
+        monkeypatch.delenv(name, raising=False)
+    assert "forced" not in provenance.collect(CPU)
+    monkeypatch.setenv("VOVNET_FAST_CPU_ISA", "avx2")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", "AVX2")
+    assert provenance.collect(CPU)["forced"] == "VOVNET_FAST_CPU_ISA=avx2 ONEDNN_MAX_CPU_ISA=AVX2"
+
+
 def test_provenance_says_what_but_not_who(monkeypatch):
     monkeypatch.delenv(provenance.COMMIT_ENVIRONMENT, raising=False)
     found = provenance.collect(CPU)
