@@ -205,17 +205,15 @@ void run(const Params& p, int threads) {
   const int64_t behind = Engine::kPixels + plan.extra * (plan.width + 1);  // read by a last block
   const int64_t input_bytes = (plan.chunks * plan.pixels + behind) * kChunkBytes;
   const int64_t sum_bytes = kept_pixels<Engine>(plan) * Engine::kTiles * kTileChannels * 4;
-  bool failed = false;
-#pragma omp parallel num_threads(threads) reduction(|| : failed)
-  {
+  Tasks tasks(strips * parts);
+  Failure failed;
+  on_threads(threads, [&](int, int) {
     static thread_local Workspace workspace;
     char* gathered = workspace.get(input_bytes + sum_bytes);
-    failed = gathered == nullptr;
+    if (gathered == nullptr) return failed.set();
     auto* kept = reinterpret_cast<Sum*>(gathered + input_bytes);
     const typename Engine::Session session;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < strips * parts; ++i) {
-      if (failed) continue;
+    for (int64_t i = 0; tasks.next(&i);) {
       const int64_t part = i % parts, strip = i / parts % plan.strips;
       const int64_t row = strip * plan.rows;
       run_task<Engine, T>(
@@ -224,7 +222,7 @@ void run(const Params& p, int threads) {
            plan.tiles * part / parts, plan.tiles * (part + 1) / parts},
           offsets, gathered, kept);
     }
-  }
+  });
   if (failed) throw std::bad_alloc();
 }
 

@@ -157,8 +157,10 @@ VF_HD void share(int64_t count, int64_t products, int threads, Body body) {
     for (int64_t i = 0; i < count; ++i) body(i);
     return;
   }
-#pragma omp parallel for num_threads(threads) schedule(dynamic, 1)
-  for (int64_t i = 0; i < count; ++i) body(i);
+  Tasks tasks(count);
+  on_threads(threads, [&](int, int) {
+    for (int64_t i = 0; tasks.next(&i);) body(i);
+  });
 }
 
 // Memory of the calling thread, which others of the call read and write.

@@ -51,15 +51,13 @@ void share_weight_grad(const ConvWeightGradParams& p, const PixelPlan& plan, int
   auto* out = static_cast<float*>(p.out);
   auto* partials = static_cast<float*>(p.partials);
   const int64_t size = p.c_out * p.kernel * p.kernel * p.c_in;
-  bool failed = false;
-#pragma omp parallel num_threads(threads) reduction(|| : failed)
-  {
+  Tasks tasks(p.parts * ranges.chunks * ranges.tiles);
+  Failure failed;
+  on_threads(threads, [&](int, int) {
     static thread_local Workspace workspace;
     char* memory = workspace.get(bytes);
-    failed = memory == nullptr;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < p.parts * ranges.chunks * ranges.tiles; ++i) {
-      if (failed) continue;
+    if (memory == nullptr) return failed.set();
+    for (int64_t i = 0; tasks.next(&i);) {
       const int64_t part = i / ranges.chunks / ranges.tiles;
       const int64_t range = i / ranges.tiles % ranges.chunks, tile = i % ranges.tiles;
       float* to = p.parts == 1 ? out : partials + part * size;
@@ -76,7 +74,7 @@ void share_weight_grad(const ConvWeightGradParams& p, const PixelPlan& plan, int
         zero(to, size);
       }
     }
-  }
+  });
   if (failed) throw std::bad_alloc();
   if (p.parts > 1) sum_packed_rows(partials, p.parts, size, threads, out);
 }

@@ -323,15 +323,13 @@ void run(const ConvParams& p, int threads) {
   const Division d = divide<kSide>(p, threads);
   const int64_t input_bytes = kPoints * d.input_step;
   const int64_t groups = ceil_div(least(d.at_once, d.out_tiles), kStep);
-  bool failed = false;
-#pragma omp parallel num_threads(threads) reduction(|| : failed)
-  {
+  Tasks tasks(d.tasks * d.parts);
+  Failure failed;
+  on_threads(threads, [&](int, int) {
     static thread_local conv::Workspace workspace;
     char* inputs = workspace.get(input_bytes + groups * kPoints * d.sum_step);
-    failed = inputs == nullptr;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t i = 0; i < d.tasks * d.parts; ++i) {
-      if (failed) continue;
+    if (inputs == nullptr) return failed.set();
+    for (int64_t i = 0; tasks.next(&i);) {
       const int64_t first = i / d.parts * d.size, part = i % d.parts;
       // Parts begin where 32 channels do.
       const int64_t all = ceil_div(d.out_tiles, kStep);
@@ -339,7 +337,7 @@ void run(const ConvParams& p, int threads) {
                       least(all * (part + 1) / d.parts * kStep, d.out_tiles), inputs,
                       inputs + input_bytes);
     }
-  }
+  });
   if (failed) throw std::bad_alloc();
 }
 

@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "threads.h"
 #include "vector.h"
 
 namespace vovnet_fast {
@@ -35,8 +36,12 @@ VF_HD void parallel(int64_t count, int64_t elements, int threads, Body body) {
     for (int64_t i = 0; i < count; ++i) body(i);
     return;
   }
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t i = 0; i < count; ++i) body(i);
+  on_threads(threads, [&](int index, int team) {
+    for (int64_t share = index; share < threads; share += team) {
+      const int64_t last = count * (share + 1) / threads;
+      for (int64_t i = count * share / threads; i < last; ++i) body(i);
+    }
+  });
 }
 
 // body(T{}) with the storage type that a code stands for.

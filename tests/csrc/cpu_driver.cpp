@@ -65,6 +65,8 @@ void* packed(const std::string& engine, const ConvCase& t, Tensor& weight, Tenso
   return tiles;
 }
 
+const std::string kUnpacked = "unpacked";
+
 // The gradient of the input of a convolution with stride 1: added to what is in the first channels
 // of its slot, and masked in the last ones.
 void check_gradient(Report& report, const std::string& engine, const ConvCase& t, int32_t dtype) {
@@ -91,6 +93,22 @@ void check_gradient(Report& report, const std::string& engine, const ConvCase& t
       }
     }
     expected.push_back(masked >= 0 && mask.at(n, h, w, masked) <= 0 ? 0 : sum);
+  }
+  if (engine == kUnpacked) {
+    ConvUnpackedInputGradParams params{};
+    params.g = g.view(), params.out = params.add = out.view(), params.mask = mask.view();
+    params.weight = weight.array(), params.scale = scale.data();
+    params.n = t.x.n, params.height = params.out_height = t.x.h;
+    params.width = params.out_width = t.x.w, params.c_in = t.x.c, params.c_out = t.c_out;
+    params.add_c = add_c, params.mask_c = mask_c;
+    params.stride_o = taps * t.x.c, params.stride_h = t.kernel * t.x.c;
+    params.stride_w = t.x.c, params.stride_i = 1;
+    params.kernel = t.kernel, params.stride = 1, params.dtype = dtype;
+    cpu::conv_unpacked_input_grad(params, report.threads);
+    report.compare(engine + ", gradient of " + words(t.x) + " from " + std::to_string(t.c_out) +
+                       ", kernel " + std::to_string(t.kernel),
+                   out, expected);
+    return;
   }
   void* tiles = packed(engine, t, weight, &scale, true, dtype, report.threads);
   ConvParams params{};
@@ -144,6 +162,71 @@ void check_conv(Report& report, const std::string& engine, const ConvCase& t, in
   report.around(what + ", its parts", pool);
 }
 
+// By a weight as it is: the forward pass with its pool, the gradients of the input and of the
+// weight.
+void check_unpacked(Report& report, const ConvCase& t) {
+  const Shape out_shape{t.x.n, strided(t.x.h, t.stride), strided(t.x.w, t.stride), t.c_out};
+  const int64_t taps = t.kernel * t.kernel, size = taps * t.x.c;
+  Tensor x = Tensor::slot(kSingle, t.x).random(), out = Tensor::slot(kSingle, out_shape);
+  Tensor weight = Tensor::packed(kSingle, t.c_out * size).random();
+  Tensor scale = Tensor::packed(kSingle, t.c_out).random(0.5, 2);
+  Tensor shift = Tensor::packed(kSingle, t.c_out).random();
+  Tensor pool = Tensor::packed(kSingle, {t.x.n, 1, 1, t.c_out});
+  ConvUnpackedParams params{};
+  params.x = x.view(), params.out = out.view(), params.weight = weight.array();
+  params.scale = scale.data(), params.shift = shift.data(), params.pool_partials = pool.data();
+  params.n = t.x.n, params.height = t.x.h, params.width = t.x.w, params.c_in = t.x.c;
+  params.out_height = out_shape.h, params.out_width = out_shape.w, params.c_out = t.c_out;
+  params.stride_o = size, params.stride_h = t.kernel * t.x.c, params.stride_w = t.x.c;
+  params.stride_i = 1, params.kernel = t.kernel, params.stride = t.stride;
+  params.relu = t.relu, params.dtype = kSingle;
+  cpu::conv_unpacked(params, report.threads);
+  const Values expected = convolved(t, x, weight, scale, shift, out_shape);
+  Values sums(t.x.n * t.c_out);
+  const int64_t pixels = out_shape.h * out_shape.w;
+  for (int64_t i = 0; i < out_shape.count(); ++i) {
+    sums[i / t.c_out / pixels * t.c_out + i % t.c_out] += expected[i];
+  }
+  const std::string what = "unpacked " + words(t.x) + " to " + std::to_string(t.c_out) +
+                           ", kernel " + std::to_string(t.kernel) + ", stride " +
+                           std::to_string(t.stride);
+  report.compare(what, out, expected);
+  report.compare(what + ", its pool", pool, sums);
+  if (t.stride == 1) check_gradient(report, kUnpacked, t, kSingle);
+
+  Tensor g = Tensor::slot(kSingle, out_shape).random();
+  Tensor dweight = Tensor::packed(kSingle, t.c_out * size);
+  Tensor dscale = Tensor::packed(kSingle, t.c_out), dshift = Tensor::packed(kSingle, t.c_out);
+  ConvUnpackedWeightGradParams grad{};
+  grad.x = x.view(), grad.g = g.view(), grad.weight = weight.array(), grad.scale = scale.data();
+  grad.dweight = dweight.data(), grad.dscale = dscale.data(), grad.dshift = dshift.data();
+  grad.n = t.x.n, grad.height = t.x.h, grad.width = t.x.w, grad.c_in = t.x.c;
+  grad.out_height = out_shape.h, grad.out_width = out_shape.w, grad.c_out = t.c_out;
+  grad.stride_o = size, grad.stride_h = t.kernel * t.x.c, grad.stride_w = t.x.c;
+  grad.stride_i = 1, grad.kernel = t.kernel, grad.stride = t.stride, grad.dtype = kSingle;
+  cpu::conv_unpacked_weight_grad(grad, report.threads);
+  Values by_weight(t.c_out * size), by_scale(t.c_out), by_shift(t.c_out);
+  for (int64_t i = 0; i < out_shape.count(); ++i) {
+    const int64_t o = i % t.c_out, w = i / t.c_out % out_shape.w;
+    const int64_t h = i / t.c_out / out_shape.w % out_shape.h, n = i / t.c_out / pixels;
+    by_shift[o] += g.get(i);
+    for (int64_t tap = 0; tap < taps; ++tap) {
+      const int64_t in_h = h * t.stride + tap / t.kernel - t.kernel / 2;
+      const int64_t in_w = w * t.stride + tap % t.kernel - t.kernel / 2;
+      if (in_h < 0 || in_h >= t.x.h || in_w < 0 || in_w >= t.x.w) continue;
+      for (int64_t c = 0; c < t.x.c; ++c) {
+        const int64_t k = (o * taps + tap) * t.x.c + c;
+        const double product = g.get(i) * x.at(n, in_h, in_w, c);
+        by_weight[k] += product * scale.get(o);
+        by_scale[o] += product * weight.get(k);
+      }
+    }
+  }
+  report.compare(what + ", its weight's gradient", dweight, by_weight);
+  report.compare(what + ", its scale's gradient", dscale, by_scale);
+  report.compare(what + ", its shift's gradient", dshift, by_shift);
+}
+
 void check_convolutions(Report& report) {
   std::vector<ConvCase> cases = {
       {{2, 10, 7, 3}, 19, 3, 2, 1},  {{1, 9, 11, 35}, 40, 3, 1, 1}, {{2, 7, 9, 33}, 17, 3, 2, 1},
@@ -154,6 +237,9 @@ void check_convolutions(Report& report) {
   for (int64_t width = 1; width < 14; ++width) {  // Every number of pixels that a block can have.
     cases.push_back({{1, 1, width, 18}, 20, 1, 1, 1});
     cases.push_back({{1, 3, width, 18}, 20, 3, 1, 1});
+  }
+  if (cpu::conv_unpacked_runs()) {
+    for (const ConvCase& t : cases) check_unpacked(report, t);
   }
   for (const std::string& engine : cpu::conv_engines()) {
     const bool only_bf16 = engine != "fma";

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "../../csrc/cpu/conv_engines.h"
+#include "../../csrc/cpu/conv_unpacked.h"
 #include "../../csrc/cpu/conv_winograd.h"
 #include "../../csrc/cpu/dispatch.h"
 #include "../../csrc/ops.h"
