@@ -169,7 +169,11 @@ VF_HD void store_block(const Int8ConvParams& p, const Plan& plan, const int32_t*
       store_values(p, plan, sums, range, rows.feature, channel, bias, each);
     }
     if (rows.out == nullptr) return;
-    if constexpr (whole.value == 1 && kVectors == 2) {
+    // One condition in the other: of a product of both, of which one is this lambda's, Clang
+    // compiles what is never called.
+    if constexpr (kVectors != 2) {
+      store_steps(p, plan, sums, range, rows.out, channel, bias, total, each);
+    } else if constexpr (whole.value == 1) {
       (pool == nullptr ? store_pairs<false> : store_pairs<true>)(p, plan, sums, range, rows.out,
                                                                  channel, bias, total);
     } else {
