@@ -4,6 +4,8 @@
 #include <omp.h>
 #elif !defined(_WIN32)
 #include <dlfcn.h>
+
+#include <initializer_list>
 #endif
 
 namespace vovnet_fast {
