@@ -175,8 +175,8 @@ def _check_machine(compiler: str, macros: str) -> None:
 
 
 def _openmp(macros: str) -> tuple[str, ...]:
-    """GCC's runtime is the one that torch brings. That of Clang would be a second one, and Clang
-    makes no calls of GCC's."""
+    """GCC's runtime is the one that torch brings. That of Clang would be a second one, and
+    csrc/cpu/threads.cpp finds the one that is there."""
     return ("-fopenmp-simd",) if "__clang__" in macros else ("-fopenmp",)
 
 
