@@ -63,12 +63,20 @@ def test_ratios_on_a_cpu():
         assert f"| {' | '.join(cells)} |" in README
 
 
-@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/not-frozen.json")), ids=str)
+NOT_FROZEN = sorted(RESULTS.glob("*/not-frozen*.json"))
+
+
+@pytest.mark.parametrize("path", NOT_FROZEN, ids=str)
 def test_ratios_of_what_is_not_frozen(path):
-    """Every cell of a table has both layouts as they were measured; what is behind is in bold."""
+    """Every cell of a table has both layouts as they were measured; what is behind is in bold. The
+    last ones are in the README, others beside the results."""
     found = json.loads(path.read_text(encoding="utf-8"))
     assert found["provenance"]["dirty"] is False
-    assert f"at commit {found['provenance']['commit'][:8]}" in README
+    newest = path.parent == NOT_FROZEN[-1].parent
+    text = README if newest else (RESULTS / "README.md").read_text(encoding="utf-8")
+    assert f"t commit {found['provenance']['commit'][:8]}" in text
+    forced = found["provenance"].get("forced", "")
+    assert all(f"`{each}`" in text for each in forced.split())
     rows = {(row["what"], row["who"]): row["ratio_to_eager"] for row in found["rows"]}
     for spec in dict.fromkeys(what.partition(",")[0] for what, _ in rows):
         for dtype in dict.fromkeys(what.rpartition(", ")[2] for what, _ in rows):
@@ -81,7 +89,43 @@ def test_ratios_of_what_is_not_frozen(path):
                         ", ".join(f"{r:.2f}" if r > 0.97 else f"**{r:.2f}**" for r in ratios)
                     )
             name = spec if dtype == "float32" else f"{spec}, bf16"
-            assert f"| {name} | {' | '.join(cells)} |" in README
+            assert f"| {name} | {' | '.join(cells)} |" in text
+    ours = [ratio for (_, who), ratio in rows.items() if who.startswith("auto")]
+    if newest:
+        assert min(ours) > 0.97
+        assert f"{min(ours):.2f}" in text
+
+
+def test_what_eight_bits_cost_a_detector():
+    """Every cell of both tables is as measured, and int8 costs no more than half a point of mAP."""
+    found = newest("accuracy.json")
+    assert found["provenance"]["dirty"] is False
+    assert f"at commit {found['provenance']['commit'][:8]}" in README
+    formats: dict = {}
+    choices: dict = {}
+    for row in found["rows"]:
+        if row["table"] == "formats":
+            formats.setdefault(row["format"], []).append(_cost(row))
+            if row["format"].startswith("int8"):
+                assert row["mAP_minus_fp32"] > -0.005
+        else:
+            choices.setdefault((row["format"], row["choice"]), []).append(row["least_sqnr_db"])
+    for name, cells in formats.items():
+        assert f"| {name} | {' | '.join(cells)} |" in README
+    page = (ROOT / "docs/quantization.md").read_text(encoding="utf-8")
+    for (name, choice), values in choices.items():
+        cells = " | ".join(f"{value:.1f}" for value in values)
+        assert f"| {name}, {choice} | {cells} |" in page
+
+
+def _cost(row):
+    gap = [row.get(f"mAP_minus_{end}") for end in ("fp32", "low", "high")]
+    if gap[0] is None:
+        text = f"mAP {100 * row['bbox_mAP']:.1f}"
+    else:
+        text = "{:+.2f} ({:+.2f} to {:+.2f})".format(*(100 * each for each in gap))
+    speed = f"{row['ratio_to_eager']:.2f}" if "ms" in row else "not timed"
+    return f"{text}, {row['least_sqnr_db']:.1f} dB, {speed}"
 
 
 def test_what_is_linked_is_there():
