@@ -338,14 +338,15 @@ inline void tensors(const ConvSm90Params& p) {
       refuse("tile_h, tile_w and block_out", "from 1 to 256", std::to_string(size));
     }
   }
-  for (const int32_t size : {p.cluster_pixels, p.cluster_channels}) {
+  for (const int32_t size : {p.cluster_pixels, p.cluster_channels, p.parts}) {
     if (size < 1 || size > 8) {
-      refuse("cluster_pixels and cluster_channels", "from 1 to 8", std::to_string(size));
+      refuse("cluster_pixels, cluster_channels and parts", "from 1 to 8", std::to_string(size));
     }
   }
   const int64_t bytes = bytes_of("dtype", p.dtype);
-  const int64_t tiles = count("out", {ceil_div(p.height, static_cast<int64_t>(p.tile_h)),
-                                      ceil_div(p.width, static_cast<int64_t>(p.tile_w))});
+  const int64_t tiles =
+      count("out", {ceil_div(p.height, static_cast<int64_t>(p.tile_h)),
+                    ceil_div(p.width, static_cast<int64_t>(p.tile_w)), int64_t{p.parts}});
   together("scale", p.scale, "shift", p.shift);
   if (p.scale == nullptr && (p.pool_partials != nullptr || p.relu != 0)) {
     refuse("pool_partials and relu", "None and 0 where scale is None", "others");

@@ -48,6 +48,7 @@ inline void require(bool held, const std::string& what) {
 // When the copies and the products under way come to their end.
 struct Timing {
   bool late_copies, late_products;
+  int64_t ahead;  // Nothing is stored before copies have asked for so many bytes.
 };
 
 // ---- Fibres ------------------------------------------------------------------------------------
@@ -232,11 +233,11 @@ class Cluster {
   Meeting all;
   int64_t fetched = 0;  // Bytes that copies asked for, of channels that there are.
   const Box strip, weight;
+  const Timing timing;
 
  private:
   bool finish_a_copy();
 
-  Timing timing_;
   std::vector<std::unique_ptr<Cta>> ctas_;
   std::vector<int> running_;  // Threads of each CTA.
   std::vector<Copy> copies_;
@@ -422,7 +423,7 @@ class Cta {
 
 inline Cluster::Cluster(const Problem& p, const Box& strip, const Box& weight, Timing timing,
                         unsigned seed)
-    : scheduler(seed), strip(strip), weight(weight), timing_(timing) {
+    : scheduler(seed), strip(strip), weight(weight), timing(timing) {
   for (int i = 0; i < vovnet_fast::conv_sm90::cluster_size(p); ++i) {
     ctas_.push_back(std::make_unique<Cta>(p, timing, scheduler));
   }
@@ -455,7 +456,7 @@ inline void Cluster::copy(Copy copy, uint16_t mask, int own) {
   for (int rank = 0; rank < 16; ++rank) {
     if ((mask >> rank & 1) == 0) continue;
     copy.rank = rank;
-    if (timing_.late_copies) {
+    if (timing.late_copies) {
       copies_.push_back(copy);
     } else {
       cta(rank).finish(copy);
@@ -557,6 +558,10 @@ class Thread {
     groups_.erase(groups_.begin(), groups_.end() - PENDING);
   }
 
+  void load_shared(int rank, uint32_t offset, float (&numbers)[4]) {
+    require(offset % 16 == 0, "a load of 16 bytes of shared memory is not aligned");
+    memcpy(numbers, all_.cta(rank).at(offset, 16), 16);
+  }
   uint32_t shuffle_xor(uint32_t word, int lanes) { return cta_.swap(thread_, word, lanes); }
   float shuffle_xor(float value, int lanes) {
     uint32_t word;
@@ -579,6 +584,9 @@ class Thread {
   }
   template <class T>
   void store(T* to, const uint32_t (&words)[4]) {
+    Cluster& all = all_;
+    cta_.scheduler().wait("copies under an epilogue",
+                          [&all] { return all.fetched >= all.timing.ahead; });
     require(reinterpret_cast<uintptr_t>(to) % 16 == 0, "a store of 16 bytes is not aligned");
     memcpy(to, words, 16);
   }

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 
 import vovnet_fast
-from vovnet_fast import tuning
+from vovnet_fast import specs, tuning
 from vovnet_fast.backends import _cuda_conv, conv_sm90, conv_sm90_tiles, cuda, reference
 
 ROOT = Path(vovnet_fast.__file__).parent.parent
@@ -51,7 +51,7 @@ class Params(ctypes.Structure):
             for name in ("n", "height", "width", "c_in", "c_out", "add_c", "mask_c")
         ),
         *((name, ctypes.c_int32) for name in ("kernel", "tile_h", "tile_w", "block_out")),
-        *((name, ctypes.c_int32) for name in ("cluster_pixels", "cluster_channels")),
+        *((name, ctypes.c_int32) for name in ("cluster_pixels", "cluster_channels", "parts")),
         *((name, ctypes.c_int32) for name in ("relu", "dtype")),
     ]
 
@@ -71,10 +71,10 @@ class Simulator:
         failed = getattr(self.library, function)(*args, error, len(error))
         assert not failed, error.value.decode()
 
-    def run(self, fields, *, ctas=2, late_copies=True, late_products=True, seed=0):
-        """Returns the bytes that copies fetched."""
+    def run(self, fields, *, ctas=2, late_copies=True, late_products=True, ahead=0, seed=0):
+        """Returns the bytes that copies fetched. `ahead`: of them, those before the first store."""
         params, fetched = ctypes.byref(struct(fields)), ctypes.c_int64()
-        timing = (int(late_copies), int(late_products), seed)
+        timing = (int(late_copies), int(late_products), ctypes.c_int64(ahead), seed)
         self.call("conv_sm90_simulate", params, ctas, *timing, ctypes.byref(fetched))
         return fetched.value
 
@@ -374,6 +374,24 @@ def test_rings_hold_whatever_the_timing(late_copies, late_products, kernel, simu
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("parts", [1, 2])
+def test_the_next_tile_is_fetched_under_an_epilogue(parts, simulator):
+    """As much as the rings hold, while nothing of the tile is stored; not a stage more."""
+    layer = Layer(1, 16, 16, 512, 128)
+    fields = dict(layer.plan(conv_sm90.Config(128, 128, parts=parts)).fields, pool_partials=None)
+    strips, weights, _ = simulator.plan(fields)
+    assert strips < 24 // parts, "the next tile has more stages than the rings"
+    assert weights < 72 // parts, "the next tile has more stages than the rings"
+    strip, tap = 18 * 8 * 128, 128 * 128
+    first = 24 * strip + 72 * tap  # All parts of the first tile together.
+    full = first + parts * (strips * strip + weights * tap)
+    simulator.run(fields, ctas=parts, ahead=full)
+    layer.check()
+    layer.out.fill_(float("nan"))
+    with pytest.raises(AssertionError, match="copies under an epilogue"):
+        simulator.run(fields, ctas=parts, ahead=full + 1)
+
+
 # --------------------------------------------------------------------------------------
 # Clusters, on the simulator
 # --------------------------------------------------------------------------------------
@@ -414,6 +432,159 @@ def test_a_cluster_shares_weights_that_stay(simulator):
 
 
 # --------------------------------------------------------------------------------------
+# Tiles whose sum CTAs of a cluster share, on the simulator
+# --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("c_out", "tile"),
+    [(64, (256, 64)), (80, (128, 80)), (96, (256, 96)), (112, (128, 112)), (128, (256, 128)),
+     (160, (128, 160)), (192, (128, 192)), (224, (128, 224))],
+)  # fmt: skip
+def test_parts_of_every_width_add_up(c_out, tile, simulator):
+    """Eighteen terms in five parts: parts end within columns, of which both fetch a strip."""
+    config = conv_sm90.Config(*tile, parts=5)
+    simulate(simulator, Layer(1, 9, 11, 72, c_out), config, pool=True, ctas=5)
+
+
+@pytest.mark.parametrize("late_copies", [False, True])
+@pytest.mark.parametrize("late_products", [False, True])
+@pytest.mark.parametrize("parts", [2, 3, 8])
+def test_parts_add_up_whatever_the_timing(parts, late_copies, late_products, simulator):
+    """Several tiles one after the other: what is handed over takes the same place again."""
+    for kernel, c_in in ((3, 72), (1, 520)):
+        layer = Layer(1, 17, 24, c_in, 128, kernel=kernel)
+        simulate(
+            simulator, layer, conv_sm90.Config(128, 64, parts=parts), pool=True, ctas=parts,
+            seed=parts, late_copies=late_copies, late_products=late_products,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("size", [(1, 1), (1, 7), (9, 1), (17, 9), (16, 33)])
+def test_odd_sizes_in_parts(size, kernel, simulator):
+    for crop in (False, True):
+        layer = Layer(2, *size, 24 if kernel == 3 else 136, 64, kernel=kernel, crop=crop)
+        simulate(simulator, layer, conv_sm90.Config(128, 64, parts=3), pool=True, ctas=6)
+
+
+@pytest.mark.parametrize(("cluster", "parts"), [((2, 1), 4), ((1, 2), 3), ((2, 2), 2), ((1, 4), 2)])
+def test_parts_of_several_tiles(cluster, parts, simulator):
+    """CTAs of a part share what they fetch; clusters reach beyond the image and the channels."""
+    for kernel, c_in in ((3, 24), (1, 264)):
+        layer = Layer(3, 20, 17, c_in, 192, kernel=kernel)
+        config = conv_sm90.Config(128, 64, cluster, parts)
+        simulate(simulator, layer, config, pool=True, ctas=8, seed=kernel)
+    add, mask = layer.beside(192), layer.beside(192)
+    simulate_gradient(simulator, layer, config, add, mask, ctas=8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("add_c", "mask_c"), [(0, 0), (80, 0), (24, 0), (0, 80), (40, 56)])
+def test_what_is_added_in_parts_and_what_masks(add_c, mask_c, dtype, simulator):
+    layer = Layer(2, 17, 9, 24, 80, dtype=dtype, crop=True)
+    add, mask = (layer.beside(c) if c else None for c in (add_c, mask_c))
+    if mask is not None:
+        mask[0, 0, 0, :2] = torch.tensor([float("nan"), 0.0])
+    simulate_gradient(simulator, layer, conv_sm90.Config(256, 80, parts=4), add, mask, ctas=8)
+
+
+def test_the_last_block_in_parts_may_be_short(simulator):
+    layer = Layer(1, 9, 15, 24, 328, relu=False)
+    config = conv_sm90.Config(128, 112, parts=3)
+    simulate(simulator, layer, config, pool=True, ctas=6)
+    simulate_gradient(simulator, layer, config, layer.beside(328), layer.beside(328), ctas=6)
+
+
+def test_parts_are_added_in_their_order(simulator):
+    """Of numbers that no other order of fp32 sums gives, by whichever part, at any timing."""
+    layer = Layer(1, 9, 15, 256, 64, kernel=1, relu=False)
+    layer.x.zero_()
+    layer.x[..., ::64] = 1
+    layer.weight.zero_()
+    # Only where the first two are added first is anything left of the others.
+    terms = torch.tensor([2.0**15, -(2.0**15), 0.5**15, 0.5**15])
+    layer.weight[:, 0, 0, ::64] = terms.half()
+    layer.scale.fill_(1), layer.shift.fill_(0)
+    for seed in range(3):
+        for late in (False, True):
+            launch = layer.plan(conv_sm90.Config(128, 64, parts=4))
+            fields = dict(launch.fields, pool_partials=None)
+            simulator.run(fields, ctas=4, seed=seed, late_copies=late, late_products=late)
+            assert torch.equal(layer.out, torch.full_like(layer.out, 0.5**14))
+
+
+SMALL = [(1, 25, 42), (2, 25, 42), (6, 10, 25)]  # The last stage of 800x1344, and of 320x800.
+
+
+def last_stage(network):
+    """C_in, C_out and kernel of the layers of the last stage, and of their inputs' gradients."""
+    found = set()
+    for block in specs.get(network).blocks():
+        if block.stage == 5:
+            mids, concat = block.mid_channels, block.concat_channels
+            found |= {
+                (block.in_channels, mids, 3),
+                (mids, mids, 3),
+                (concat, block.out_channels, 1),
+            }
+    return sorted(found | {(c_out, c_in, kernel) for c_in, c_out, kernel in found})
+
+
+@pytest.mark.parametrize("size", SMALL)
+@pytest.mark.parametrize("network", ["V-39-eSE", "V-99-eSE"])
+def test_small_maps_keep_nine_processors_of_ten_busy(network, size):
+    """The first of the splits on offer: CTAs for 132 processors, on average over the waves."""
+    n, height, width = size
+    found = {}
+    for c_in, c_out, kernel in last_stage(network):
+        pixels = (height, width) if kernel == 3 else (1, height * width)
+        shape = conv_sm90_tiles.Shape(n, *pixels, c_in, c_out, kernel, True)
+        on_offer = (*conv_sm90.configs(c_out, kernel), *conv_sm90_tiles.splits(shape, 132))
+        best = max(on_offer, key=lambda c: conv_sm90_tiles.useful(c, shape, 132))
+        found[c_in, c_out, kernel] = conv_sm90_tiles.work(best, shape, 132).busy
+    assert min(found.values()) >= 0.9, found
+
+
+def test_24_tiles_in_five_parts_are_120_ctas():
+    shape = conv_sm90_tiles.Shape(1, 25, 42, 224, 224, 3)
+    config = conv_sm90_tiles.splits(shape, 132)[0]
+    assert config == conv_sm90.Config(128, 112, parts=5)
+    found = conv_sm90_tiles.work(config, shape, 132)
+    assert (found.tiles, round(found.busy * 132)) == (24, 120)
+    # Of 36 taps of chunks a part has 7 or 8, and those of the last chunk are half as long.
+    assert found.even == pytest.approx(126 / (5 * 28))
+    without = max(conv_sm90_tiles.work(c, shape, 132).busy for c in conv_sm90.configs(224))
+    assert without == pytest.approx(12 / 132)
+
+
+def test_splits_are_on_offer_for_small_maps_alone(simulator):
+    """And all of them have room in shared memory, and a name that says which they are."""
+    large = conv_sm90_tiles.Shape(1, 200, 336, 128, 128, 3)
+    assert conv_sm90_tiles.splits(large, 132) == ()
+    for size in SMALL:
+        for c_in, c_out, kernel in last_stage("V-99-eSE"):
+            n, height, width = size
+            pixels = (height, width) if kernel == 3 else (1, height * width)
+            shape = conv_sm90_tiles.Shape(n, *pixels, c_in, c_out, kernel, True)
+            found = conv_sm90_tiles.splits(shape, 132)
+            assert len(found) <= conv_sm90_tiles.SPLITS
+            for config in found:
+                assert config.name.startswith(conv_sm90.SPLIT)
+                assert conv_sm90.config_of(config.name, c_out, kernel) == config
+                layer = Layer(*size, c_in, c_out, kernel=kernel)
+                fields = dict(layer.plan(config).fields, pool_partials=1)
+                strips, weights, taken = simulator.plan(fields)
+                assert (strips >= 2, weights >= 3, taken <= 226 << 10) == (True,) * 3, config
+    assert conv_sm90.config_of("conv-sm90 split 9 128x112", 224, 3) is None
+
+
+def test_names_of_splits():
+    assert conv_sm90.Config(128, 112, parts=5).name == "conv-sm90 split 5 128x112"
+    assert conv_sm90.Config(128, 96, (2, 1), 4).name == "conv-sm90 split 4 128x96 cluster 2x1"
+
+
+# --------------------------------------------------------------------------------------
 # What is taken, and how
 # --------------------------------------------------------------------------------------
 
@@ -441,6 +612,11 @@ def test_every_tile_fits_into_shared_memory_with_room_to_run_ahead(simulator):
         (dict(block_out=72), "no tiles"),
         (dict(cluster_pixels=9), "no clusters of 9 x 1"),
         (dict(cluster_pixels=3), "no clusters of 3 x 1"),
+        (dict(block_out=128, parts=9), "no clusters of 1 x 1 tiles in 9 parts"),
+        (dict(block_out=128, parts=3, cluster_pixels=4), "no clusters of 4 x 1 tiles in 3 parts"),
+        (dict(block_out=128, parts=2, cluster_channels=3), "no parts of 3 tiles of channels"),
+        (dict(block_out=128, kernel=1, parts=2), "2 parts of 1 taps and chunks"),
+        (dict(block_out=160, tile_h=32, parts=2), "no parts of tiles of 32 x 8 pixels by 160"),
         (dict(c_out=204), "multiple of 8 channels, got 204"),
         (dict(add_c=12), "multiples of 8 channels, got 12 and 0"),
         (dict(add=(40, 4096, 512, 16), add_c=8), "multiples of 16 bytes"),
@@ -455,7 +631,8 @@ def test_what_cannot_be_is_said(wrong, words, simulator):
         x=(32, 1 << 20, 1 << 14, 64), out=(32, 1 << 20, 1 << 14, 256), add=None, mask=None,
         weight=32, scale=32, shift=32, pool_partials=None, n=1, height=100, width=100, c_in=64,
         c_out=256, add_c=0, mask_c=0, kernel=3,
-        tile_h=16, tile_w=8, block_out=256, cluster_pixels=1, cluster_channels=1, relu=1, dtype=0,
+        tile_h=16, tile_w=8, block_out=256, cluster_pixels=1, cluster_channels=1, parts=1,
+        relu=1, dtype=0,
     )  # fmt: skip
     simulator.plan(fields)
     with pytest.raises(AssertionError, match=words):

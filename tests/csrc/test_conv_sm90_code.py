@@ -64,5 +64,8 @@ def test_instructions_are_those_of_hopper(compiled):
             "USETMAXREG.DEALLOC", "USETMAXREG.TRY_ALLOC",
         ):  # fmt: skip
             assert instruction in sass, f"{name} has no {instruction}"
+        # Of other CTAs' shared memory, by generic addresses: where tiles have parts.
+        channels, blocks = name
+        assert ("LD.E.128" in sass) == (channels * blocks <= 256), name
         for instruction in ("LDL", "STL", "LDSM"):
             assert not re.search(rf"\b{instruction}\b", sass), f"{name} has {instruction}"

@@ -400,6 +400,23 @@ def test_engines_of_libraries():
     assert wide.compute == pytest.approx(2 * LAYER.flop / H200.half / _predict.CUDNN_EFFICIENCY)
 
 
+def test_parts_of_small_maps_are_predicted_to_be_faster():
+    """And measured beside the best whole tiles, whose kind is another."""
+    small = Layer(1, 25, 42, 768, 224, dtype=torch.bfloat16)
+    split, whole = "conv-sm90 split 5 128x112", "conv-sm90 128x224"
+    found = _predict.predict([split, whole, "conv-sm90 split 2 128x96"], small, H200)
+    assert list(found) == [split, whole]  # 96 channels are no tiles of 224.
+    assert found[split].seconds < 0.5 * found[whole].seconds
+    names = ("aten", split, "conv-sm90 split 8 256x112", whole)
+    likely = _predict._candidates(small, H200, names).likely
+    assert {split, whole} <= set(likely)
+    assert _predict.family(split) == "conv-sm90 split"
+    # What is handed over, and CTAs that wait for each other, cost where there is nothing to gain.
+    large = [f"conv-sm90{parts} 256x128" for parts in ("", " split 2")]
+    found = _predict.predict(large, LAYER, H200)
+    assert found[large[0]].seconds < found[large[1]].seconds
+
+
 def test_the_likely_ones_are_few():
     names = ("aten", *GRAPHS, *OWN)
     found = _predict._candidates(LAYER, H200, names)

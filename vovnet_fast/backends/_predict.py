@@ -27,7 +27,7 @@ MEASURED = 3
 WORTH = 1.25
 """And no other one that is predicted to take longer than the best by more than this factor."""
 
-LIBRARIES = (ATEN, cudnn_graph.NAME, conv_sm80.NAME, conv_sm90.NAME)
+LIBRARIES = (ATEN, cudnn_graph.NAME, conv_sm80.NAME, conv_sm90.SPLIT, conv_sm90.NAME)
 """How names of engines that are not Triton's begin. One of each kind is measured, its best."""
 
 _DEPTHWISE = (depthwise_conv.NAME, depthwise_conv.SEPARATE)
@@ -97,6 +97,8 @@ def _graph(name: str, layer: Layer, device: Device) -> Prediction:
     return Prediction(name, max(compute, dram) + LAUNCH, compute=compute, dram=dram)
 
 
+_MEETINGS = 2e-6  # Seconds in which CTAs wait for each other over 128 pixels. Assumed.
+
 _STRIP_STAGES = 4  # Of the rings of strips and weights: what shared memory has room for.
 
 
@@ -106,7 +108,8 @@ def _sm90(name: str, layer: Layer, device: Device) -> Prediction:
     from ..kernels.cost import Work, predict_work, through_shared
     from ..kernels.resources import Resources
 
-    config = next(c for c in conv_sm90.configs(layer.c_out, layer.kernel) if c.name == name)
+    config = conv_sm90.config_of(name, layer.c_out, layer.kernel)
+    assert config is not None, name
     tile_h, tile_w = config.tile(layer.height, layer.width, layer.kernel)
     across = cdiv(layer.height, tile_h) * cdiv(layer.width, tile_w)
     chunk, itemsize = conv_sm90.CHUNK, layer.dtype.itemsize
@@ -117,22 +120,28 @@ def _sm90(name: str, layer: Layer, device: Device) -> Prediction:
     sums = config.pixels * config.block_out
     read = through_shared(config.pixels, config.block_out, chunk * itemsize, 8, warpgroups=True)
     weights = layer.weight_elements * itemsize
+    parts, terms = config.parts, layer.kernel**2 * cdiv(layer.c_in, chunk)
+    # Every sum is written to shared memory once, and read once, by one of the CTAs that share it.
+    handed = 2 * 4 * sums if parts > 1 else 0
     work = Work(
-        programs=layer.batch * across * cdiv(layer.c_out, config.block_out),
-        steps=layer.kernel * cdiv(layer.c_in, chunk),
+        programs=layer.batch * across * cdiv(layer.c_out, config.block_out) * parts,
+        steps=cdiv(terms, parts) / layer.kernel,
         flop=2 * sums * chunk * layer.kernel,
         copied=copied,
         shared=strip + weight + layer.kernel * read,
         instructions=0,  # A warpgroup of its own copies.
-        last_instructions=sums * 4,
-        last_bytes=sums * itemsize,
+        last_instructions=sums * 4 if parts == 1 else sums * (3 + 4 / parts),
+        last_bytes=sums * itemsize / parts + handed,
         stages=_STRIP_STAGES,
         compulsory=layer.activation_bytes + weights,
         persistent=True,
     )
     # Its shared memory is all that a processor has.
     whole = Resources(warps=12, registers=168, shared=227 << 10)
-    return predict_work(name, work, device, layer.precision, whole)
+    found = predict_work(name, work, device, layer.precision, whole)
+    if parts == 1:
+        return found
+    return dataclasses.replace(found, seconds=found.seconds + _MEETINGS * config.pixels / 128)
 
 
 SM80_SHARE = 0.6
@@ -226,7 +235,10 @@ def library(name: str, layer: Layer, device: Device) -> Prediction:
     """Time of an engine that is not a configuration of Triton's."""
     if name == ATEN:
         return _aten(layer, device)
-    kinds = {cudnn_graph.NAME: _graph, conv_sm80.NAME: _sm80, conv_sm90.NAME: _sm90}
+    kinds = {
+        cudnn_graph.NAME: _graph, conv_sm80.NAME: _sm80, conv_sm90.SPLIT: _sm90,
+        conv_sm90.NAME: _sm90,
+    }  # fmt: skip
     return kinds[family(name)](name, layer, device)
 
 
@@ -267,8 +279,8 @@ def _has_tiles(name: str, layer: Layer) -> bool:
     kind = family(name)
     if kind == conv_sm80.NAME:
         return name in _sm80_names(layer)
-    if kind == conv_sm90.NAME:
-        return any(name == config.name for config in conv_sm90.configs(layer.c_out, layer.kernel))
+    if kind in (conv_sm90.NAME, conv_sm90.SPLIT):
+        return conv_sm90.config_of(name, layer.c_out, layer.kernel) is not None
     return True
 
 

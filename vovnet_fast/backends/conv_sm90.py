@@ -24,9 +24,31 @@ from .. import _environment
 from ..compat import zip
 from . import _extension
 from ._extension.fields import new_high, pointer
-from .conv_sm90_tiles import CHUNK, NAME, Config, configs, tiles_of
+from .conv_sm90_tiles import (
+    CHUNK,
+    NAME,
+    SPLIT,
+    Config,
+    Shape,
+    config_of,
+    configs,
+    splits,
+    tiles_of,
+)
 
-__all__ = ["CHUNK", "NAME", "Config", "configs", "engines", "plan", "refusal", "run", "why_not"]
+__all__ = [
+    "CHUNK",
+    "NAME",
+    "SPLIT",
+    "Config",
+    "config_of",
+    "configs",
+    "engines",
+    "plan",
+    "refusal",
+    "run",
+    "why_not",
+]
 
 ENVIRONMENT = "VOVNET_FAST_CONV_SM90"
 
@@ -111,12 +133,22 @@ def engines(
     add: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> list[str]:
-    """Names of what is on offer for these arguments of :func:`run`, largest tile first."""
+    """Names of what is on offer for these arguments of :func:`run`, largest tile first.
+
+    Those whose CTAs share a tile come last, where the map is too small for the GPU.
+    """
     if why_not(x.device) is not None:
         return []
     if refusal(x, weight, out, stride=stride, add=add, mask=mask) is not None:
         return []
-    return [config.name for config in configs(weight.shape[0], weight.shape[1])]
+    c_out, kernel, _, c_in = weight.shape
+    n, height, width, _ = out.shape
+    size = (1, height * width) if kernel == 1 else (height, width)
+    processors = torch.cuda.get_device_properties(x.device).multi_processor_count
+    # With pool partials or not, the same are on offer.
+    shape = Shape(n, *size, c_in, c_out, kernel, pool=True)
+    found = (*configs(c_out, kernel), *splits(shape, processors))
+    return [config.name for config in found]
 
 
 # --------------------------------------------------------------------------------------
@@ -130,7 +162,7 @@ class Launch:
 
     Attributes:
         fields: of the struct, ``csrc/cuda/conv_sm90/params.h``, but for ``pool_partials``.
-        tiles: of an image, each with a partial sum.
+        tiles: of an image, or parts of those, each with a partial sum.
     """
 
     fields: dict[str, Any]
@@ -196,10 +228,10 @@ def plan(
         n=n, height=height, width=width, c_in=c_in, c_out=c_out, add_c=channels["add"],
         mask_c=channels["mask"], kernel=kernel,
         tile_h=tile[0], tile_w=tile[1], block_out=config.block_out,
-        cluster_pixels=config.cluster[0], cluster_channels=config.cluster[1],
+        cluster_pixels=config.cluster[0], cluster_channels=config.cluster[1], parts=config.parts,
         relu=int(relu and scale is not None), dtype=_DTYPES[x.dtype],
     )  # fmt: skip
-    return Launch(fields, tiles_of(height, width, tile))
+    return Launch(fields, tiles_of(height, width, tile) * config.parts)
 
 
 def run(
@@ -231,7 +263,8 @@ def run(
         add: as ``out``, of its first channels, or None; may be ``out``. Only without ``scale``.
         mask: as ``out``, activations of its last channels, or None. Only without ``scale``.
     """
-    config = next(c for c in configs(weight.shape[0], weight.shape[1]) if c.name == engine)
+    config = config_of(engine, weight.shape[0], weight.shape[1])
+    assert config is not None, f"no engine {engine} for {weight.shape[0]} output channels"
     launch = plan(config, x, weight, scale, shift, out, relu=relu, add=add, mask=mask)
     shape = (x.shape[0], launch.tiles, weight.shape[0])
     partials = new_high(x, *shape) if pool else None

@@ -8,11 +8,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 NAME = "conv-sm90"
 """Names of engines begin with it; the pixels and the output channels of a tile follow."""
+
+SPLIT = f"{NAME} split"
+"""And those of tiles that CTAs share, with the number of them."""
 
 CHUNK = 64
 """Input channels of a step: kChunk of csrc/cuda/conv_sm90/layout.h."""
@@ -21,6 +25,9 @@ _ROW_BYTES = 2 * CHUNK
 _CONSUMER_WARPS = 8
 _SHARED_LIMIT = (227 << 10) - 1024
 _MAX_RESIDENT, _RESIDENT_STRIPS = 36, 3  # kMaxResident and kResidentStrips of plan.h.
+_MAX_CLUSTER, _HANDED_ROWS, _HANDED_PAD = 8, 128, 8  # kMaxCluster, kHandedRows, handed_pitch().
+_MOST_SUMS = 128 * 256  # Of a tile that has parts: has_parts() of layout.h.
+_STRIPS, _WEIGHTS = {1: 3, 3: 2}, 3  # Stages with which a split is on offer: they can run ahead.
 
 _BLOCKS = {128: (256, 224, 192, 160, 128, 112, 96, 80, 64), 256: (192, 160, 128, 112, 96, 80, 64)}
 """Output channels of a tile, by its pixels: what registers have room for."""
@@ -46,18 +53,26 @@ class Config:
         block_out: output channels of a tile.
         cluster: tiles of pixels and of output channels that CTAs of a cluster have side by side;
             those that read the same weights, or the same pixels, share one copy of them.
+        parts: CTAs of a cluster that each sum up a part of a tile's taps and input channels.
     """
 
     pixels: int
     block_out: int
     cluster: tuple[int, int] = (1, 1)
+    parts: int = 1
 
     @property
     def name(self) -> str:
         """What the engine is called. The shape of the tile follows from the image."""
         down, across = self.cluster
         shared = f" cluster {down}x{across}" if down * across > 1 else ""
-        return f"{NAME} {self.pixels}x{self.block_out}{shared}"
+        name = f"{SPLIT} {self.parts}" if self.parts > 1 else NAME
+        return f"{name} {self.pixels}x{self.block_out}{shared}"
+
+    @property
+    def size(self) -> int:
+        """CTAs of a cluster."""
+        return math.prod(self.cluster) * self.parts
 
     def tile(self, height: int, width: int, kernel: int) -> tuple[int, int]:
         """Height and width of a tile: the fewest tiles, and of these the least to fetch."""
@@ -168,17 +183,51 @@ class Work(NamedTuple):
         flop: two a product, those of pixels and channels of tiles that do not exist among them.
         fetched: bytes that bulk copies take from L2, without channels that there are not.
         resident: weights are fetched once by every CTA.
+        busy: CTAs at work for each processor, on average over the waves.
+        even: of what CTAs multiply, the mean over the most, as parts may differ by a tap.
     """
 
     tiles: int
     flop: int
     fetched: int
     resident: bool
+    busy: float
+    even: float
 
     @property
     def intensity(self) -> float:
         """FLOP a byte from L2."""
         return self.flop / self.fetched
+
+
+def _taken(config: Config, shape: Shape, strips: int, weights: int) -> int:
+    """Bytes of shared memory of a CTA with rings of so many stages."""
+    tile_h, tile_w = config.tile(shape.height, shape.width, shape.kernel)
+    strip = (tile_h + shape.kernel - 1) * tile_w * _ROW_BYTES
+    handed = sums = 0
+    if config.parts > 1:
+        handed = _HANDED_ROWS * (config.block_out + _HANDED_PAD) * 4 + 16
+    if shape.pool:
+        sums = _CONSUMER_WARPS * (config.block_out if config.parts == 1 else 32 * 8) * 4
+    return strips * (strip + 16) + weights * (config.block_out * _ROW_BYTES + 16) + sums + handed
+
+
+def terms_of(shape: Shape) -> int:
+    """Of the sum of an output, in taps of :data:`CHUNK` input channels."""
+    return -(-shape.c_in // CHUNK) * shape.kernel**2
+
+
+def _parts(config: Config, shape: Shape) -> list[tuple[int, int]]:
+    """First term of each part, and the one after its last; terms_of() of layout.h."""
+    terms = terms_of(shape)
+    return [
+        (i * terms // config.parts, (i + 1) * terms // config.parts) for i in range(config.parts)
+    ]
+
+
+def _channels(shape: Shape, term: int, taps: int) -> int:
+    """Input channels that there are of the chunk of a term, of which a chunk has ``taps``."""
+    return min(CHUNK, shape.c_in - term // taps * CHUNK)
 
 
 def work(config: Config, shape: Shape, ctas: int) -> Work:
@@ -189,21 +238,94 @@ def work(config: Config, shape: Shape, ctas: int) -> Work:
     groups = -(-shape.c_out // (config.block_out * across))
     rectangles = shape.batch * tiles_of(shape.height, shape.width, (tile_h, tile_w))
     passes = -(-rectangles // down) * groups  # Of clusters.
-    clusters = min(max(ctas // (down * across), 1), passes)
+    clusters = min(max(ctas // config.size, 1), passes)
     tiles = passes * down * across
-    chunks = -(-shape.c_in // CHUNK)
-    strip = (tile_h + kernel - 1) * tile_w * _ROW_BYTES
-    weights = config.block_out * _ROW_BYTES
-    stages = chunks * kernel**2
-    sums = _CONSUMER_WARPS * config.block_out * 4 if shape.pool else 0
-    taken = _RESIDENT_STRIPS * (strip + 16) + stages * (weights + 16) + sums
-    resident = groups == 1 and stages <= _MAX_RESIDENT and taken <= _SHARED_LIMIT
-    # Of a tile, for all channels there are: rows of pixels, and of output channels.
-    rows_x = down * kernel * (tile_h + kernel - 1) * tile_w
-    rows_w = across * kernel**2 * config.block_out
-    rows = passes * rows_x + (clusters if resident else passes) * rows_w
-    fetched = rows * 2 * shape.c_in
+    stages = terms_of(shape)
+    taken = _taken(config, shape, _RESIDENT_STRIPS, stages)
+    resident = groups == config.parts == 1 and stages <= _MAX_RESIDENT and taken <= _SHARED_LIMIT
+    # Of a tile: channels of all its strips, where parts meet within a column twice.
+    strips = sum(
+        _channels(shape, column, kernel)
+        for first, end in _parts(config, shape)
+        for column in range(first // kernel, -(-end // kernel))
+    )
+    rows_x = down * (tile_h + kernel - 1) * tile_w * strips
+    rows_w = across * kernel**2 * config.block_out * shape.c_in
+    fetched = 2 * (passes * rows_x + (clusters if resident else passes) * rows_w)
     # The last chunk multiplies whole steps of 16.
     depth = -(-shape.c_in // 16) * 16
     flop = 2 * tiles * config.pixels * config.block_out * kernel**2 * depth
-    return Work(tiles, flop, fetched, resident)
+    steps = [
+        sum(-(-_channels(shape, term, kernel**2) // 16) for term in range(*part))
+        for part in _parts(config, shape)
+    ]
+    busy = passes * config.size / (-(-passes // clusters) * ctas)
+    return Work(tiles, flop, fetched, resident, busy, sum(steps) / len(steps) / max(steps))
+
+
+# --------------------------------------------------------------------------------------
+# Splits
+# --------------------------------------------------------------------------------------
+
+SPLITS = 3
+"""At most so many are on offer for a layer."""
+
+_WORTH = 1.1
+"""How much more of the processors' time than without, at least, they multiply."""
+
+
+def _all_splits(c_out: int) -> Iterator[Config]:
+    """Whatever parts there are."""
+    if c_out % 8 or c_out < _NARROWEST:
+        return
+    for pixels, blocks in _BLOCKS.items():
+        for block in blocks:
+            padded = -(-c_out // block) * block
+            if pixels * block > _MOST_SUMS:
+                continue
+            if block != _block(c_out, blocks) and (block < _WIDE or padded > _PADDING * c_out):
+                continue
+            for down in (1, 2):
+                for parts in range(2, _MAX_CLUSTER // down + 1):
+                    yield Config(pixels, block, (down, 1), parts)
+
+
+def useful(config: Config, shape: Shape, processors: int) -> float:
+    """Products that there are over what all processors can do until the last CTA is done."""
+    found = work(config, shape, processors)
+    depth = -(-shape.c_in // 16) * 16
+    products = shape.batch * shape.height * shape.width * shape.c_out * shape.kernel**2 * depth
+    return found.busy * found.even * 2 * products / found.flop
+
+
+@functools.lru_cache(1 << 10)
+def splits(shape: Shape, processors: int) -> tuple[Config, ...]:
+    """For a map that is too small for its tiles to keep the processors busy; the best first.
+
+    Those that leave the least of the processors' time unused, and of them that which L2 holds up
+    least, if it is less than without.
+    """
+    whole = configs(shape.c_out, shape.kernel)
+    if not whole:
+        return ()
+    least = _WORTH * max(useful(config, shape, processors) for config in whole)
+    found = {}
+    for config in _all_splits(shape.c_out):
+        taken = _taken(config, shape, _STRIPS[shape.kernel], _WEIGHTS)
+        if config.parts <= terms_of(shape) and taken <= _SHARED_LIMIT:
+            found[config] = useful(config, shape, processors)
+
+    def intensity(config: Config) -> float:
+        return work(config, shape, processors).intensity
+
+    best = sorted(found, key=lambda c: (found[c], intensity(c), -c.parts), reverse=True)
+    best = [config for config in best if found[config] >= least]
+    fed = sorted(best, key=lambda c: min(found[c], intensity(c) / ENOUGH), reverse=True)
+    return tuple(dict.fromkeys((*best[: SPLITS - 1], *fed[:1])))
+
+
+@functools.lru_cache(1 << 10)
+def config_of(name: str, c_out: int, kernel: int) -> Config | None:
+    """Which tiles an engine's name says, or None: a layer with these channels has none such."""
+    known = (*configs(c_out, kernel), *_all_splits(c_out))
+    return next((config for config in known if config.name == name), None)

@@ -3,7 +3,8 @@
 // Two threads fetch: one the strips of pixels, one the weights of the taps, each into a ring of
 // stages, which other CTAs of its cluster may fill as well. Two warpgroups multiply: each holds 64
 // or 128 pixels of the tile by all of its output channels, in fp32. CTAs loop over tiles, so that
-// the next tile is fetched under the epilogue.
+// the next tile is fetched under the epilogue, as far as the rings have room. CTAs of a cluster may
+// share a tile: each then loops over a part of its terms.
 //
 // The machine is a class: that of device.cuh issues the instructions of sm_90a, that of the tests
 // simulates them.
@@ -12,6 +13,7 @@
 #include "../../math.h"
 #include "epilogue.h"
 #include "layout.h"
+#include "parts.h"
 #include "thread.h"
 
 namespace vovnet_fast {
@@ -26,6 +28,10 @@ VF_THREAD void initialise_barriers(Machine& m, const Problem& p) {
   for (int i = 0; i < p.w_stages; ++i) {
     m.initialise(weights_full(p, i), 1);
     m.initialise(weights_free(p, i), kConsumerWarps * p.cluster_pixels);
+  }
+  if (p.parts > 1) {
+    m.initialise(handed_full(p), kConsumerWarps * p.parts);
+    m.initialise(handed_free(p), kConsumerWarps * p.parts);
   }
 }
 
@@ -46,24 +52,23 @@ VF_THREAD void fetch_strips(Machine& m, const Problem& p) {
   Ring ring(p.x_stages);
   Turn turn;
   const int pad = p.kernel / 2;
+  const Terms terms = terms_of(p, m.rank());
   VF_NO_UNROLL
   for (int index = m.cluster(); index < p.tiles; index += m.clusters()) {
     const Tile tile = tile_at(p, index, m.rank());
     VF_NO_UNROLL
-    for (int chunk = 0; chunk < p.chunks; ++chunk) {
-      VF_NO_UNROLL
-      for (int tap_column = 0; tap_column < p.kernel; ++tap_column) {
-        const uint32_t full = strip_full(p, ring.stage);
-        m.wait_free(strip_free(p, ring.stage), ring.parity ^ 1);
-        m.expect(full, strip_bytes(p));
-        // What lies outside the image, or beyond the last channel, arrives as zeros.
-        if (turn.take(own_of_strips(p, m.rank()), p.cluster_channels)) {
-          m.copy_strip(strip_at(p, ring.stage), full, chunk * kChunk, tile.w + tap_column - pad,
-                       tile.h - pad, tile.n, p.cluster_channels,
-                       p.strip_sharers << first_of_strips(p, m.rank()));
-        }
-        ring.advance();
+    for (int column = over_kernel(p, terms.first); column * p.kernel < terms.end; ++column) {
+      const int chunk = over_kernel(p, column), tap_column = column - chunk * p.kernel;
+      const uint32_t full = strip_full(p, ring.stage);
+      m.wait_free(strip_free(p, ring.stage), ring.parity ^ 1);
+      m.expect(full, strip_bytes(p));
+      // What lies outside the image, or beyond the last channel, arrives as zeros.
+      if (turn.take(own_of_strips(p, m.rank()), p.cluster_channels)) {
+        m.copy_strip(strip_at(p, ring.stage), full, chunk * kChunk, tile.w + tap_column - pad,
+                     tile.h - pad, tile.n, p.cluster_channels,
+                     p.strip_sharers << first_of_strips(p, m.rank()));
       }
+      ring.advance();
     }
   }
 }
@@ -73,25 +78,25 @@ VF_THREAD void fetch_weights(Machine& m, const Problem& p) {
   Ring ring(p.w_stages);
   Turn turn;
   const int end = p.resident ? m.cluster() + 1 : p.tiles;
+  const Terms terms = terms_of(p, m.rank());
   VF_NO_UNROLL
   for (int index = m.cluster(); index < end; index += m.clusters()) {
     const Tile tile = tile_at(p, index, m.rank());
     VF_NO_UNROLL
-    for (int chunk = 0; chunk < p.chunks; ++chunk) {
+    for (int column = over_kernel(p, terms.first); column * p.kernel < terms.end; ++column) {
+      const int chunk = over_kernel(p, column), tap_column = column - chunk * p.kernel;
+      const Terms rows = rows_of(p, terms, column);
       VF_NO_UNROLL
-      for (int tap_column = 0; tap_column < p.kernel; ++tap_column) {
-        VF_NO_UNROLL
-        for (int tap_row = 0; tap_row < p.kernel; ++tap_row) {
-          const uint32_t full = weights_full(p, ring.stage);
-          m.wait_free(weights_free(p, ring.stage), ring.parity ^ 1);
-          m.expect(full, weight_bytes(p));
-          if (turn.take(own_of_weights(p, m.rank()), p.cluster_pixels)) {
-            m.copy_weights(weights_at(p, ring.stage), full, chunk * kChunk,
-                           tap_row * p.kernel + tap_column, tile.first, p.cluster_pixels,
-                           p.weight_sharers << first_of_weights(p, m.rank()));
-          }
-          ring.advance();
+      for (int tap_row = rows.first; tap_row < rows.end; ++tap_row) {
+        const uint32_t full = weights_full(p, ring.stage);
+        m.wait_free(weights_free(p, ring.stage), ring.parity ^ 1);
+        m.expect(full, weight_bytes(p));
+        if (turn.take(own_of_weights(p, m.rank()), p.cluster_pixels)) {
+          m.copy_weights(weights_at(p, ring.stage), full, chunk * kChunk,
+                         tap_row * p.kernel + tap_column, tile.first, p.cluster_pixels,
+                         p.weight_sharers << first_of_weights(p, m.rank()));
         }
+        ring.advance();
       }
     }
   }
@@ -133,44 +138,46 @@ VF_THREAD void multiply_add(Machine& m, float (&sums)[BLOCKS][N / 2], uint64_t a
   m.commit_products();
 }
 
-// The loop over the taps and input channels of a tile. The products of one tap are still under way
-// when those of the next are issued; what a tap read is free one tap later.
+// The loop over the taps and input channels of a tile, or of a part of it. The products of one tap
+// are still under way when those of the next are issued; what a tap read is free one tap later.
 template <class T, int N, int BLOCKS, class Machine>
 VF_THREAD void multiply(Machine& m, const Problem& p, const Readers& readers, Ring& strips,
                         Ring& weights, float (&sums)[BLOCKS][N / 2]) {
   const int consumer = m.thread() / kWarpgroup - 1;
+  constexpr bool kParts = has_parts(N, BLOCKS);
+  const Terms all = {0, p.chunks * p.kernel * p.kernel};
+  const Terms terms = kParts ? terms_of(p, m.rank()) : all;
   bool started = false;
-  for (int chunk = 0; chunk < p.chunks; ++chunk) {
-    const int steps = steps_of(p, chunk);
-    for (int tap_column = 0; tap_column < p.kernel; ++tap_column) {
-      m.wait(strip_full(p, strips.stage), strips.parity);
-      for (int tap_row = 0; tap_row < p.kernel; ++tap_row) {
-        m.wait(weights_full(p, weights.stage), weights.parity);
-        const uint64_t a = m.operand(pixels_at(p, strips.stage, consumer, BLOCKS, tap_row));
-        const uint64_t b = m.operand(weights_at(p, weights.stage));
-        switch (steps) {  // Unrolled, as WGMMAs that follow each other need no wait in between.
-          case 4:
-            multiply_add<T, N, BLOCKS, 4>(m, sums, a, b, started);
-            break;
-          case 3:
-            multiply_add<T, N, BLOCKS, 3>(m, sums, a, b, started);
-            break;
-          case 2:
-            multiply_add<T, N, BLOCKS, 2>(m, sums, a, b, started);
-            break;
-          default:
-            multiply_add<T, N, BLOCKS, 1>(m, sums, a, b, started);
-        }
-        m.template wait_products<1>();
-        if (started) {
-          free_weights(m, p, readers, weights.previous());
-          if (tap_row == 0) free_strip(m, p, readers, strips.previous());
-        }
-        started = true;
-        weights.advance();
+  for (int column = over_kernel(p, terms.first); column * p.kernel < terms.end; ++column) {
+    const int steps = steps_of(p, over_kernel(p, column));
+    const Terms rows = kParts ? rows_of(p, terms, column) : Terms{0, p.kernel};
+    m.wait(strip_full(p, strips.stage), strips.parity);
+    for (int tap_row = rows.first; tap_row < rows.end; ++tap_row) {
+      m.wait(weights_full(p, weights.stage), weights.parity);
+      const uint64_t a = m.operand(pixels_at(p, strips.stage, consumer, BLOCKS, tap_row));
+      const uint64_t b = m.operand(weights_at(p, weights.stage));
+      switch (steps) {  // Unrolled, as WGMMAs that follow each other need no wait in between.
+        case 4:
+          multiply_add<T, N, BLOCKS, 4>(m, sums, a, b, started);
+          break;
+        case 3:
+          multiply_add<T, N, BLOCKS, 3>(m, sums, a, b, started);
+          break;
+        case 2:
+          multiply_add<T, N, BLOCKS, 2>(m, sums, a, b, started);
+          break;
+        default:
+          multiply_add<T, N, BLOCKS, 1>(m, sums, a, b, started);
       }
-      strips.advance();
+      m.template wait_products<1>();
+      if (started) {
+        free_weights(m, p, readers, weights.previous());
+        if (tap_row == rows.first) free_strip(m, p, readers, strips.previous());
+      }
+      started = true;
+      weights.advance();
     }
+    strips.advance();
   }
   m.template wait_products<0>();
   free_weights(m, p, readers, weights.previous());
@@ -198,9 +205,16 @@ VF_THREAD void run_thread(Machine& m, const Problem& p) {
     m.grow_registers();
     const Readers readers(p, m.rank(), m.thread() % kWarp);
     Ring strips(p.x_stages), weights(p.w_stages, p.resident);
+    [[maybe_unused]] uint32_t parity = 0;  // Of the rows that parts hand over.
     for (int index = m.cluster(); index < p.tiles; index += m.clusters()) {
       float sums[BLOCKS][N / 2];
       multiply<T, N, BLOCKS>(m, p, readers, strips, weights, sums);
+      if constexpr (has_parts(N, BLOCKS)) {
+        if (p.parts > 1) {
+          finish_part<T, N, BLOCKS>(m, p, tile_at(p, index, m.rank()), sums, parity);
+          continue;
+        }
+      }
       finish<T, N, BLOCKS>(m, p, tile_at(p, index, m.rank()), sums);
     }
   }

@@ -23,11 +23,21 @@
 // become 128 or 256. All of this is arithmetic: nothing was measured yet.
 //
 // CTAs are persistent: one fills a processor's shared memory, so that only a CTA which goes on to
-// the next tile can fetch it under the epilogue. Where the last wave is short, smaller tiles help.
+// the next tile can fetch it under the epilogue. It fetches as much of it as the rings hold: the
+// products of the next tile start after the epilogue, as both warpgroups work on one tile. Where
+// the last wave is short, smaller tiles help.
+//
+// Small maps have fewer tiles than there are processors. There up to eight CTAs of a cluster share
+// a tile, each with a part of its taps and input channels: 24 tiles of 128 pixels by 112 channels,
+// of a map of 25 x 42 with 224 of them, keep 120 processors busy in five parts. The parts hand
+// their fp32 sums over through distributed shared memory (parts.h): each writes all of its own, and
+// reads one part of all others', so that a CTA moves a tile's sums once each way whatever the
+// number of parts. No scratch and no second kernel.
 //
 // params.h has the arguments, plan.h makes of them what the kernel is told, layout.h says where
-// everything lies, kernel.h what a thread does. device.cuh and wgmma.cuh are the instructions that
-// it does it with; kernels.cuh makes kernels of that, which float16.cu and bfloat16.cu compile.
+// everything lies, kernel.h what a thread does, epilogue.h and parts.h what becomes of its sums.
+// device.cuh and wgmma.cuh are the instructions that it does it with; kernels.cuh makes kernels of
+// that, which float16.cu and bfloat16.cu compile.
 #include <cuda.h>
 #include <cuda_runtime.h>
 

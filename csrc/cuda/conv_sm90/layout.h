@@ -28,6 +28,7 @@ constexpr int kRowBytes = kChunk * kElementBytes;
 constexpr int kAtomRows = 8;
 constexpr int kAtomBytes = kAtomRows * kRowBytes;
 constexpr int kBlockRows = 64;  // pixels of one WGMMA
+constexpr int kUnit = 8;        // output channels of one store of 16 bytes
 
 constexpr int kWarp = 32;
 constexpr int kWarpgroup = 128;
@@ -57,7 +58,9 @@ struct Problem {
   int32_t down, across;                      // tiles of an image: of rows, of columns
   int32_t rectangles;                        // of all images
   int32_t cluster_pixels, cluster_channels;  // tiles of a cluster
+  int32_t parts;                             // CTAs of each of them
   int32_t cluster_shift;                     // cluster_pixels is 2 to its power
+  int32_t part_shift;                        // of a part, CTAs are at most 2 to its power
   int32_t strip_sharers, weight_sharers;     // of the first of a cluster, by bits
   int32_t groups;                            // clusters' steps along the output channels
   int32_t tiles;                             // of clusters, over all images
@@ -75,14 +78,26 @@ struct Tile {
   int64_t partial;  // which of all pool partials is its own
 };
 
-VF_HD int cluster_size(const Problem& p) { return p.cluster_pixels * p.cluster_channels; }
+VF_HD int cluster_tiles(const Problem& p) { return p.cluster_pixels * p.cluster_channels; }
+VF_HD int cluster_size(const Problem& p) { return cluster_tiles(p) * p.parts; }
 
-// CTAs of a cluster that read the same: strips, those that differ in their channels, and weights,
-// those that differ in their pixels. One after the other fetches it for all of them. In ranks:
-VF_HD int first_of_strips(const Problem& p, int rank) { return rank & (p.cluster_pixels - 1); }
-VF_HD int own_of_strips(const Problem& p, int rank) { return rank >> p.cluster_shift; }
-VF_HD int first_of_weights(const Problem& p, int rank) { return rank & -p.cluster_pixels; }
-VF_HD int own_of_weights(const Problem& p, int rank) { return rank & (p.cluster_pixels - 1); }
+// Ranks in a cluster: pixels fastest, then channels, then parts.
+VF_HD int part_of(const Problem& p, int rank) { return rank >> p.part_shift; }
+VF_HD int rank_in_part(const Problem& p, int rank) { return rank & ((1 << p.part_shift) - 1); }
+
+// CTAs of a part that read the same: strips, those that differ in their channels, and weights,
+// those that differ in their pixels. One after the other fetches it for all of them.
+VF_HD int own_of_strips(const Problem& p, int rank) {
+  return rank_in_part(p, rank) >> p.cluster_shift;
+}
+VF_HD int own_of_weights(const Problem& p, int rank) {
+  return rank_in_part(p, rank) & (p.cluster_pixels - 1);
+}
+// The rank of the first of them.
+VF_HD int first_of_strips(const Problem& p, int rank) {
+  return rank - own_of_strips(p, rank) * p.cluster_pixels;
+}
+VF_HD int first_of_weights(const Problem& p, int rank) { return rank - own_of_weights(p, rank); }
 
 // The sharers of the CTA with rank 0, by bits: those of another one follow by its first.
 VF_HD int strip_sharers(int cluster_pixels, int cluster_channels) {
@@ -96,7 +111,7 @@ VF_HD int weight_sharers(int cluster_pixels) { return (1 << cluster_pixels) - 1;
 // finds them in L2. A cluster may reach beyond the last image, or the last channel: tiles there
 // have zeros to multiply, and store nothing.
 VF_HD Tile tile_at(const Problem& p, int index, int rank) {
-  const int rectangle = index / p.groups * p.cluster_pixels + first_of_strips(p, rank);
+  const int rectangle = index / p.groups * p.cluster_pixels + own_of_weights(p, rank);
   const int group = index % p.groups * p.cluster_channels + own_of_strips(p, rank);
   const int of_image = rectangle % (p.down * p.across);
   return {rectangle / (p.down * p.across), of_image / p.across * p.tile_h,
@@ -128,6 +143,29 @@ VF_HD int channels_of(const Problem& p, const Tile& tile) {
   return left < p.block_out ? left : p.block_out;
 }
 
+// The sum of a tile has a term for each chunk of input channels, column of taps and row of taps, in
+// this order, which is counted in taps. The terms of a part: none has more than one beyond another.
+struct Terms {
+  int first, end;
+};
+
+VF_HD Terms terms_of(const Problem& p, int rank) {
+  const int terms = p.chunks * p.kernel * p.kernel, part = part_of(p, rank);
+  if (p.parts == 1) return {0, terms};
+  return {part * terms / p.parts, (part + 1) * terms / p.parts};
+}
+
+// The size of a kernel is 1 or 3.
+VF_HD int over_kernel(const Problem& p, int number) {
+  return p.kernel == 1 ? number : static_cast<int>(static_cast<unsigned>(number) / 3);
+}
+
+// Of the terms of a column, which counts all columns of all chunks, those that a part has.
+VF_HD Terms rows_of(const Problem& p, const Terms& terms, int column) {
+  const int first = terms.first - column * p.kernel, end = terms.end - column * p.kernel;
+  return {first < 0 ? 0 : first, end < p.kernel ? end : p.kernel};
+}
+
 // WGMMAs along the input channels of a chunk: the last chunk may have fewer.
 VF_HD int steps_of(const Problem& p, int chunk) {
   const int left = p.c_in - chunk * kChunk;
@@ -135,7 +173,8 @@ VF_HD int steps_of(const Problem& p, int chunk) {
 }
 
 // ---- Shared memory -----------------------------------------------------------------------------
-// In bytes from a base that starts an atom: strips, weights, partial sums of the warps, barriers.
+// In bytes from a base that starts an atom: strips, weights, partial sums of the warps, what a part
+// hands to the others, barriers.
 
 VF_HD uint32_t strip_bytes(const Problem& p) {
   return static_cast<uint32_t>((p.tile_h + p.kernel - 1) * p.tile_w * kRowBytes);
@@ -153,12 +192,29 @@ VF_HD uint32_t weights_at(const Problem& p, int stage) {
 
 VF_HD uint32_t sums_at(const Problem& p) { return weights_at(p, p.w_stages); }
 
+// Of a part, threads keep sums of eight channels each.
 VF_HD uint32_t sums_bytes(const Problem& p) {
-  return p.pool_partials == nullptr ? 0 : kConsumerWarps * p.block_out * 4u;
+  if (p.pool_partials == nullptr) return 0;
+  return (p.parts > 1 ? kConsumers * kWarpgroup * kUnit : kConsumerWarps * p.block_out) * 4u;
+}
+
+// Tiles that can have parts: their sums leave registers, and shared memory, for what adds them up.
+constexpr VF_HD bool has_parts(int block_out, int blocks) { return block_out * blocks <= 256; }
+
+// Rows of fp32 that parts hand over at once, one block of each warpgroup, with a pitch at which the
+// eight rows that a warp writes do not meet in a bank: block_out is a multiple of 16.
+constexpr int kHandedRows = kConsumers * kBlockRows;
+
+constexpr VF_HD int handed_pitch(int block_out) { return block_out + 8; }
+
+VF_HD uint32_t handed_at(const Problem& p) { return sums_at(p) + sums_bytes(p); }
+
+VF_HD uint32_t handed_bytes(const Problem& p) {
+  return p.parts > 1 ? kHandedRows * handed_pitch(p.block_out) * 4u : 0;
 }
 
 VF_HD uint32_t barrier_at(const Problem& p, int index) {
-  return sums_at(p) + sums_bytes(p) + index * kBarrierBytes;
+  return handed_at(p) + handed_bytes(p) + index * kBarrierBytes;
 }
 
 // Every stage has one barrier for having arrived and one for having been read.
@@ -171,8 +227,16 @@ VF_HD uint32_t weights_free(const Problem& p, int stage) {
   return barrier_at(p, 2 * p.x_stages + p.w_stages + stage);
 }
 
-VF_HD uint32_t shared_bytes(const Problem& p) {
+// And so have the rows that are handed over.
+VF_HD uint32_t handed_full(const Problem& p) {
   return barrier_at(p, 2 * (p.x_stages + p.w_stages));
+}
+VF_HD uint32_t handed_free(const Problem& p) {
+  return barrier_at(p, 2 * (p.x_stages + p.w_stages) + 1);
+}
+
+VF_HD uint32_t shared_bytes(const Problem& p) {
+  return barrier_at(p, 2 * (p.x_stages + p.w_stages) + (p.parts > 1 ? 2 : 0));
 }
 
 // Where a thread is in a ring of stages. A barrier's phase has a parity: that of the pass. What is

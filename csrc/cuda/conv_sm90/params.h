@@ -15,17 +15,20 @@ struct ConvSm90Params {
   const void* weight;  // [C_out, K, K, C_in] packed, dtype
   const void* scale;   // [C_out] fp32, or null together with shift
   const void* shift;   // [C_out] fp32
-  void* pool_partials;  // [N, T, C_out] fp32, T = ceil(H / tile_h) * ceil(W / tile_w), or null:
-                        // sums over a tile of what is stored, before it is rounded; only with scale
+  void* pool_partials;  // [N, T, C_out] fp32, T = ceil(H / tile_h) * ceil(W / tile_w) * parts, or
+                        // null: sums over a tile, or over the pixels of it that one part stores, of
+                        // what is stored, before it is rounded; only with scale
   int64_t n, height, width, c_in, c_out, add_c, mask_c;
   int32_t kernel;          // 1 or 3
   int32_t tile_h, tile_w;  // pixels of a tile: 128 or 256; tile_w is a multiple of 8
   int32_t block_out;       // output channels of a tile; of the last one some may be beyond c_out
   int32_t cluster_pixels;  // tiles that CTAs of a cluster have next to each other: of pixels, 1, 2,
                            // 4 or 8,
-  int32_t cluster_channels;  // and of output channels; at most 8 in all
-  int32_t relu;              // only with scale
-  int32_t dtype;             // kFloat16 or kBFloat16
+  int32_t cluster_channels;  // and of output channels
+  int32_t parts;  // CTAs of a cluster that share a tile, each with a part of its taps and input
+                  // channels; with the tiles of the cluster at most 8 in all
+  int32_t relu;   // only with scale
+  int32_t dtype;  // kFloat16 or kBFloat16
 };
 
 }  // namespace vovnet_fast

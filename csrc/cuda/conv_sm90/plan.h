@@ -126,15 +126,25 @@ inline void check(const ConvSm90Params& params) {
           "another engine)");
   require(params.cluster_pixels > 0 && params.cluster_channels > 0 &&
               params.cluster_pixels <= kMaxCluster && params.cluster_channels <= kMaxCluster &&
-              params.cluster_pixels * params.cluster_channels <= kMaxCluster &&
+              params.parts > 0 && params.parts <= kMaxCluster &&
+              params.cluster_pixels * params.cluster_channels * params.parts <= kMaxCluster &&
               (params.cluster_pixels & (params.cluster_pixels - 1)) == 0,
           "no clusters of " + std::to_string(params.cluster_pixels) + " x " +
-              std::to_string(params.cluster_channels));
+              std::to_string(params.cluster_channels) + " tiles in " +
+              std::to_string(params.parts) + " parts");
+  require(params.parts == 1 || (params.cluster_channels & (params.cluster_channels - 1)) == 0,
+          "no parts of " + std::to_string(params.cluster_channels) + " tiles of channels");
+  const int64_t terms = ceil_div(params.c_in, kChunk) * params.kernel * params.kernel;
+  require(params.parts <= terms && terms * kMaxCluster < int64_t{1} << 31,
+          std::to_string(params.parts) + " parts of " + std::to_string(terms) +
+              " taps and chunks of input channels");
   const int pixels = params.tile_h * params.tile_w;
   require(params.tile_h > 0 && params.tile_w > 0 && params.tile_w % kAtomRows == 0 &&
               params.tile_w <= 256 && (pixels == 128 || pixels == 256) &&
               blocks_of(params) <= most_blocks(params.block_out),
           "no tiles of " + detail::words(params));
+  require(params.parts == 1 || has_parts(params.block_out, blocks_of(params)),
+          "no parts of tiles of " + detail::words(params));
   require((params.kernel == 1 || strip_box(params).box[2] <= 256), "tile_h is at most 254");
 }
 
@@ -146,7 +156,9 @@ inline void choose_stages(Problem& p) {
   // All tiles of a CTA have the same weights, if there is one group: then they may stay.
   p.w_stages = p.chunks * p.kernel * p.kernel;
   p.x_stages = kResidentStrips;
-  p.resident = p.groups == 1 && p.w_stages <= kMaxResident && shared_bytes(p) <= kSharedLimit;
+  // A part has one tile or few, and not the same number of taps as another.
+  p.resident = p.groups == 1 && p.parts == 1 && p.w_stages <= kMaxResident &&
+               shared_bytes(p) <= kSharedLimit;
   if (!p.resident) p.x_stages = p.w_stages = 2;
   const auto grow = [&p](int32_t& stages, int limit) {
     if (stages >= limit) return false;
@@ -205,7 +217,9 @@ inline Problem plan(const ConvSm90Params& params) {
   p.across = static_cast<int32_t>(ceil_div(params.width, params.tile_w));
   p.cluster_pixels = params.cluster_pixels;
   p.cluster_channels = params.cluster_channels;
+  p.parts = params.parts;
   while (1 << p.cluster_shift < p.cluster_pixels) ++p.cluster_shift;
+  while (1 << p.part_shift < cluster_tiles(p)) ++p.part_shift;
   p.strip_sharers = strip_sharers(p.cluster_pixels, p.cluster_channels);
   p.weight_sharers = weight_sharers(p.cluster_pixels);
   p.groups = static_cast<int32_t>(
