@@ -19,12 +19,16 @@ void run_on_threads(int threads, void (*body)(void* data, int index, int team), 
 
 inline namespace VF_ISA {
 
+// (Not a lambda: of a function that is one's, not all names begin with the instruction set.)
+template <class Body>
+void call_body(void* data, int index, int team) {
+  (*static_cast<Body*>(data))(index, team);
+}
+
 // body(index, team), likewise.
 template <class Body>
 VF_HD void on_threads(int threads, Body body) {
-  cpu::run_on_threads(
-      threads, [](void* data, int index, int team) { (*static_cast<Body*>(data))(index, team); },
-      &body);
+  cpu::run_on_threads(threads, call_body<Body>, &body);
 }
 
 // Hands out [0, count), one by one, to whichever thread asks next.

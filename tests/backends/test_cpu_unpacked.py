@@ -8,8 +8,9 @@ from tests.backends.cpu_engines import instruction_set
 from tests.backends.test_cpu_backend import threads
 from tests.extension_cases import Tensors, require
 from tests.features import compared
-from vovnet_fast import tuning, use_backend
-from vovnet_fast.backends import _extension, cpu, reference
+from tests.tiny import TINY
+from vovnet_fast import VoVNet, tuning, use_backend
+from vovnet_fast.backends import _extension, _steps, cpu, reference
 from vovnet_fast.backends.cpu import convolution, packing, unpacked, weight_grad
 from vovnet_fast.selfcheck import calls, cases
 from vovnet_fast.tuning import processor
@@ -52,7 +53,7 @@ def _built():
 def isa(request, monkeypatch):
     """An instruction set, on which nothing else is chosen, and nothing packed."""
     monkeypatch.setattr(unpacked, "faster", lambda layer, engine, run: True)
-    monkeypatch.setattr(packing, "passes", lambda weight, dtype: True)
+    monkeypatch.setattr(_steps, "training", lambda: True)
     monkeypatch.setattr(packing, "pack", None)
     monkeypatch.setattr(weight_grad, "sums", None)
     with instruction_set(request.param):
@@ -248,19 +249,32 @@ def test_engines_are_timed_by_what_they_do():
                     run(name)
 
 
-def test_training_steps_of_small_images_pack_nothing_where_it_is_slow(monkeypatch):
-    """And a frozen network packs what it keeps, however few pixels it has."""
+def test_training_steps_of_small_images_pack_less(monkeypatch):
     engine = convolution.choose_engine(torch.float32)
     if engine == "aten":
         pytest.skip("no engines here")
     made = []
     pack = packing.pack
     monkeypatch.setattr(packing, "pack", lambda *a, **k: (made.append(1), pack(*a, **k))[1])
-    conv = torch.nn.Conv2d(16, 8, 3, padding=1)
-    weight = conv.weight.permute(0, 2, 3, 1)
-    x, out, ones = torch.randn(1, 2, 2, 16), torch.empty(1, 2, 2, 8), torch.ones(8)
+    model = VoVNet(TINY["detectron2"]).eval()
+    x = torch.randn(1, 3, 32, 32)
     with use_backend("cpu"):
-        cpu.conv(x, weight, ones, ones, out)
-        assert not made
-        cpu.conv(x, weight.detach().contiguous(), ones, ones, out)
-    assert made
+        sum(f.sum() for f in model(x)).backward()
+        packed = len(made)
+        monkeypatch.setattr(unpacked, "faster", lambda layer, engine, run: False)
+        sum(f.sum() for f in model(x)).backward()
+    assert len(made) - packed > packed
+
+
+@torch.no_grad()
+def test_without_gradients_all_calls_are_on_one_engine(monkeypatch):
+    """Features do not change in the last bits when a network's weights have been packed."""
+    if convolution.choose_engine(torch.float32) == "aten":
+        pytest.skip("no engines here")
+    monkeypatch.setattr(unpacked, "conv", None)
+    model = VoVNet(TINY["detectron2"]).eval()
+    x = torch.randn(1, 3, 32, 32)
+    with use_backend("cpu"):
+        first, second, third = (model(x) for _ in range(3))
+    assert all(map(torch.equal, first, second))
+    assert all(map(torch.equal, first, third))

@@ -339,7 +339,7 @@ def test_accuracy_in_fewer_bits(short_run, tmp_path, monkeypatch):
         assert row["mAP_minus_low"] <= row["mAP_minus_high"]
     text = (tmp_path / "found" / "accuracy.md").read_text()
     assert "| bf16, frozen | 0." in text
-    assert "| minmax | " in text
+    assert "| auto | " in text
     assert io.imread(tmp_path / "found" / "accuracy.png").std() > 0
 
 

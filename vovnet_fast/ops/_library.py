@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import compat
+from ..backends import _steps
 
 NAMESPACE = "vovnet_fast"
 
@@ -123,7 +124,7 @@ class _Differentiable(torch.autograd.Function):
     def forward(ctx, op, below, args, counts, *tensors):
         rest = iter(tensors)
         args = [_take(rest, count, arg) for arg, count in compat.zip(args, counts, strict=True)]
-        with torch._C._AutoDispatchBelowAutograd():
+        with torch._C._AutoDispatchBelowAutograd(), _steps.forward():
             found = below(*args)
         ctx.op, ctx.op_counts = op, counts
         op._setup_context(ctx, args, found)

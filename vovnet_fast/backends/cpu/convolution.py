@@ -10,8 +10,8 @@ gradients of inputs, but for those of strided convolutions, which are oneDNN's:
 ``aten``    any                 oneDNN through ATen, then one pass into the slot
 ==========  ==================  =================================================
 
-All but the last multiply a packed weight. On small maps a weight that would be packed for one call
-may be multiplied as it is, which is faster there (:mod:`.unpacked`).
+All but the last multiply a packed weight. On small maps training steps multiply weights as they are
+where that is faster (:mod:`.unpacked`).
 
 In fp32, 3x3 layers of frozen networks are Winograd's where that is faster (:mod:`.winograd`).
 
@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from ...tuning import processor
-from .. import _aten, _extension
+from .. import _aten, _extension, _steps
 from .._extension.fields import DTYPES, packed, pointer, view
 from . import packing, unpacked, winograd
 
@@ -155,7 +155,7 @@ def conv(
         options: dict[str, Any] = dict(stride=stride, relu=relu, pool=pool)
         weight = weight.to(x.dtype).contiguous()
         return _extension.CPU.conv(x, weight, scale, shift, out, **options)
-    if packing.passes(weight, x.dtype):
+    if _steps.training():
         layer = unpacked.layer_of("convolution of", out, weight, stride, x.dtype)
         if unpacked.faster(layer, engine, _unpacked_trial):
             return unpacked.conv(x, weight, scale, shift, out, stride=stride, relu=relu, pool=pool)

@@ -48,19 +48,15 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_lock)
 
 
-def passes(weight: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a weight's packed form would serve one call, with activations of a dtype.
+def tiles_of(engine: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The packed form of a weight for activations of a dtype.
 
     It is kept of those that are as activations are, where frozen networks have theirs; not of one
     that trains, which autograd holds until the backward pass, and that would hold it as well.
     """
-    return weight.requires_grad or weight.dtype != dtype or not weight.is_contiguous()
-
-
-def tiles_of(engine: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """The packed form of a weight for activations of a dtype."""
-    if passes(weight, dtype):  # No such call is ever recorded.
-        return pack(engine, weight, dtype=dtype, lent=weight.requires_grad)
+    trains = weight.requires_grad
+    if trains or weight.dtype != dtype or not weight.is_contiguous():
+        return pack(engine, weight, dtype=dtype, lent=trains)  # No such call is ever recorded.
     return kept_tiles(engine, weight, pack)
 
 
