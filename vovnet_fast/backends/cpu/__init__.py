@@ -32,11 +32,8 @@ def sources(function: str) -> tuple[str, ...]:
     """Modules of this package that compute a function."""
     own: tuple[str, ...] = ()
     if function in _CONVOLUTIONS:
-        own = tuple(
-            f"backends.cpu.{room}"
-            for room in ("convolution", "packing", "scratch", "unpacked", "winograd")
-            for room in ("convolution", "packing", "scratch", "unpacked", "winograd")
-        )
+        rooms = ("convolution", "packing", "scratch", "unpacked", "winograd")
+        own = ("backends._steps", *(f"backends.cpu.{room}" for room in rooms))
     elif function == "conv_weight_grad":
         own = (
             "backends.cpu.convolution",
