@@ -63,6 +63,15 @@ def test_ratios_on_a_cpu():
         assert f"| {' | '.join(cells)} |" in README
 
 
+def test_times_of_a_frozen_network_on_avx2():
+    found = newest("frozen-avx2.json")
+    assert found["provenance"]["dirty"] is False
+    assert "VOVNET_FAST_CPU_ISA=avx2" in found["provenance"]["forced"]
+    assert f"at commit {found['provenance']['commit'][:8]}" in README
+    times = {row["dtype"]: row["ms"] for row in found["rows"] if row["peer"] == "fused-cpu"}
+    assert f"takes {times['bf16']:.0f} ms in bf16 there and {times['fp32']:.0f} in fp32" in README
+
+
 NOT_FROZEN = sorted(RESULTS.glob("*/not-frozen*.json"))
 
 

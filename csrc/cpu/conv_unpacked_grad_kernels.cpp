@@ -51,6 +51,13 @@ VF_HD void store_for_later(float* to, Vector<float> y, Full) {
 
 VF_HD void store_for_later(float* to, Vector<float> y, Part part) { store(to, y, part); }
 
+// What was stored so is there for other threads from here on.
+VF_HD void finish_stores() {
+#ifndef __aarch64__
+  _mm_sfence();
+#endif
+}
+
 // kSumRows rows of the weight, and where their gradients go.
 struct RowTask {
   const float* weight[kSumRows];
@@ -164,6 +171,7 @@ void weight_grad(const ConvUnpackedWeightGradParams& p, int threads) {
       const Part rest{static_cast<int>(s.size - k)};
       panel_of_rows<1>(x, s.step, g + first, g_step, s.pixels, k, task, rest);
     }
+    if (later) finish_stores();
     for (int r = 0; r < task.count; ++r) {
       const int64_t o = first + r;
       if (elsewhere) spread(p, s, task.out[r], o);

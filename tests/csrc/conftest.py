@@ -1,4 +1,4 @@
-"""Where the convolutions for sm_80 and newer run in tests."""
+"""Where the kernels of csrc/cuda that multiply by warps run in tests."""
 
 import pytest
 import torch

@@ -20,30 +20,6 @@ CHANNELS = [64, 80, 96, 112, 128, 160, 192, 224, 256]
 CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0), (13, 5)]
 
 
-@pytest.fixture(params=["host", pytest.param("gpu", marks=pytest.mark.gpu)])
-def device(request, monkeypatch):
-    """Where the kernel runs."""
-    if request.param == "gpu":
-        if not torch.cuda.is_available():
-            pytest.skip("no GPU")
-        require("cuda")
-        yield torch.device("cuda")
-        return
-    module = cuda_on_cpu.built(request.getfixturevalue("once"))
-    monkeypatch.setattr(_extension, "CUDA", _extension.Ops(lambda: module, cuda_on_cpu.on_host))
-    module.take_counts()
-    module.copies_land_early(False)
-    yield torch.device("cpu")
-    module.copies_land_early(False)
-
-
-@pytest.fixture
-def emulation(once, device):
-    if device.type != "cpu":
-        pytest.skip("looks at what the host counts")
-    return cuda_on_cpu.built(once)
-
-
 # --------------------------------------------------------------------------------------
 # Layers
 # --------------------------------------------------------------------------------------
