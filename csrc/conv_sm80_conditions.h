@@ -13,20 +13,9 @@ inline void tensors(const ConvSm80Params& p) {
   choice("relu", p.relu, {0, 1});
   choice("stages", p.stages, {3, 4});
   strided_output(p);
-  if (p.c_in < 1) refuse("c_in", "at least 1", std::to_string(p.c_in));
-  for (const int32_t size : {p.tile_h, p.tile_w, p.block_out}) {
-    if (size < 1 || size > 256) {
-      refuse("tile_h, tile_w and block_out", "from 1 to 256", std::to_string(size));
-    }
-  }
   const int64_t bytes = bytes_of("dtype", p.dtype);
   const Image out{p.n, p.out_height, p.out_width, p.c_out};
-  const int64_t tiles = count("out", {ceil_div(out.height, static_cast<int64_t>(p.tile_h)),
-                                      ceil_div(out.width, static_cast<int64_t>(p.tile_w))});
-  together("scale", p.scale, "shift", p.shift);
-  if (p.scale == nullptr && (p.pool_partials != nullptr || p.relu != 0)) {
-    refuse("pool_partials and relu", "None and 0 where scale is None", "others");
-  }
+  tiled_layer(p, bytes);
   const bool accumulates = p.add.data != nullptr || p.mask.data != nullptr;
   if (p.scale != nullptr && (accumulates || p.statistics != nullptr)) {
     refuse("add, mask and statistics", "None where scale is given", "an address");
@@ -38,15 +27,9 @@ inline void tensors(const ConvSm80Params& p) {
   if (p.mask_c > p.c_out) refuse("mask_c", "at most c_out", std::to_string(p.mask_c));
   if (p.add.data == nullptr) same("add_c without add", p.add_c, 0);
   if (p.mask.data == nullptr) same("mask_c without mask", p.mask_c, 0);
-  view("x", p.x, bytes, {p.n, p.height, p.width, p.c_in});
-  view("out", p.out, bytes, out);
   view("add", p.add, bytes, {out.n, out.height, out.width, p.add_c}, kOptional);
   view("mask", p.mask, bytes, {out.n, out.height, out.width, p.mask_c}, kOptional);
   packed("weight", p.weight, bytes, {p.c_out, p.kernel, p.kernel, p.c_in});
-  packed("scale", p.scale, 4, {p.c_out}, kOptional);
-  packed("shift", p.shift, 4, {p.c_out}, kOptional);
-  packed("pool_partials", p.pool_partials, 4, {p.n, tiles, p.c_out}, kOptional);
-  packed("statistics", p.statistics, 4, {p.n, tiles, kStatisticsRows, p.c_out}, kOptional);
 }
 
 // Alignment is the matter of conv_sm80/weight_grad.cuh.
