@@ -18,29 +18,11 @@ struct Fma : conv::Registers<conv::Fp32> {
 }  // namespace
 
 void conv_fma(const ConvParams& p, int threads) {
-  switch (p.dtype) {
-    case kFloat16:
-      return conv::run<Fma, float16>(p, threads);
-    case kBFloat16:
-      return conv::run<Fma, bfloat16>(p, threads);
-    case kFloat32:
-      return conv::run<Fma, float>(p, threads);
-    default:
-      cpu::refuse_dtype(p.dtype);
-  }
+  with_float(p.dtype, [&](auto number) { conv::run<Fma, decltype(number)>(p, threads); });
 }
 
 void conv_pack_fma(const ConvPackParams& p, int threads) {
-  switch (p.dtype) {
-    case kFloat16:
-      return conv::pack<float, float16>(p, threads);
-    case kBFloat16:
-      return conv::pack<float, bfloat16>(p, threads);
-    case kFloat32:
-      return conv::pack<float, float>(p, threads);
-    default:
-      cpu::refuse_dtype(p.dtype);
-  }
+  with_float(p.dtype, [&](auto number) { conv::pack<float, decltype(number)>(p, threads); });
 }
 
 }  // namespace VF_ISA

@@ -185,16 +185,7 @@ void weight_grad(const ConvUnpackedWeightGradParams& p, int threads) {
 }  // namespace unpacked
 
 void conv_unpacked_weight_grad(const ConvUnpackedWeightGradParams& p, int threads) {
-  switch (p.dtype) {
-    case kFloat16:
-      return unpacked::weight_grad<float16>(p, threads);
-    case kBFloat16:
-      return unpacked::weight_grad<bfloat16>(p, threads);
-    case kFloat32:
-      return unpacked::weight_grad<float>(p, threads);
-    default:
-      cpu::refuse_dtype(p.dtype);
-  }
+  with_float(p.dtype, [&](auto number) { unpacked::weight_grad<decltype(number)>(p, threads); });
 }
 
 }  // namespace VF_ISA

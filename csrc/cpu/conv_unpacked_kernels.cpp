@@ -251,29 +251,11 @@ void input_grad(const ConvUnpackedInputGradParams& p, int threads) {
 }  // namespace unpacked
 
 void conv_unpacked(const ConvUnpackedParams& p, int threads) {
-  switch (p.dtype) {
-    case kFloat16:
-      return unpacked::forward<float16>(p, threads);
-    case kBFloat16:
-      return unpacked::forward<bfloat16>(p, threads);
-    case kFloat32:
-      return unpacked::forward<float>(p, threads);
-    default:
-      cpu::refuse_dtype(p.dtype);
-  }
+  with_float(p.dtype, [&](auto number) { unpacked::forward<decltype(number)>(p, threads); });
 }
 
 void conv_unpacked_input_grad(const ConvUnpackedInputGradParams& p, int threads) {
-  switch (p.dtype) {
-    case kFloat16:
-      return unpacked::input_grad<float16>(p, threads);
-    case kBFloat16:
-      return unpacked::input_grad<bfloat16>(p, threads);
-    case kFloat32:
-      return unpacked::input_grad<float>(p, threads);
-    default:
-      cpu::refuse_dtype(p.dtype);
-  }
+  with_float(p.dtype, [&](auto number) { unpacked::input_grad<decltype(number)>(p, threads); });
 }
 
 }  // namespace VF_ISA

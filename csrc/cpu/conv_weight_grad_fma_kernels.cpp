@@ -268,16 +268,7 @@ void run_weight_grad(const ConvWeightGradParams& p, int threads) {
 }  // namespace
 
 void conv_weight_grad_fma(const ConvWeightGradParams& p, int threads) {
-  switch (p.dtype) {
-    case kFloat16:
-      return run_weight_grad<float16>(p, threads);
-    case kBFloat16:
-      return run_weight_grad<bfloat16>(p, threads);
-    case kFloat32:
-      return run_weight_grad<float>(p, threads);
-    default:
-      cpu::refuse_dtype(p.dtype);
-  }
+  with_float(p.dtype, [&](auto number) { run_weight_grad<decltype(number)>(p, threads); });
 }
 
 void conv_weight_grad_finish_fma(const ConvWeightGradFinishParams& p, int threads) {

@@ -44,9 +44,9 @@ VF_HD void parallel(int64_t count, int64_t elements, int threads, Body body) {
   });
 }
 
-// body(T{}) with the storage type that a code stands for.
+// body(T{}) with the storage type that a code stands for, of those that are computed with in fp32.
 template <class Body>
-VF_HD void with_dtype(int32_t dtype, Body body) {
+VF_HD void with_float(int32_t dtype, Body body) {
   switch (dtype) {
     case kFloat16:
       return body(float16{});
@@ -54,11 +54,15 @@ VF_HD void with_dtype(int32_t dtype, Body body) {
       return body(bfloat16{});
     case kFloat32:
       return body(float{});
-    case kFloat64:
-      return body(double{});
     default:
       cpu::refuse_dtype(dtype);
   }
+}
+
+// The same with any storage type.
+template <class Body>
+VF_HD void with_dtype(int32_t dtype, Body body) {
+  dtype == kFloat64 ? body(double{}) : with_float(dtype, body);
 }
 
 // The same for sums, which are in fp32 or fp64.
