@@ -76,7 +76,7 @@ void conv_winograd(const ConvParams& params, int64_t side, int threads) {
   const Functions& functions = need();
   require_side(side);
   require(params.kernel == 3 && params.stride == 1, "a kernel of 3 and a stride of 1");
-  require(params.dtype == kFloat32, "activations in fp32");
+  require(params.dtype != kFloat64, "activations in fp32, fp16 or bf16");
   require(params.scale != nullptr, "scale and shift");
   require(params.pool_partials == nullptr, "pool_partials to be None");
   if (params.n == 0 || params.out_height == 0 || params.out_width == 0 || params.c_out == 0) return;
@@ -87,7 +87,7 @@ void conv_winograd_pack(const ConvPackParams& params, int64_t side, int threads)
   const Functions& functions = need();
   require_side(side);
   require(params.kernel == 3, "a kernel of 3");
-  require(params.dtype == kFloat32, "weights to be rounded to fp32");
+  require(params.dtype != kFloat64, "weights to be rounded to fp32, fp16 or bf16");
   functions.pack(params, side, threads);
 }
 

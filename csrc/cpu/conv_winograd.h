@@ -1,4 +1,5 @@
-// 3x3 convolutions with a stride of 1 in fp32, by fewer products: Winograd's minimal filtering.
+// 3x3 convolutions with a stride of 1 by fewer products, in fp32 from fp32, fp16 or bf16:
+// Winograd's minimal filtering.
 //
 // Outputs are computed in square tiles of 2 or 4 pixels a side, from tiles of input that are two
 // pixels wider. Both are seen as values of polynomials at a few points: at each of these a tile is

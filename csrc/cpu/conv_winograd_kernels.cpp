@@ -8,6 +8,9 @@
 // task stays in a core's L2 cache, products for 32 output channels are made and transformed at a
 // time; where it does not, a point's input is read once, for all output channels of the task.
 //
+// Activations of 16 bits are widened as they are transformed, and outputs rounded once: in between
+// all is fp32.
+//
 // How a number is computed does not depend on where tiles are divided.
 #if defined(__AVX2__) || defined(__aarch64__)
 
@@ -149,17 +152,16 @@ VF_HD Tile tile_at(const Division& d, int64_t index) {
   return {row / d.rows, row % d.rows * kSide, index % d.columns * kSide};
 }
 
-// The transform in both directions, from vectors that lie `down` and `right` bytes apart. `write(i,
-// row)` takes a row of what becomes of them.
-template <int kFrom, int kTo, class Once, class Span, class Write>
-VF_HD void in_both(Once once, const char* x, int64_t down, int64_t right, Span span, Write write) {
+// The transform in both directions, from vectors that lie `down` and `right` numbers apart.
+// `write(i, row)` takes a row of what becomes of them.
+template <int kFrom, int kTo, class Once, class T, class Span, class Write>
+VF_HD void in_both(Once once, const T* x, int64_t down, int64_t right, Span span, Write write) {
   Vector<float> half[kTo][kFrom];
 #pragma GCC unroll 1
   for (int j = 0; j < kFrom; ++j, x += right) {
     Vector<float> from[kFrom], to[kTo];
 #pragma GCC unroll 6
-    for (int i = 0; i < kFrom; ++i)
-      from[i] = load(reinterpret_cast<const float*>(x + i * down), span);
+    for (int i = 0; i < kFrom; ++i) from[i] = load(x + i * down, span);
     once(from, to);
 #pragma GCC unroll 6
     for (int i = 0; i < kTo; ++i) half[i][j] = to[i];
@@ -173,11 +175,10 @@ VF_HD void in_both(Once once, const char* x, int64_t down, int64_t right, Span s
 }
 
 // Channels of a span of one tile's input, from `x`, that of its first output's pixel.
-template <int kSide, class Span>
-VF_HD void transform_input(const ConvParams& p, const float* x, Tile tile, Span span, char* to,
+template <int kSide, class T, class Span>
+VF_HD void transform_input(const ConvParams& p, const T* x, Tile tile, Span span, char* to,
                            int64_t step) {
   constexpr int kCount = Points<kSide>::count;
-  constexpr int64_t kFloat = sizeof(float);
   const auto once = [](const Vector<float>* from, Vector<float>* values)
                         VF_LAMBDA { Points<kSide>::input(from, values); };
   const auto write = [&](int i, const Vector<float>* row) VF_LAMBDA {
@@ -185,10 +186,9 @@ VF_HD void transform_input(const ConvParams& p, const float* x, Tile tile, Span 
 #pragma GCC unroll 6
     for (int j = 0; j < kCount; ++j) store(reinterpret_cast<float*>(at + j * step), row[j], Full{});
   };
-  const float* first = x - p.x.stride_h - p.x.stride_w;
+  const T* first = x - p.x.stride_h - p.x.stride_w;
   if (tile.h > 0 && tile.w > 0 && tile.h + kSide < p.height && tile.w + kSide < p.width) {
-    return in_both<kCount, kCount>(once, reinterpret_cast<const char*>(first),
-                                   p.x.stride_h * kFloat, p.x.stride_w * kFloat, span, write);
+    return in_both<kCount, kCount>(once, first, p.x.stride_h, p.x.stride_w, span, write);
   }
   Vector<float> padded[kCount][kCount] = {};
   for (int64_t h = tile.h - 1; h < least<int64_t>(tile.h + kSide + 1, p.height); ++h) {
@@ -197,19 +197,18 @@ VF_HD void transform_input(const ConvParams& p, const float* x, Tile tile, Span 
       if (h >= 0 && w >= 0) padded[i][j] = load(first + i * p.x.stride_h + j * p.x.stride_w, span);
     }
   }
-  in_both<kCount, kCount>(once, reinterpret_cast<const char*>(padded), kCount * kVectorBytes,
-                          kVectorBytes, Full{}, write);
+  in_both<kCount, kCount>(once, reinterpret_cast<const float*>(padded), kCount * kLanes<float>,
+                          kLanes<float>, Full{}, write);
 }
 
-template <int kSide>
+template <int kSide, class T>
 void transform_inputs(const ConvParams& p, const Division& d, int64_t first, int64_t count,
                       char* to) {
-  const auto* x = static_cast<const float*>(p.x.data);
+  const auto* x = static_cast<const T*>(p.x.data);
   for (int64_t chunk = 0; chunk < d.chunks; ++chunk) {
     for (int64_t i = 0; i < count; ++i) {
       const Tile tile = tile_at<kSide>(d, first + i);
-      const float* from =
-          x + tile.image * p.x.stride_n + tile.h * p.x.stride_h + tile.w * p.x.stride_w;
+      const T* from = x + tile.image * p.x.stride_n + tile.h * p.x.stride_h + tile.w * p.x.stride_w;
       char* tile_to = to + (chunk * d.size + i) * kChunkBytes;
       for (int64_t k = 0; k < kTileChannels; k += kLanes<float>, tile_to += kVectorBytes) {
         const int64_t c = chunk * kTileChannels + k, left = p.c_in - c;
@@ -225,15 +224,15 @@ void transform_inputs(const ConvParams& p, const Division& d, int64_t first, int
 }
 
 // The outputs of a tile for the channels of a span, from `channel` on.
-template <int kSide, class Span>
-VF_HD void transform_output(const ConvParams& p, const char* sums, int64_t step, Tile tile,
+template <int kSide, class T, class Span>
+VF_HD void transform_output(const ConvParams& p, const float* sums, int64_t step, Tile tile,
                             int64_t channel, Span span) {
   constexpr int kCount = Points<kSide>::count;
   const auto scale = load(static_cast<const float*>(p.scale) + channel, span);
   const auto shift = load(static_cast<const float*>(p.shift) + channel, span);
   const bool relued = p.relu != 0;
-  float* out = static_cast<float*>(p.out.data) + tile.image * p.out.stride_n +
-               tile.h * p.out.stride_h + tile.w * p.out.stride_w + channel;
+  T* out = static_cast<T*>(p.out.data) + tile.image * p.out.stride_n + tile.h * p.out.stride_h +
+           tile.w * p.out.stride_w + channel;
   const auto once = [](const Vector<float>* from, Vector<float>* to)
                         VF_LAMBDA { Points<kSide>::output(from, to); };
   const int64_t rows = least<int64_t>(kSide, p.out_height - tile.h);
@@ -241,7 +240,7 @@ VF_HD void transform_output(const ConvParams& p, const char* sums, int64_t step,
   in_both<kCount, kSide>(once, sums, kCount * step, step, Full{},
                          [&](int i, const Vector<float>* row) VF_LAMBDA {
                            if (i >= rows) return;
-                           float* to = out + i * p.out.stride_h;
+                           T* to = out + i * p.out.stride_h;
 #pragma GCC unroll 4
                            for (int j = 0; j < kSide; ++j, to += p.out.stride_w) {
                              if (j >= columns) continue;
@@ -253,20 +252,21 @@ VF_HD void transform_output(const ConvParams& p, const char* sums, int64_t step,
 }
 
 // Those of all tiles of a task for up to 32 output channels.
-template <int kSide>
+template <int kSide, class T>
 void transform_outputs(const ConvParams& p, const Division& d, int64_t first, int64_t count,
                        int64_t out_tile, int64_t out_tiles, const char* sums) {
+  const int64_t step = d.sum_step / static_cast<int64_t>(sizeof(float));
   for (int64_t i = 0; i < count; ++i) {
     const Tile tile = tile_at<kSide>(d, first + i);
-    const char* from = sums + i * out_tiles * kChunkBytes;
-    for (int64_t v = 0; v < out_tiles * kLanesOfTile; ++v, from += kVectorBytes) {
+    const auto* from = reinterpret_cast<const float*>(sums + i * out_tiles * kChunkBytes);
+    for (int64_t v = 0; v < out_tiles * kLanesOfTile; ++v, from += kLanes<float>) {
       const int64_t channel = out_tile * kTileChannels + v * kLanes<float>;
       const int64_t left = p.c_out - channel;
       if (left >= kLanes<float>) {
-        transform_output<kSide>(p, from, d.sum_step, tile, channel, Full{});
+        transform_output<kSide, T>(p, from, step, tile, channel, Full{});
       } else if (left > 0) {
         const Part part{static_cast<int>(left)};
-        transform_output<kSide>(p, from, d.sum_step, tile, channel, part);
+        transform_output<kSide, T>(p, from, step, tile, channel, part);
       }
     }
   }
@@ -291,14 +291,14 @@ void multiply(const Division& d, const char* input, const char* weight, int64_t 
   }
 }
 
-template <int kSide>
+template <int kSide, class T>
 void run_task(const ConvParams& p, const Division& d, int64_t first, int64_t count,
               int64_t first_tile, int64_t last_tile, char* inputs, char* sums) {
   constexpr int64_t kPoints = Points<kSide>::count * Points<kSide>::count;
   constexpr int64_t kStep = conv::kMostTiles;
   const auto* weights = static_cast<const char*>(p.tiles);
   const int64_t group_bytes = kPoints * d.sum_step;
-  transform_inputs<kSide>(p, d, first, count, inputs);
+  transform_inputs<kSide, T>(p, d, first, count, inputs);
   for (int64_t begin = first_tile; begin < last_tile; begin += d.at_once) {
     const int64_t end = least(begin + d.at_once, last_tile);
     for (int64_t point = 0; point < kPoints; ++point) {
@@ -310,13 +310,13 @@ void run_task(const ConvParams& p, const Division& d, int64_t first, int64_t cou
       }
     }
     for (int64_t tile = begin; tile < end; tile += kStep) {
-      transform_outputs<kSide>(p, d, first, count, tile, least(kStep, end - tile),
-                               sums + (tile - begin) / kStep * group_bytes);
+      transform_outputs<kSide, T>(p, d, first, count, tile, least(kStep, end - tile),
+                                  sums + (tile - begin) / kStep * group_bytes);
     }
   }
 }
 
-template <int kSide>
+template <int kSide, class T>
 void run(const ConvParams& p, int threads) {
   constexpr int64_t kPoints = Points<kSide>::count * Points<kSide>::count;
   constexpr int64_t kStep = conv::kMostTiles;
@@ -333,18 +333,18 @@ void run(const ConvParams& p, int threads) {
       const int64_t first = i / d.parts * d.size, part = i % d.parts;
       // Parts begin where 32 channels do.
       const int64_t all = ceil_div(d.out_tiles, kStep);
-      run_task<kSide>(p, d, first, least(d.size, d.tiles - first), all * part / d.parts * kStep,
-                      least(all * (part + 1) / d.parts * kStep, d.out_tiles), inputs,
-                      inputs + input_bytes);
+      run_task<kSide, T>(p, d, first, least(d.size, d.tiles - first), all * part / d.parts * kStep,
+                         least(all * (part + 1) / d.parts * kStep, d.out_tiles), inputs,
+                         inputs + input_bytes);
     }
   });
   if (failed) throw std::bad_alloc();
 }
 
-template <int kSide, class Weight>
+template <int kSide, class T, class Weight>
 void pack(const ConvPackParams& p, int threads) {
   constexpr int kCount = Points<kSide>::count;
-  const conv::WeightRows<float, Weight> weight(p);
+  const conv::WeightRows<T, Weight> weight(p);
   const bool transposed = p.transposed != 0;
   const int64_t all_inputs = transposed ? p.c_out : p.c_in;
   const int64_t all_outputs = transposed ? p.c_in : p.c_out;
@@ -361,8 +361,8 @@ void pack(const ConvPackParams& p, int threads) {
         const int64_t output = tile * kTileChannels + o;
         for (int64_t k = 0; k < inputs; ++k) {
           const int64_t input = chunk * kTileChannels + k;
-          taps[tap][o][k] =
-              transposed ? weight.one(input, 8 - tap, output) : weight.one(output, tap, input);
+          taps[tap][o][k] = widen(transposed ? weight.one(input, 8 - tap, output)
+                                             : weight.one(output, tap, input));
         }
       }
     }
@@ -388,13 +388,19 @@ void pack(const ConvPackParams& p, int threads) {
 }  // namespace
 
 void conv_winograd(const ConvParams& p, int64_t side, int threads) {
-  side == 2 ? run<2>(p, threads) : run<4>(p, threads);
+  with_float(p.dtype, [&](auto number) {
+    using T = decltype(number);
+    side == 2 ? run<2, T>(p, threads) : run<4, T>(p, threads);
+  });
 }
 
 void conv_winograd_pack(const ConvPackParams& p, int64_t side, int threads) {
-  with_dtype(p.weight.dtype, [&](auto weight) {
-    using Weight = decltype(weight);
-    side == 2 ? pack<2, Weight>(p, threads) : pack<4, Weight>(p, threads);
+  with_float(p.dtype, [&](auto number) {
+    with_dtype(p.weight.dtype, [&](auto weight) {
+      using T = decltype(number);
+      using Weight = decltype(weight);
+      side == 2 ? pack<2, T, Weight>(p, threads) : pack<4, T, Weight>(p, threads);
+    });
   });
 }
 

@@ -52,8 +52,13 @@ def engine(request):
         yield name
 
 
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16", "fp16"])
+
+
+@dtypes
 @torch.no_grad()
-def test_against_fp64(engine):
+def test_against_fp64(engine, dtype):
     """In slots surrounded by NaN, from and into crops, and at odd offsets and strides."""
 
     def conv(*tensors, stride=1, relu=True, pool=False):
@@ -62,21 +67,25 @@ def test_against_fp64(engine):
     for case in cases.of_layers(calls.conv, *LAYERS, pool=False):
         for layout in Tensors.LAYOUTS:
             backend = types.SimpleNamespace(conv=conv)
-            wrong = extension_cases.check(case, backend, torch.float32, CPU, layout)
+            wrong = extension_cases.check(case, backend, dtype, CPU, layout)
             assert wrong is None, f"{case.words}, {layout}: {wrong}"
 
 
+@dtypes
 @pytest.mark.parametrize("channels", [80, 192])
-def test_errors_are_at_most_twice_those_of_pytorch(engine, channels):
+def test_errors_are_at_most_twice_those_of_pytorch(engine, dtype, channels):
     """By mean squares, of the fewest channels too; with tiles of 2 they are less than PyTorch's."""
-    x = torch.randn(1, 24, 24, channels).relu()
-    weight, scale, shift = parameters(torch.float32, channels, 3, 3, channels)
+    if dtype != torch.float32:
+        channels -= 48  # There are fewer from which on these are taken.
+    x = torch.randn(1, 24, 24, channels).relu().to(dtype)
+    weight, scale, shift = parameters(dtype, channels, 3, 3, channels)
     found, _ = run(engine, x, weight, scale, shift, relu=False)
-    exact, eager = (torch.empty(found.shape, dtype=dtype) for dtype in (torch.float64, None))
+    exact, eager = (torch.empty(found.shape, dtype=kind) for kind in (torch.float64, dtype))
     reference.conv(x, weight, scale, shift, eager, relu=False)
     reference.conv(*(t.double() for t in (x, weight, scale, shift)), exact, relu=False)
     error, eager_error = ((t.double() - exact).square().mean().sqrt() for t in (found, eager))
-    assert error < eager_error * (1 if engine == "winograd2" else 2)
+    in_fp32 = dtype == torch.float32
+    assert error < eager_error * (2 if in_fp32 and engine == "winograd4" else 1)
     assert error > 0
 
 
@@ -89,9 +98,10 @@ def test_without_a_relu(engine):
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
 
 
-def test_the_number_of_threads_does_not_change_a_bit(engine):
+@dtypes
+def test_the_number_of_threads_does_not_change_a_bit(engine, dtype):
     for c_in, c_out, size in ((64, 96, (2, 40, 40)), (512, 224, (1, 20, 20))):
-        x, tensors = torch.randn(*size, c_in), parameters(torch.float32, c_out, 3, 3, c_in)
+        x, tensors = torch.randn(*size, c_in).to(dtype), parameters(dtype, c_out, 3, 3, c_in)
         with threads(1):
             alone, _ = run(engine, x, *tensors)
         for number in (2, 3, 7):
@@ -117,9 +127,11 @@ def test_a_scaled_and_a_transposed_weight_are_packed_as_their_copies_are(engine)
     weight, scale = torch.randn(24, 20, 3, 3).permute(0, 2, 3, 1), torch.rand(24)
     exact = weight * scale[:, None, None, None]
     for transposed in (False, True):
-        copy = exact.flip(1, 2).permute(3, 1, 2, 0) if transposed else exact
-        found = packing.pack(engine, weight, scale, transposed=transposed)
-        assert torch.equal(found, packing.pack(engine, copy.contiguous()))
+        for dtype in DTYPES:
+            copy = exact.flip(1, 2).permute(3, 1, 2, 0) if transposed else exact
+            found = packing.pack(engine, weight, scale, dtype=dtype, transposed=transposed)
+            # A weight that has fewer digits is a number of fp32 like others.
+            assert torch.equal(found, packing.pack(engine, copy.to(dtype).float().contiguous()))
 
 
 def test_what_it_does_not_compute_is_refused(engine):
@@ -127,14 +139,19 @@ def test_what_it_does_not_compute_is_refused(engine):
     with pytest.raises(ValueError, match="needs a kernel of 3 and a stride of 1"):
         run(engine, x, *tensors, stride=2)
     weight, scale, shift = tensors
-    out = torch.empty(1, 6, 6, 16, dtype=torch.bfloat16)
-    with pytest.raises(ValueError, match="needs weights to be rounded to fp32"):
+    out = torch.empty(1, 6, 6, 16, dtype=torch.float64)
+    with pytest.raises(ValueError, match="needs weights to be rounded to fp32, fp16 or bf16"):
         convolution.run_engine(
-            engine, x.bfloat16(), weight.bfloat16(), scale, shift, out,
+            engine, x.double(), weight.double(), scale, shift, out,
             stride=1, relu=True, pool=False,
         )  # fmt: skip
+    tiles = packing.pack(engine, weight)
+    with pytest.raises(ValueError, match="needs activations in fp32, fp16 or bf16"):
+        convolution._launch(
+            engine, x.double(), tiles, out, 3, scale=scale.data_ptr(), shift=shift.data_ptr()
+        )
     with pytest.raises(ValueError, match="needs scale and shift"):
-        convolution._launch(engine, x, packing.pack(engine, weight), torch.empty(x.shape), 3)
+        convolution._launch(engine, x, tiles, torch.empty(x.shape), 3)
     with pytest.raises(ValueError, match="tiles of 2 or 4 pixels"):
         _extension.load("cpu").conv_winograd_pack_bytes(3, 16, 16)
 
@@ -192,12 +209,17 @@ def test_large_maps_of_lasting_weights(monkeypatch, chosen):
     layer(1024, channels=32)
     assert chosen == ["winograd4", "winograd2", "winograd2"]
     del chosen[:]
+    monkeypatch.setattr(convolution, "choose_engine", lambda dtype: "fma")
+    for dtype in (torch.float16, torch.bfloat16):
+        layer(1024, channels=32, dtype=dtype)
+        layer(1023, channels=32, dtype=dtype)
+    assert chosen == ["winograd4", "winograd2"] * 2
+    del chosen[:]
     layer(1024, lasts=False)
     layer(1024, kernel=1)
     layer(1024, stride=2)
     layer(1024, channels=31)
     layer(1024, pool=True)
-    layer(1024, dtype=torch.float16)
     with torch.inference_mode():  # Such a tensor does not count what is written to it.
         layer(1024)
     assert {*chosen} == {"fma"}
@@ -214,8 +236,16 @@ def test_the_environment_limits_tiles(monkeypatch, chosen):
         _environment.require()
 
 
+@torch.no_grad()
+def test_the_matrix_unit_is_not_compared():
+    weight = torch.empty(96, 3, 3, 96, dtype=torch.bfloat16)
+    winograd.lasting([weight])
+    x = torch.empty(1, 64, 64, 96, dtype=torch.bfloat16)
+    assert winograd.choose(x, weight, 1, None, "amx") == "amx"
+
+
 @pytest.mark.parametrize("fast", ["fma", "winograd2", "winograd4"])
-def test_the_fastest_is_measured_once(monkeypatch, chosen, fast):
+def test_the_fastest_is_measured_once_for_sizes_that_are_alike(monkeypatch, chosen, fast):
     """By the clock that is measured with, which has no other hands."""
     monkeypatch.setenv("VOVNET_FAST_TUNE", "1")
     now, launch, timed = [0.0], convolution._launch, []
@@ -230,10 +260,40 @@ def test_the_fastest_is_measured_once(monkeypatch, chosen, fast):
     layer(1024)
     assert {*timed} == {"fma", "winograd2", "winograd4"}
     number = len(timed)
-    layer(1024)
-    layer(192)
-    assert len(timed) == number + 2
-    assert chosen[-3:] == [fast, fast, min(fast, "winograd2")]
+    for pixels in (1024, 1448, 725):
+        layer(pixels)
+    assert len(timed) == number + 3
+    layer(1449)
+    assert len(timed) > number + 10
+    number = len(timed)
+    layer(63)  # Too few for tiles.
+    assert len(timed) == number + 1
+    assert chosen == [fast] * 5 + ["fma"]
+
+
+@pytest.mark.parametrize("pixels", [64, 128, 8192])
+def test_a_trial_is_of_a_layer_as_it_was_asked_for(monkeypatch, pixels):
+    """Of so many pixels, with weights that take turns."""
+    if not _extension.load("cpu").conv_winograd_runs():
+        pytest.skip("no Winograd convolution on this processor")
+    found, launch = [], convolution._launch
+
+    def note(engine, x, tiles, out, *args, **options):
+        found.append((engine, x.shape[0] * x.shape[1] * x.shape[2], tiles.data_ptr()))
+        assert x.shape[3] == 48
+        assert out.shape == (*x.shape[:3], 64)
+        assert x.dtype == out.dtype == torch.bfloat16
+        launch(engine, x, tiles, out, *args, **options)
+
+    monkeypatch.setattr(convolution, "_launch", note)
+    layer = winograd.Layer(pixels, 48, 64, torch.bfloat16, "fma", "avx2", 1)
+    run = convolution._winograd_trial(layer)
+    for _ in range(9):
+        run("winograd4")
+    assert {each[:2] for each in found} == {("winograd4", pixels)}
+    assert len({each[2] for each in found}) == 8
+    run("fma")
+    assert found[-1][:2] == ("fma", pixels)
 
 
 def test_maps_of_several_sizes_share_no_packed_form(monkeypatch, chosen):
@@ -255,8 +315,9 @@ def test_maps_of_several_sizes_share_no_packed_form(monkeypatch, chosen):
 @torch.no_grad()
 def test_frozen_networks_take_it_and_others_do_not(monkeypatch, chosen):
     monkeypatch.setenv("VOVNET_FAST_TUNE", "0")
-    monkeypatch.setattr(winograd, "_FEWEST", {"winograd2": 16, "winograd4": 64})
-    monkeypatch.setattr(winograd, "_CHANNELS", {"winograd2": 8, "winograd4": 8})
+    monkeypatch.setattr(winograd, "LEAST_PIXELS", 16)
+    monkeypatch.setattr(winograd, "STATIC_PIXELS", {"winograd2": 16, "winograd4": 64})
+    monkeypatch.setattr(winograd, "_CHANNELS_FP32", {"winograd2": 8, "winograd4": 8})
     model = VoVNet(TINY["detectron2"]).eval()
     image = torch.randn(2, 3, 64, 64)
     with use_backend("cpu"):

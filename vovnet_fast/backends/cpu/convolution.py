@@ -13,7 +13,7 @@ gradients of inputs, but for those of strided convolutions, which are oneDNN's:
 All but the last multiply a packed weight. On small maps training steps multiply weights as they are
 where that is faster (:mod:`.unpacked`).
 
-In fp32, 3x3 layers of frozen networks are Winograd's where that is faster (:mod:`.winograd`).
+3x3 layers of frozen networks are Winograd's where that is faster (:mod:`.winograd`).
 
 :data:`PREFERRED` is an order by dtype. The matrix unit is far ahead of the others. Between those
 the first call measures, unless deterministic algorithms are asked for: ``dpbf16`` makes twice as
@@ -24,12 +24,14 @@ bits; none depends on the number of threads.
 from __future__ import annotations
 
 import functools
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ... import _pages as pages
 from ...tuning import processor
 from .. import _aten, _extension, _steps
 from .._extension.fields import DTYPES, packed, pointer, view
@@ -43,6 +45,11 @@ PREFERRED: dict[torch.dtype, tuple[str, ...]] = {
     torch.float32: ("fma",),
 }
 """Engines by dtype, likely the best first; where none runs, and for other dtypes, :data:`ATEN`."""
+
+
+_TRIAL_FORMS, _TRIAL_BYTES = 8, 64 << 20
+"""Of the weights that take turns in a trial of one layer: in a network, one is not found in a near
+cache."""
 
 
 def engines() -> tuple[str, ...]:
@@ -108,16 +115,26 @@ def _trial(dtype: torch.dtype) -> Callable[[str], None]:
     return run
 
 
-def _winograd_trial() -> Callable[[str], None]:
-    x, weight, out = layer(torch.float32)
-    tiles: dict[str, Tensor] = {}
-    ones = x.new_ones(out.shape[3])
+@torch.inference_mode(False)
+def _winograd_trial(layer: winograd.Layer) -> Callable[[str], None]:
+    height = 1 << (layer.pixels.bit_length() - 1) // 2
+    sizes = 1, height, layer.pixels // height
+    x = torch.ones(*sizes, layer.c_in, dtype=layer.dtype)
+    weight = torch.ones(layer.c_out, 3, 3, layer.c_in, dtype=layer.dtype)
+    out = torch.empty(*sizes, layer.c_out, dtype=layer.dtype)
+    ones = torch.ones(layer.c_out)
     address = pointer("scale", ones)
+    forms: dict[str, list[Tensor]] = {}
+    turns: Counter[str] = Counter()
 
     def run(engine: str) -> None:
-        if engine not in tiles:
-            tiles[engine] = packing.pack(engine, weight)
-        _launch(engine, x, tiles[engine], out, 3, scale=address, shift=address)
+        if engine not in forms:
+            form = packing.pack(engine, weight)
+            number = max(1, min(_TRIAL_FORMS, _TRIAL_BYTES // form.numel()))
+            forms[engine] = [pages.kept(form) for _ in range(number)]
+        turns[engine] += 1
+        form = forms[engine][turns[engine] % len(forms[engine])]
+        _launch(engine, x, form, out, 3, scale=address, shift=address)
 
     return run
 

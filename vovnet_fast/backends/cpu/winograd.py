@@ -1,22 +1,26 @@
 """Which convolutions of the ``cpu`` backend are Winograd's (``csrc/cpu/conv_winograd.h``).
 
-A 3x3 layer in fp32 with a stride of 1 takes 2.25 times fewer products in tiles of 2x2 outputs, and
-4 times fewer in tiles of 4x4, than by its definition. The transformed weight is 1.8 or 4 times as
-large, so that maps need to have pixels enough to pay for reading it, and weights to last: of those
-that change at every step it would have to be made anew. Frozen networks say that theirs do
-(:func:`lasting`).
+A 3x3 layer with a stride of 1 takes 2.25 times fewer products in tiles of 2x2 outputs, and 4 times
+fewer in tiles of 4x4, than by its definition. They are in fp32, whatever activations are stored in.
+The transformed weight is in fp32 as well, and 1.8 or 4 times as large as one of fp32, so that maps
+need to have pixels enough to pay for reading it, and weights to last: of those that change at every
+step it would have to be made anew. Frozen networks say that theirs do (:func:`lasting`). Which is
+faster depends on the layer, its pixels, what else there is for the dtype, and the processor: it is
+measured at the first such layer, and remembered (:mod:`vovnet_fast.tuning.processor`).
 
-Errors are rounding's. Against fp64, those of 2x2 tiles are as large as those of the extension's
-other engines, and smaller than plain PyTorch's on a CPU; those of 4x4 tiles were 0.7 to 1.8 times
-as large as PyTorch's, the more the fewer channels are summed. ``VOVNET_FAST_WINOGRAD`` is the
-largest side that is used: ``0``, ``2`` or ``4``, the default. An infinity or NaN spreads over its
-tiles, where otherwise it reaches its neighbours only.
+Errors are rounding's. Against fp64, in fp32 those of 2x2 tiles are as large as those of the
+extension's other engines, and smaller than plain PyTorch's on a CPU; those of 4x4 tiles were 0.7 to
+1.8 times as large as PyTorch's, the more the fewer channels are summed. In 16 bits the output's
+rounding hides both. ``VOVNET_FAST_WINOGRAD`` is the largest side that is used: ``0``, ``2`` or
+``4``, the default. An infinity or NaN spreads over its tiles, where otherwise it reaches its
+neighbours only.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,12 +33,21 @@ from .. import _extension
 SIDES = {"winograd2": 2, "winograd4": 4}
 """Of the tiles of outputs, by the engine's name."""
 
-_FEWEST = {"winograd2": 192, "winograd4": 1024}
-"""Pixels of all maps that pay for a transformed weight."""
+LEAST_PIXELS, MOST_PIXELS = 64, 8192
+"""Of all maps. With fewer nobody asks: tiles reach over the edges, and the weight is read for them.
+With more, the weight no longer matters, and layers are as those of so many are."""
 
-_CHANNELS = {"winograd2": 32, "winograd4": 80}
-"""Fewer of them, on either side, do not pay for transforming inputs and outputs. In tiles of 4x4
-the sums of fewer of them would have more than twice the error of PyTorch's: 2.2 times of 64."""
+STATIC_PIXELS = {"winograd2": 192, "winograd4": 1024}
+"""From which these are taken where nothing is measured."""
+
+_CHANNELS = {"winograd2": 32, "winograd4": 32}
+"""Fewer of them, on either side, do not pay for transforming inputs and outputs."""
+
+_CHANNELS_FP32 = {"winograd2": 32, "winograd4": 80}
+"""In tiles of 4x4 the sums of fewer of them would have more than twice the error of PyTorch's: 2.2
+times of 64."""
+
+DTYPES_TAKEN = (torch.float16, torch.bfloat16, torch.float32)
 
 _lasting = WeakTensorKeyDictionary()
 
@@ -51,47 +64,76 @@ def largest_side() -> int:
     return _environment.number("WINOGRAD", "4")
 
 
-def choose(
-    x: Tensor,
-    weight: Tensor,
-    stride: int,
-    trial: Callable[[], Callable[[str], None]],
-    otherwise: str,
-) -> str:
+class Layer(NamedTuple):
+    """What the time of a layer depends on, beside the processor.
+
+    Attributes:
+        pixels: N * H * W, rounded to a power of 2: images of many sizes are measured a few times.
+        c_in, c_out: channels.
+        dtype: of activations.
+        otherwise: the engine where Winograd's does not pay.
+        isa: the instruction set that is in use.
+        threads: of torch.
+    """
+
+    pixels: int
+    c_in: int
+    c_out: int
+    dtype: torch.dtype
+    otherwise: str
+    isa: str
+    threads: int
+
+    @property
+    def problem(self) -> str:
+        """As measurements are remembered by."""
+        return (
+            f"Winograd's convolution of {self.c_in}>{self.c_out}, about {self.pixels} pixels in "
+            f"{self.dtype}, or {self.otherwise}, {self.isa}"
+        )
+
+
+Trial = Callable[[Layer], Callable[[str], None]]
+"""Makes what runs a layer by an engine's name."""
+
+
+def choose(x: Tensor, weight: Tensor, stride: int, trial: Trial, otherwise: str) -> str:
     """The engine of one convolution, which does not say what is in the image.
 
     Args:
         x: ``[N, H, W, C_in]``.
         weight: ``[C_out, K, K, C_in]``.
         stride: 1 or 2.
-        trial: makes what runs an engine by name on some layer.
+        trial: of some such layer.
         otherwise: the engine where Winograd's does not pay.
 
     Returns:
         ``winograd2``, ``winograd4`` or ``otherwise``.
     """
     c_out, kernel, _, c_in = weight.shape
-    if kernel != 3 or stride != 1 or x.dtype != torch.float32:
+    if kernel != 3 or stride != 1 or x.dtype not in DTYPES_TAKEN or otherwise == "amx":
+        return otherwise  # The matrix unit makes more than 4 times as many products.
+    pixels = x.shape[0] * x.shape[1] * x.shape[2]
+    if pixels < LEAST_PIXELS or weight not in _lasting:
         return otherwise
-    if weight not in _lasting or not _extension.load("cpu").conv_winograd_runs():
+    cpu, side = _extension.load("cpu"), largest_side()
+    if not cpu.conv_winograd_runs():
         return otherwise
-    pixels, side = x.shape[0] * x.shape[1] * x.shape[2], largest_side()
-    channels = min(c_in, c_out)
-    found = [
-        name
-        for name in SIDES
-        if SIDES[name] <= side and _FEWEST[name] <= pixels and _CHANNELS[name] <= channels
-    ]
+    fewest = _CHANNELS_FP32 if x.dtype == torch.float32 else _CHANNELS
+    found = [name for name in SIDES if SIDES[name] <= side and fewest[name] <= min(c_in, c_out)]
     if not found:
         return otherwise
+    names = (*reversed(found), otherwise)
+    static = next((name for name in names[:-1] if STATIC_PIXELS[name] <= pixels), otherwise)
     if torch.are_deterministic_algorithms_enabled():
-        return found[-1]
-    best = _fastest(_extension.load("cpu").isa(), otherwise, trial)
-    return otherwise if best == otherwise else min(found[-1], best, key=SIDES.__getitem__)
+        return static
+    about = min(1 << (pixels * pixels).bit_length() // 2, MOST_PIXELS)
+    layer = Layer(about, c_in, c_out, x.dtype, otherwise, cpu.isa(), torch.get_num_threads())
+    return _fastest(layer, names, static, trial)
 
 
 @functools.cache
-def _fastest(isa: str, otherwise: str, trial: Callable[[], Callable[[str], None]]) -> str:
-    """Measured once in a process at most, on one layer."""
-    names = (*reversed(SIDES), otherwise)
-    return processor.choose(f"Winograd's convolution, {isa}", names, names[0], trial)
+def _fastest(layer: Layer, names: tuple[str, ...], static: str, trial: Trial) -> str:
+    """Measured once in a process at most."""
+    prepare = functools.partial(trial, layer)
+    return processor.choose(layer.problem, names, static, prepare)
