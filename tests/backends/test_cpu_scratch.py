@@ -78,7 +78,7 @@ def test_no_result_lies_in_it_and_none_depends_on_what_was_there(dtype):
 
 def test_weights_that_are_kept_have_memory_of_their_own():
     weight = torch.randn(8, 3, 3, 16)
-    one = convolution.stand_in(weight)
+    one = convolution.stand_in(weight, 2)
     tiles = packing._kept[one][convolution.choose_engine(weight.dtype)].tiles
     before = tiles.clone()
     x, g, other, scale = layer(torch.float32, 48, 3, 40)

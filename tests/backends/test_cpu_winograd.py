@@ -1,5 +1,6 @@
 """Winograd's convolution on a CPU, tiles of each size on each instruction set, and its choice."""
 
+import copy
 import types
 
 import pytest
@@ -312,25 +313,54 @@ def test_maps_of_several_sizes_share_no_packed_form(monkeypatch, chosen):
     assert packed[3:] == ["fma"]
 
 
+@pytest.mark.parametrize("form", ["frozen", "kept"])
 @torch.no_grad()
-def test_frozen_networks_take_it_and_others_do_not(monkeypatch, chosen):
+def test_networks_whose_weights_last_take_it(monkeypatch, chosen, form):
+    """Frozen ones, and others from the call on that finds weights as they were."""
     monkeypatch.setenv("VOVNET_FAST_TUNE", "0")
     monkeypatch.setattr(winograd, "LEAST_PIXELS", 16)
     monkeypatch.setattr(winograd, "STATIC_PIXELS", {"winograd2": 16, "winograd4": 64})
     monkeypatch.setattr(winograd, "_CHANNELS_FP32", {"winograd2": 8, "winograd4": 8})
     model = VoVNet(TINY["detectron2"]).eval()
     image = torch.randn(2, 3, 64, 64)
+
+    def run(model, times):
+        with use_backend("cpu"):
+            found = [model(image) for _ in range(times)]
+        for again in found[2:]:  # Recorded, and repeated.
+            assert all(map(torch.equal, found[1], again))
+        return found[1]
+
     with use_backend("cpu"):
         model(image)
-        assert {*chosen} == {"fma"}
-        frozen = freeze(model)
+    assert {*chosen} == {"fma"}
+    del chosen[:]
+    for _ in range(2):
+        found = run(freeze(model) if form == "frozen" else model, 5)
+        assert {*chosen} >= {"winograd2", "winograd4"}
+        with use_backend("reference"):
+            eager, exact = model(image), copy.deepcopy(model).double()(image.double())
+        for ours, theirs, right in zip(found, eager, exact):
+            error, allowed = ((y.double() - right).abs().max() for y in (ours, theirs))
+            assert error <= 2 * allowed + 4 * torch.finfo(torch.float32).eps * right.abs().max()
         del chosen[:]
-        found = [frozen(image) for _ in range(4)]
-    assert {*chosen} == {"fma", "winograd2", "winograd4"}
-    for again in found[1:]:  # Recorded, and repeated.
-        assert all(map(torch.equal, found[0], again))
-    with use_backend("reference"):
-        eager, exact = model(image), model.double()(image.double())
-    for ours, theirs, right in zip(found[0], eager, exact):
-        error, allowed = ((y.double() - right).abs().max() for y in (ours, theirs))
-        assert error <= 2 * allowed + 4 * torch.finfo(torch.float32).eps * right.abs().max()
+        for weight in model.parameters():
+            if weight.ndim == 4:
+                weight.data.neg_()
+
+
+@torch.no_grad()
+def test_the_environment_limits_what_is_kept(monkeypatch, chosen):
+    """From one call to the next."""
+    monkeypatch.setenv("VOVNET_FAST_TUNE", "0")
+    monkeypatch.setattr(winograd, "LEAST_PIXELS", 16)
+    monkeypatch.setattr(winograd, "STATIC_PIXELS", {"winograd2": 16, "winograd4": 64})
+    monkeypatch.setattr(winograd, "_CHANNELS_FP32", {"winograd2": 8, "winograd4": 8})
+    model, image = VoVNet(TINY["detectron2"]).eval(), torch.randn(1, 3, 64, 64)
+    with use_backend("cpu"):
+        for side, allowed in (("4", {"fma", "winograd2", "winograd4"}), ("0", {"fma"})):
+            monkeypatch.setenv("VOVNET_FAST_WINOGRAD", side)
+            model(image)
+            del chosen[:]
+            model(image)
+            assert {*chosen} == allowed

@@ -59,10 +59,12 @@ class VoVNet(AllOrNothing):
         model_name: takes the place of ``spec_name``, as configs of the
             mmdet 1.2 port write it.
 
-    On a CPU, inference keeps a second copy of the weights, folded and packed, and arenas for the
-    shapes of images that come again (:mod:`vovnet_fast.replay.kept`), from the second call that
-    finds the weights unchanged until the model trains. Any write to a weight is followed.
-    ``VOVNET_FAST_KEEP_WEIGHTS=0`` keeps nothing.
+    On a CPU, inference keeps the weights as its convolutions take them, folded and packed or
+    transformed, and arenas for the shapes of images that come again
+    (:mod:`vovnet_fast.replay.kept`), from the second call that finds the weights unchanged until
+    the model trains: up to 5 times the memory that the weights have in fp32 where Winograd's
+    convolution is the faster one (``VOVNET_FAST_WINOGRAD=0`` does without), else as much as they
+    have. Any write to a weight is followed. ``VOVNET_FAST_KEEP_WEIGHTS=0`` keeps nothing.
 
     Attributes:
         spec: the architecture.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..backends import _extension, cpu
-from ..backends.cpu import convolution
+from ..backends.cpu import convolution, winograd
 from ..ops import NetworkParams, _checks
 from ..ops.features import check_params, plan, rebuild, run
 from ..ops.memory import Arena
@@ -58,9 +58,7 @@ class Form(NamedTuple):
         layers = []
         for layer in params.packed(dtype).convs():
             depthwise = None if layer.depthwise is None else layer.depthwise.clone()
-            weight = convolution.stand_in(layer.weight)
-            if weight is layer.weight:
-                weight = weight.clone()
+            weight = convolution.stand_in(layer.weight, layer.stride)
             layers.append(layer._replace(weight=weight, depthwise=depthwise))
         fcs = [fc.clone(memory_format=torch.contiguous_format) for fc in params.fcs()]
         own = rebuild(layers, fcs, params.spec, params.encoded_spec)
@@ -135,7 +133,7 @@ class Kept:
         if places is None:
             return None
         extension = _extension.load("cpu")
-        engine = convolution.choose_engine(dtype), extension.isa()
+        engine = convolution.choose_engine(dtype), extension.isa(), winograd.largest_side()
         cause = (dtype, out_features, *engine, *state)
         with self._lock:
             again = x.shape in self._shapes

@@ -312,11 +312,22 @@ def _launch(
     )
 
 
-def stand_in(weight: Tensor) -> Tensor:
+def stand_in(weight: Tensor, stride: int) -> Tensor:
     """What :func:`conv` takes in place of a weight that will not change, and need not be kept.
 
     It is of the weight's shape and dtype on the meta device, with no memory but that of its packed
-    form, for the engine that is in use now. Where weights are not packed it is the weight itself.
+    form, for the engine that is in use now. Where weights are not packed, or which form is faster
+    depends on the images, it is a copy.
+
+    Args:
+        weight: ``[C_out, K, K, C_in]``.
+        stride: 1 or 2.
     """
     engine = choose_engine(weight.dtype)
-    return weight if engine == ATEN or weight.numel() == 0 else packing.stand_in(engine, weight)
+    if weight.numel() == 0 or engine == ATEN:
+        return weight.clone()
+    if not winograd.engines(weight, stride, weight.dtype, engine):
+        return packing.stand_in(engine, weight)
+    copy = pages.kept(weight.contiguous())
+    winograd.lasting([copy])
+    return copy

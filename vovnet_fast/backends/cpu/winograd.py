@@ -4,9 +4,10 @@ A 3x3 layer with a stride of 1 takes 2.25 times fewer products in tiles of 2x2 o
 fewer in tiles of 4x4, than by its definition. They are in fp32, whatever activations are stored in.
 The transformed weight is in fp32 as well, and 1.8 or 4 times as large as one of fp32, so that maps
 need to have pixels enough to pay for reading it, and weights to last: of those that change at every
-step it would have to be made anew. Frozen networks say that theirs do (:func:`lasting`). Which is
-faster depends on the layer, its pixels, what else there is for the dtype, and the processor: it is
-measured at the first such layer, and remembered (:mod:`vovnet_fast.tuning.processor`).
+step it would have to be made anew. Frozen networks say that theirs do (:func:`lasting`), and others
+of copies that they keep. Which is faster depends on the layer, its pixels, what else there is for
+the dtype, and the processor: it is measured at the first such layer, and remembered
+(:mod:`vovnet_fast.tuning.processor`).
 
 Errors are rounding's. Against fp64, in fp32 those of 2x2 tiles are as large as those of the
 extension's other engines, and smaller than plain PyTorch's on a CPU; those of 4x4 tiles were 0.7 to
@@ -110,26 +111,41 @@ def choose(x: Tensor, weight: Tensor, stride: int, trial: Trial, otherwise: str)
     Returns:
         ``winograd2``, ``winograd4`` or ``otherwise``.
     """
-    c_out, kernel, _, c_in = weight.shape
-    if kernel != 3 or stride != 1 or x.dtype not in DTYPES_TAKEN or otherwise == "amx":
-        return otherwise  # The matrix unit makes more than 4 times as many products.
     pixels = x.shape[0] * x.shape[1] * x.shape[2]
     if pixels < LEAST_PIXELS or weight not in _lasting:
         return otherwise
-    cpu, side = _extension.load("cpu"), largest_side()
-    if not cpu.conv_winograd_runs():
+    names = engines(weight, stride, x.dtype, otherwise)
+    if not names:
         return otherwise
-    fewest = _CHANNELS_FP32 if x.dtype == torch.float32 else _CHANNELS
-    found = [name for name in SIDES if SIDES[name] <= side and fewest[name] <= min(c_in, c_out)]
-    if not found:
-        return otherwise
-    names = (*reversed(found), otherwise)
-    static = next((name for name in names[:-1] if STATIC_PIXELS[name] <= pixels), otherwise)
+    static = next((name for name in names if STATIC_PIXELS[name] <= pixels), otherwise)
     if torch.are_deterministic_algorithms_enabled():
         return static
     about = min(1 << (pixels * pixels).bit_length() // 2, MOST_PIXELS)
-    layer = Layer(about, c_in, c_out, x.dtype, otherwise, cpu.isa(), torch.get_num_threads())
-    return _fastest(layer, names, static, trial)
+    c_out, _, _, c_in = weight.shape
+    isa, threads = _extension.load("cpu").isa(), torch.get_num_threads()
+    layer = Layer(about, c_in, c_out, x.dtype, otherwise, isa, threads)
+    return _fastest(layer, (*names, otherwise), static, trial)
+
+
+def engines(weight: Tensor, stride: int, dtype: torch.dtype, otherwise: str) -> tuple[str, ...]:
+    """Those that may pay for a weight that lasts, the larger tiles first.
+
+    Args:
+        weight: ``[C_out, K, K, C_in]``.
+        stride: 1 or 2.
+        dtype: of activations.
+        otherwise: the engine where they do not.
+    """
+    c_out, kernel, _, c_in = weight.shape
+    if kernel != 3 or stride != 1 or dtype not in DTYPES_TAKEN or otherwise == "amx":
+        return ()  # The matrix unit makes more than 4 times as many products.
+    if not _extension.load("cpu").conv_winograd_runs():
+        return ()
+    fewest = _CHANNELS_FP32 if dtype == torch.float32 else _CHANNELS
+    side, channels = largest_side(), min(c_in, c_out)
+    return tuple(
+        name for name in reversed(SIDES) if SIDES[name] <= side and fewest[name] <= channels
+    )
 
 
 @functools.cache
