@@ -121,25 +121,27 @@ def test_a_slow_layout_is_avoided(monkeypatch, slow, layout):
 @pytest.fixture
 def turns(monkeypatch):
     """Measures candidates whose turns take what a function says, by a clock with no other hands."""
-    monkeypatch.setattr(processor, "ROUNDS", 2)
     now, calls = [0.0], []
     monkeypatch.setattr(processor.time, "perf_counter", lambda: now[0])
 
-    def measure(names, takes, most_rounds=8, seconds=1.0):
+    def measure(names, takes, least_rounds=2, most_rounds=8, seconds=1.0):
         def run(name):
             calls.append(name)
             now[0] += takes(name, calls.count(name))
 
         calls.clear()
-        return processor._measure(names, run, most_rounds, seconds)
+        return processor._measure(names, run, least_rounds, most_rounds, seconds)
 
     measure.calls = calls
     return measure
 
 
 def test_short_steps_are_measured_for_longer(turns):
-    for times, rounds in (({"a": 3.0, "b": 2.5}, 3), ({"a": 0.1, "b": 0.09}, 6), ({"a": 0.0}, 9)):
-        found = turns([*times], lambda name, _, times=times: times[name])
+    slow = {"a": 3.0, "b": 2.5}
+    for times, least, rounds in (
+        (slow, 2, 3), (slow, 3, 4), ({"a": 0.1, "b": 0.09}, 2, 6), ({"a": 0.0}, 2, 9),
+    ):  # fmt: skip
+        found = turns([*times], lambda name, _, times=times: times[name], least_rounds=least)
         assert len(turns.calls) == len(times) * rounds
         assert {name: len(of) for name, of in found.items()} == dict.fromkeys(times, rounds - 1)
         assert {name: max(of) for name, of in found.items()} == pytest.approx(times)
@@ -151,8 +153,10 @@ def test_every_round_begins_with_another_one(turns):
 
 
 def test_what_is_far_behind_has_no_more_turns(turns):
-    found = turns(["a", "b", "c"], lambda name, _: {"a": 0.01, "b": 0.012, "c": 0.02}[name])
-    assert {name: len(of) for name, of in found.items()} == {"a": 8, "b": 8, "c": 2}
+    times = {"a": 0.01, "b": 0.012, "c": 0.02}
+    for least in (2, 3):
+        found = turns([*times], lambda name, _: times[name], least_rounds=least)
+        assert {name: len(of) for name, of in found.items()} == {"a": 8, "b": 8, "c": least}
 
 
 def test_a_moment_of_speed_decides_nothing(turns):
@@ -215,7 +219,7 @@ def test_it_is_measured_once(steps, tmp_path):
     model = vovnet_fast.VoVNet(SPEC).train()
     train(model, images())
     number = len(steps)
-    assert number == 4 * (1 + processor.ROUNDS)
+    assert number == 4 * (1 + processor.LEAST_STEP_ROUNDS)
     for _ in range(2):
         train(model, images())
     train(vovnet_fast.VoVNet(SPEC).train(), images(34))  # Nearly the same size, another network.
@@ -364,7 +368,7 @@ def test_weights_are_cast_in_every_trial(monkeypatch, steps):
     monkeypatch.setattr(ways, "run", count)
     with torch.autocast("cpu", torch.bfloat16):
         ways.choose(model, images())
-    assert len(casts) == 1 + processor.ROUNDS
+    assert len(casts) == 1 + processor.LEAST_STEP_ROUNDS
     assert len(set(casts)) == 1
     assert casts[0] > 0
 

@@ -24,12 +24,13 @@ ROUNDS, MOST_ROUNDS, SECONDS = 2, 8, 1.0
 while so much time has not passed. The median of the turns counts: a virtual machine's processor is
 a third faster for moments, and the least time would be that of who met one."""
 
-STEP_ROUNDS, STEP_SECONDS = 40, 6.0
-"""The same of training steps, between which there is less to choose, and of which more follow."""
+LEAST_STEP_ROUNDS, STEP_ROUNDS, STEP_SECONDS = 3, 40, 12.0
+"""The same of training steps, between which there is less to choose, and of which more follow. Of
+two turns, one that was disturbed makes the median wrong: steps of more than a second met that."""
 
 HOPELESS = 1.3
-"""Who takes so many times as long as the fastest has no further turns once all have had
-:data:`ROUNDS` of them: there are more rounds for the others."""
+"""Who takes so many times as long as the fastest has no further turns once all have had the fewest
+of them: there are more rounds for the others."""
 
 MARGIN = 0.985
 """Of the favourite's time: who takes more of it is not taken in its place. Turns of one and the
@@ -98,7 +99,7 @@ def _announce() -> None:
     """Say once why the first step is slow."""
     _log.warning(
         "measuring in which way a training step is fastest on this processor: the first step of a "
-        "kind takes as long as a dozen do, or %d seconds, and what is found is remembered in %s "
+        "kind takes as long as sixteen do, or %d seconds, and what is found is remembered in %s "
         "(%s=0 does without)",
         STEP_SECONDS,
         tuning.table().path or "memory",
@@ -121,19 +122,23 @@ def _best(turns: Mapping[str, Sequence[float]], favourite: str | None) -> str:
 
 
 def _measure_steps(candidates: Sequence[str], run: Callable[[str], None]) -> dict[str, list[float]]:
-    return _measure(candidates, run, STEP_ROUNDS, STEP_SECONDS)
+    return _measure(candidates, run, LEAST_STEP_ROUNDS, STEP_ROUNDS, STEP_SECONDS)
 
 
 def _measure_apart(candidates: Sequence[str], run: Callable[[str], None]) -> dict[str, list[float]]:
     """:func:`_measure` in one thread for all: each has OpenMP threads to start."""
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
         context = contextvars.copy_context()
-        measure = functools.partial(_measure, candidates, run, MOST_ROUNDS, SECONDS)
+        measure = functools.partial(_measure, candidates, run, ROUNDS, MOST_ROUNDS, SECONDS)
         return executor.submit(context.run, measure).result()
 
 
 def _measure(
-    candidates: Sequence[str], run: Callable[[str], None], most_rounds: int, seconds: float
+    candidates: Sequence[str],
+    run: Callable[[str], None],
+    least_rounds: int,
+    most_rounds: int,
+    seconds: float,
 ) -> dict[str, list[float]]:
     """Seconds by candidate, of those that run: by rounds, each of which begins with another one,
     so that what else runs here meets all, and none always follows the same other one."""
@@ -141,7 +146,7 @@ def _measure(
     refused: dict[str, Exception] = {}
     names, started = list(candidates), time.perf_counter()
     for number in range(most_rounds + 1):
-        if number > ROUNDS:
+        if number > least_rounds:
             if time.perf_counter() - started > seconds:
                 break
             medians = {name: _median(times[name]) for name in names}
