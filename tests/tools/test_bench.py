@@ -7,6 +7,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -57,11 +58,13 @@ def test_rounds_run_everybody_in_turn():
     log = []
     works = {name: noting(log, name) for name in "abc"}
     watch = Watch()
-    times = interleaved(works, 6, watch=watch, warm_up=3)
-    assert {name: len(found) for name, found in times.items()} == dict(a=6, b=6, c=6)
-    assert watch.chilled == len(log) == 27
-    rounds = ["".join(log[i : i + 3]) for i in range(0, 27, 3)]
-    assert rounds == ["abc", "bca", "cab"] * 3
+    times = interleaved(works, 30, watch=watch, warm_up=3)
+    assert {name: len(found) for name, found in times.items()} == dict(a=30, b=30, c=30)
+    assert watch.chilled == len(log) == 99
+    rounds = ["".join(log[i : i + 3]) for i in range(0, 99, 3)]
+    assert {"".join(sorted(each)) for each in rounds} == {"abc"}
+    assert "".join(each[0] for each in rounds) == "abc" * 11
+    assert {*rounds} == {"abc", "acb", "bac", "bca", "cab", "cba"}
 
 
 def test_a_warm_call_follows_one_of_itself():
@@ -79,6 +82,30 @@ def test_seconds_end_the_rounds_but_not_before_the_fewest():
     assert taking(60.0) == 50
     with pytest.raises(ValueError, match="needs a call and a round, got 0 calls"):
         interleaved({}, 5, watch=Watch())
+
+
+def test_a_cold_call_waits_for_threads_that_spin():
+    import time
+
+    until = time.perf_counter() + 0.1
+
+    def spin():
+        while time.perf_counter() < until:
+            sum(range(1000))
+
+    thread = threading.Thread(target=spin)
+    thread.start()
+    Stopwatch(CPU).chill()
+    assert time.perf_counter() >= until
+    thread.join()
+    until = time.perf_counter() + 60  # Of those that never rest nobody waits for the end.
+    begin = time.perf_counter()
+    thread = threading.Thread(target=spin)
+    thread.start()
+    Stopwatch(CPU).chill()
+    assert 0.1 <= time.perf_counter() - begin < 30
+    until = 0
+    thread.join()
 
 
 def test_a_stopwatch_on_this_cpu():

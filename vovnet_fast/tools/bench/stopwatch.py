@@ -2,13 +2,16 @@
 
 A cold call begins on an idle device whose L2 cache has just been overwritten. On a GPU the time
 is between two events around the call: without the wait for it, but with whatever gaps the host
-leaves between launches. On a CPU there are no events and no flush.
+leaves between launches. On a CPU there are no events and no flush, but a call waits as well:
+threads of ONNX Runtime, OpenVINO and OpenMP spin for milliseconds after a call, and who came next
+took up to three times as long on the cores that were left.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +23,10 @@ import torch
 Work = Callable[[], Any]
 
 _FLUSH_BYTES = 256 * 2**20  # Several times the largest L2 cache there is.
+
+_NAP, _MOST_NAPS = 0.002, 50
+"""Seconds in which a process that is idle uses next to none of its own, and how often they are
+waited for: some threads never rest."""
 
 
 class Stopwatch:
@@ -41,10 +48,19 @@ class Stopwatch:
             torch.cuda.synchronize(self.device)
 
     def chill(self) -> None:
-        """Overwrite the L2 cache, and wait until the device is idle."""
+        """Overwrite the L2 cache of a GPU, and wait until the device is idle."""
         if self._flush is not None:
             self._flush.zero_()
         self.settle()
+        self.rest()
+
+    def rest(self) -> None:
+        """On a CPU, wait until no thread of this process works, or spins while it waits."""
+        for _ in range(_MOST_NAPS if self.device.type == "cpu" else 0):
+            begin = time.process_time()
+            time.sleep(_NAP)
+            if time.process_time() - begin < _NAP / 4:
+                return
 
     def time(self, work: Work) -> float:
         """Run ``work`` and wait for it; returns seconds."""
@@ -78,17 +94,17 @@ def interleaved(
     fewest: int = 5,
     each: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[float]]:
-    """Time calls in turn: each round runs every one once, and begins with another one.
+    """Time calls in turn: each round runs every one once, begins with another one, and is shuffled.
 
     What changes the speed of the whole machine for a while then meets all of them alike, and
-    none always follows the same other one.
+    none always follows the same other one, with what that leaves in caches.
 
     Args:
         works: the calls by name.
         rounds: how many, at most.
         watch: times them.
         warm_up: rounds before, which do not count.
-        cold: overwrite the L2 cache before every call. Otherwise each measured call follows one
+        cold: :meth:`Stopwatch.chill` before every call. Otherwise each measured call follows one
             of itself, which leaves its own data in the cache.
         seconds: begin no further round after so many, warm-up included.
         fewest: rounds that are done even so.
@@ -106,17 +122,19 @@ def interleaved(
             f"and {fewest} of them at least"
         )
     begin = time.perf_counter()
-    names = list(works)
+    names, chance = list(works), random.Random(0)
     times: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-warm_up, rounds):
         over = seconds is not None and time.perf_counter() - begin > seconds
         if over and turn >= min(fewest, rounds):
             break
         start = turn % len(names)
-        for name in names[start:] + names[:start]:
+        others = names[:start] + names[start + 1 :]
+        for name in (names[start], *chance.sample(others, len(others))):
             if cold:
                 watch.chill()
             else:
+                watch.rest()
                 works[name]()
                 watch.settle()
             taken = watch.time(works[name])
