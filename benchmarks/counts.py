@@ -18,9 +18,11 @@ from torch import nn
 
 from vovnet_fast import VoVNet, aot, backends, freeze
 from vovnet_fast.aot import resources
+from vovnet_fast.arithmetic import DTYPES
 from vovnet_fast.backends import conv_sm90_tiles
+from vovnet_fast.quantization import formats
 from vovnet_fast.tools.memory import training_memory
-from vovnet_fast.tools.plan import AtenRecorder, Work, launch_work, plan_forward
+from vovnet_fast.tools.plan import AtenRecorder, Work, launch_work, plan_forward, quantized_work
 
 from . import sass
 from .networks import Shape, launches, layers, operations
@@ -252,6 +254,16 @@ def inference(spec: str, shape: Shape) -> Numbers:
     }
 
 
+def in_eight_bits(spec: str, shape: Shape, dtype: str) -> Numbers:
+    """The same in int8 or fp8."""
+    found = quantized_work(spec, shape, formats.require(dtype, None))
+    return {
+        "launches": len(found),
+        "GFLOP": round(sum(work.flop for work in found) / 1e9, 3),
+        "bytes": moved(found),
+    }
+
+
 def training(spec: str, shape: Shape, **options: Any) -> Numbers:
     """Of forward and backward pass in bf16 with parameters in fp32."""
     step = training_step(spec, shape, **options)
@@ -381,6 +393,11 @@ def count(*, compiling: bool = True) -> Counts:
     if compiling:
         found["compiled kernels"] = needed()
     found["forward pass"] = {title(*network): inference(*network) for network in NETWORKS}
+    found["forward pass in eight bits"] = {
+        f"{title(*network)} {dtype}": in_eight_bits(*network, dtype)
+        for network in NETWORKS
+        for dtype in DTYPES
+    }
     for words, norm_eval, networks in (
         ("fixed norms", True, NETWORKS),
         ("norms of the batch", False, NETWORKS[:1]),

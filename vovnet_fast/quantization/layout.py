@@ -117,6 +117,17 @@ def expected(architecture: Architecture) -> dict[str, tuple[tuple[int, ...], tor
     return found
 
 
+def without_memory(architecture: Architecture) -> QuantizedNetwork:
+    """A network on meta. The numbers that are not tensors of it are none in particular."""
+    found = {
+        name: torch.empty(shape, dtype=dtype, device="meta")
+        for name, (shape, dtype) in expected(architecture).items()
+    }
+    for name in ("scales", "sums"):
+        found[name] = torch.ones(found[name].shape, dtype=torch.float64)
+    return network(architecture, found)
+
+
 def network(architecture: Architecture, tensors: Mapping[str, Tensor]) -> QuantizedNetwork:
     """The network that tensors of :func:`expected` are; they are not copied."""
     spec, form = architecture.spec, architecture.form
