@@ -24,6 +24,7 @@ from vovnet_fast.first_use import rehearsal
 from vovnet_fast.first_use.rehearsal import Setting
 from vovnet_fast.kernels._common import Target, interpreted, processors
 from vovnet_fast.kernels._variants import variant
+from vovnet_fast.quantization import rehearsing
 from vovnet_fast.tools import cli
 from vovnet_fast.tools.compile import command, needed
 from vovnet_fast.tools.compile.needed import MODES, Run, plan
@@ -215,6 +216,20 @@ def test_a_network_in_eight_bits_needs_what_its_architecture_does(form, name):
     with_check = needed.by_run([run], [setting])[run]
     assert {"quantize_image", "conv", "max_pool"} <= expected.functions
     assert len(with_check) > len(variants(expected.launches))
+
+
+@compiles
+def test_what_a_network_in_eight_bits_asks_for_at_first_use(monkeypatch):
+    quantized = cases.quantized("detectron2", "int8", stem="int8", report=False)
+    images, asked = torch.zeros(2, 3, 64, 96), []
+    monkeypatch.setattr(first_use, "once", lambda *given: asked.append(given))
+    rehearsing.at_first_use(quantized.architecture, images)
+    rehearsing.at_first_use(quantized.architecture, torch.nn.Parameter(images))
+    [(key, device, dtype, planned)] = asked
+    assert key == first_use.key_of_quantized(quantized.architecture, images)
+    assert (device, dtype) == (images.device, torch.uint8)
+    setting = Setting(Target(processors=processors(images.device)))
+    assert variants(planned(setting).launches) == launched(quantized, images)
 
 
 @compiles
