@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("triton", minversion="3.6", reason="the Triton backend is optional")
 
 import vovnet_fast
-from benchmarks import precompile
+from benchmarks import precompile, sanitize
 from tests.quantization import cases
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, first_use, tuning
@@ -28,6 +28,7 @@ from vovnet_fast.quantization import rehearsing
 from vovnet_fast.tools import cli
 from vovnet_fast.tools.compile import command, needed
 from vovnet_fast.tools.compile.needed import MODES, Run, plan
+from vovnet_fast.tools.plan import launches as work
 
 STATIC = Setting(planning=tuning.Planning(measured=False))
 ROOT = Path(vovnet_fast.__file__).parent.parent
@@ -271,6 +272,20 @@ def test_what_eight_bits_do_not_have():
         plan(network._replace(dtype="int8", mode="training"), STATIC)
     with pytest.raises(ValueError, match="levels must be one of 127, 255, got 63"):
         plan(network._replace(dtype="int8", levels=63), STATIC)
+
+
+@compiles
+@pytest.mark.parametrize("few", [True, False])
+def test_compute_sanitizer_sees_every_kernel_of_eight_bits(few):
+    found = sanitize.launches(few=few)
+    names = {launch.kernel.fn.__name__ for launch in found}
+    assert {name for name in work._KERNELS if "eight_bits" in name} <= names
+    for name in ("conv_eight_bits_pointer_kernel", "conv_eight_bits_tma_kernel"):
+        own = [launch.constants for launch in found if launch.kernel.fn.__name__ == name]
+        for key in ("OUT", "FEATURE", "POOL", "INT8", "FP8"):
+            assert {constants[key] for constants in own} == {False, True}, key
+    assert any(launch.constants.get("OFFSET") for launch in found), "255 levels"
+    assert any(launch.constants.get("HALVES") for launch in found), "a wide stem"
 
 
 @compiles

@@ -117,10 +117,10 @@ def expected(architecture: Architecture) -> dict[str, tuple[tuple[int, ...], tor
     return found
 
 
-def without_memory(architecture: Architecture) -> QuantizedNetwork:
-    """A network on meta. The numbers that are not tensors of it are none in particular."""
+def blank(architecture: Architecture, device: torch.device | str) -> QuantizedNetwork:
+    """A network of zeros and ones, which launches what any of its architecture does."""
     found = {
-        name: torch.empty(shape, dtype=dtype, device="meta")
+        name: torch.zeros(shape, dtype=dtype, device=device)
         for name, (shape, dtype) in expected(architecture).items()
     }
     for name in ("scales", "sums"):

@@ -39,7 +39,7 @@ def launch(network: QuantizedNetwork, x: Tensor) -> list[Tensor]:
     (``kernels._common.recording``).
 
     Args:
-        network: as :func:`.layout.without_memory` makes it.
+        network: on meta, as :func:`.layout.blank` makes it.
         x: ``[N, C, H, W]`` images on meta.
 
     Returns:
@@ -55,7 +55,7 @@ def plan(architecture: Architecture, x: Tensor, setting: Setting) -> Plan:
     """What a network of an architecture needs on images on meta, with what will be measured."""
     from ..first_use import rehearsal
 
-    network = layout.without_memory(architecture)
+    network = layout.blank(architecture, "meta")
     with rehearsal.planning(setting) as planned:
         launch(network, x)
     needed = functions(architecture.spec, architecture.out_features)

@@ -131,7 +131,7 @@ def quantized_work(spec: str | VoVNetSpec, shape: tuple[int, int, int], form: Fo
     check_size(architecture.spec, STAGE_NAMES, height, width)
     image = torch.empty(batch, IMAGE_CHANNELS, height, width, device="meta")
     image = image.to(memory_format=torch.channels_last)
-    network = layout.without_memory(architecture)
+    network = layout.blank(architecture, "meta")
     with AtenRecorder() as recorder, recording() as launches:
         launch(network, image)
     return [launch_work(found) for found in launches] + recorder.works
