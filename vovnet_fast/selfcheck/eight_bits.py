@@ -36,7 +36,7 @@ from .runner import Row, run_apart
 if TYPE_CHECKING:
     from ..kernels._common import Launch
 
-__all__ = ["CASES", "FORMS", "SLACK", "ByteSlot", "Numbers", "distance", "launches", "run"]
+__all__ = ["CASES", "FORMS", "SLACK", "ByteSlot", "Numbers", "distance", "launches", "rank", "run"]
 
 SLACK = 2.0**-10
 """Of the largest value: by as much any number of fp8 may be wrong."""
@@ -211,11 +211,11 @@ def distance(found: Tensor, wanted: Tensor, form: str, slack: float = SLACK) -> 
     allowed = slack * wanted.double().abs().max()
     if found.dtype == torch.float32:
         return (apart.max() / allowed.clamp_min(1e-30)).item()
-    steps = (_rank(found) - _rank(wanted)).abs()
+    steps = (rank(found) - rank(wanted)).abs()
     return torch.where(apart <= allowed, 0, steps).max().item()
 
 
-def _rank(x: Tensor) -> Tensor:
+def rank(x: Tensor) -> Tensor:
     """Numbers of e4m3 counted from zero."""
     bits = x.contiguous().view(torch.uint8).to(torch.int32)
     return torch.where(bits >= 128, 128 - bits, bits)
