@@ -18,9 +18,11 @@ from torch import nn
 
 from vovnet_fast import VoVNet, aot, backends, freeze
 from vovnet_fast.aot import resources
+from vovnet_fast.arithmetic import DTYPES
 from vovnet_fast.backends import conv_sm90_tiles
+from vovnet_fast.quantization import formats
 from vovnet_fast.tools.memory import training_memory
-from vovnet_fast.tools.plan import AtenRecorder, Work, launch_work, plan_forward
+from vovnet_fast.tools.plan import AtenRecorder, Work, launch_work, plan_forward, quantized_work
 
 from . import sass
 from .networks import Shape, launches, layers, operations
@@ -37,7 +39,7 @@ Counts = dict[str, dict[str, Numbers]]
 LOWER, HIGHER, NEITHER = -1, 1, 0
 
 _HIGHER = ("multiply-adds an instruction", "CTAs an SM", "FLOP a byte from L2")
-BETTER = dict.fromkeys(_HIGHER, HIGHER) | dict.fromkeys(("HGMMA", "HMMA", "GFLOP"), NEITHER)
+BETTER = dict.fromkeys(_HIGHER, HIGHER) | dict.fromkeys((*sass.PRODUCTS, "GFLOP"), NEITHER)
 """Which way is better. Of everything that is not here, less is."""
 
 HOT = {
@@ -61,6 +63,18 @@ HOT = {
         ("ese backward", "112 float16", "apply"),
         ("batch norm", "112 float16", "gradient sums"),
         ("batch norm", "112 float16", "input gradient"),
+        ("conv eight bits", "128>128 3x3/1 int8", "tma-128x128-k128-w8-s3"),
+        ("conv eight bits", "192>192 3x3/1 int8", "tma-256x128+64-k64-w8-s6"),
+        ("conv eight bits", "768>256 1x1/1 int8", "tma-128x256-k128-w8-s3"),
+        ("conv eight bits", "128>128 3x3/1 fp8", "tma-128x128-k128-w8-s3"),
+        ("conv eight bits", "192>192 3x3/1 fp8", "tma-128x128+64-k64-w8-s6"),
+        ("conv eight bits", "768>256 1x1/1 fp8", "tma-128x128-k128-w8-s3"),
+        ("ese apply", "112 int8", "identity"),
+        ("ese apply", "112 fp8", "identity"),
+    ),
+    "sm_89": (
+        ("conv eight bits", "128>128 3x3/1 fp8", "pointer-128x128-k128-w8-s3"),
+        ("conv eight bits", "224>224 3x3/1 fp8", "pointer-128x64+32+16-k128-w8-s3"),
     ),
     "sm_80": (
         ("conv", "64>64 3x3/1 float16", "pointer-128x64-k64-w8-s3"),
@@ -69,6 +83,8 @@ HOT = {
         ("conv", "768>256 1x1/1 float16", "pointer-128x128-k64-w8-s3"),
         ("conv input gradient", "128>128 3x3/1 float16", "pointer-128x128-k64-w8-s3"),
         ("conv weight gradient", "128>128 3x3/1 float16", "pointer-1x128-128-w8-p32-s4"),
+        ("conv eight bits", "128>128 3x3/1 int8", "pointer-128x128-k128-w8-s3"),
+        ("conv eight bits", "224>224 3x3/1 int8", "pointer-128x64+32+16-k128-w8-s3"),
     ),
 }
 """The kernels in which V-39 and V-99 spend their time: operation, layer, configuration.
@@ -82,7 +98,7 @@ NETWORKS: tuple[tuple[str, Shape], ...] = (
     ("V-19-slim-dw-eSE", (8, 224, 224)),
 )
 
-_MULTIPLYING = ("HGMMA", "HMMA", "UTMALDG", "LDGSTS", "LDSM", "LDS", "STS", "BAR")
+_MULTIPLYING = (*sass.PRODUCTS, "UTMALDG", "LDGSTS", "LDSM", "LDS", "STS", "BAR")
 _MOVING = ("LDG", "STG", "LDS", "STS", "BAR")
 
 
@@ -238,6 +254,16 @@ def inference(spec: str, shape: Shape) -> Numbers:
     }
 
 
+def in_eight_bits(spec: str, shape: Shape, dtype: str) -> Numbers:
+    """The same in int8 or fp8."""
+    found = quantized_work(spec, shape, formats.require(dtype, None))
+    return {
+        "launches": len(found),
+        "GFLOP": round(sum(work.flop for work in found) / 1e9, 3),
+        "bytes": moved(found),
+    }
+
+
 def training(spec: str, shape: Shape, **options: Any) -> Numbers:
     """Of forward and backward pass in bf16 with parameters in fp32."""
     step = training_step(spec, shape, **options)
@@ -367,6 +393,11 @@ def count(*, compiling: bool = True) -> Counts:
     if compiling:
         found["compiled kernels"] = needed()
     found["forward pass"] = {title(*network): inference(*network) for network in NETWORKS}
+    found["forward pass in eight bits"] = {
+        f"{title(*network)} {dtype}": in_eight_bits(*network, dtype)
+        for network in NETWORKS
+        for dtype in DTYPES
+    }
     for words, norm_eval, networks in (
         ("fixed norms", True, NETWORKS),
         ("norms of the batch", False, NETWORKS[:1]),

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from vovnet_fast import _optional, backends, tuning, use_backend
+from vovnet_fast import _optional, backends, quantize, tuning, use_backend
+from vovnet_fast.quantization import QuantizedVoVNet
 from vovnet_fast.tools.bench.training import Shape, image
 from vovnet_fast.tools.plan import DTYPES
 
@@ -21,6 +22,11 @@ Model = Callable[[Any], Sequence[Tensor]]
 
 class Missing(Exception):
     """This machine does not have the peer; the message says why."""
+
+
+_CALIBRATION = 320
+"""Height and width, at most, of the image that a network in eight bits is calibrated on. On one of
+64 pixels a last stage would see four of them, and cut much of what larger images make."""
 
 
 class Case(NamedTuple):
@@ -37,6 +43,16 @@ class Case(NamedTuple):
     def network(self) -> nn.Module:
         """The plain network in this dtype, ``channels_last``, in eval mode."""
         return build(self.spec, self.dtype, self.device)
+
+    def quantized(self, dtype: str) -> QuantizedVoVNet:
+        """The network in ``int8`` or ``fp8``, calibrated on a part of the first image."""
+        some = self.images()[:1, :, :_CALIBRATION, :_CALIBRATION].float()
+        network = build(self.spec, torch.float32, self.device)
+        with use_backend("reference"):
+            return quantize(
+                network, [some], dtype, calibrator="minmax", stem="int8", bias_correction=False,
+                report=False,
+            )  # fmt: skip
 
     def images(self) -> Tensor:
         """``channels_last``, in this dtype."""

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vovnet_fast import backends, freeze, quantize, use_backend
+from vovnet_fast import backends, freeze, use_backend
+from vovnet_fast.arithmetic import DTYPES
 from vovnet_fast.backends import eight_bits
 from vovnet_fast.tools.bench.training import image
 
@@ -143,10 +144,6 @@ EIGHT_BITS = 0.3
 """How far features in eight bits may be from eager's: of random weights and images int8 makes some
 hundredths, fp8 a tenth."""
 
-_CALIBRATION = 320
-"""Height and width, at most, of the image that a network in eight bits is calibrated on. On one of
-64 pixels a last stage would see four of them, and cut much of what larger images make."""
-
 
 def _quantized(dtype: str, *, graph: bool = False) -> Callable[[Case], Model]:
     def make(case: Case) -> Model:
@@ -155,13 +152,7 @@ def _quantized(dtype: str, *, graph: bool = False) -> Callable[[Case], Model]:
         found, reason = eight_bits.find(_BACKENDS[case.device.type], case.device, dtype, ())
         if found is None:
             raise Missing(f"{dtype}: {reason}")
-        some = case.images()[:1, :, :_CALIBRATION, :_CALIBRATION].float()
-        network = build(case.spec, torch.float32, case.device)
-        with use_backend("reference"):
-            model = quantize(
-                network, [some], dtype, calibrator="minmax", stem="int8", bias_correction=False,
-                report=False,
-            )  # fmt: skip
+        model = case.quantized(dtype)
         if not graph:
             return model
         with use_backend("triton"):
@@ -211,6 +202,10 @@ def _half(x: Tensor) -> Tensor:
     return x.half().contiguous(memory_format=torch.contiguous_format)
 
 
+def _single(x: Tensor) -> Tensor:
+    return x.float().contiguous(memory_format=torch.contiguous_format)
+
+
 def _contiguous(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.contiguous_format)
 
@@ -245,6 +240,14 @@ _LISTED = [
     Peer(
         "tensorrt", runtimes.tensorrt, "fp16, strongly typed, optimisation level 5", _half,
         slow=True, opaque=_BY_RUNTIME,
+    ),
+    *(
+        Peer(
+            f"tensorrt, {dtype}", runtimes.tensorrt_in(dtype),
+            f"{dtype} of vovnet_fast.quantize by its ONNX file (QDQ), fp16 elsewhere, "
+            "optimisation level 5", _single, slow=True, opaque=_BY_RUNTIME, apart=EIGHT_BITS,
+        )
+        for dtype in DTYPES
     ),
     Peer(
         "openvino", runtimes.openvino,

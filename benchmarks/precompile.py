@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # As a script, it 
 
 from benchmarks import sanitize
 from benchmarks.networks import HEADLINE, Shape, launches
+from vovnet_fast import arithmetic
 
 if TYPE_CHECKING:
     from vovnet_fast.kernels._common import Launch
@@ -25,10 +26,12 @@ if TYPE_CHECKING:
 
 
 def runs() -> list[Run]:
-    """Networks of the headline: inference in both half precisions, and training steps."""
+    """Networks of the headline: inference in both half precisions and in eight bits, and training
+    steps."""
     from vovnet_fast.tools.compile.needed import Run
 
-    modes = (("bf16", "inference"), ("bf16", "training"), ("fp16", "inference"))
+    modes = [("bf16", "inference"), ("bf16", "training"), ("fp16", "inference")]
+    modes += [(form, "inference") for form in arithmetic.DTYPES]
     return [Run(*network, *mode) for mode in modes for network in HEADLINE]
 
 

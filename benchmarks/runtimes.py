@@ -1,7 +1,7 @@
 """Runtimes of ONNX as peers: ONNX Runtime and OpenVINO on CPUs, ONNX Runtime and TensorRT on GPUs.
 
-On a GPU the network is in fp16, which both do best in, and images and features lie there already:
-the next call overwrites the features.
+On a GPU the network is in fp16, which both do best in, for TensorRT in int8 and fp8 as well. Images
+and features lie there already: the next call overwrites the features.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vovnet_fast import use_backend
+from vovnet_fast.quantization import export
 from vovnet_fast.tools.bench.training import image
 
 from .networks import build
@@ -25,6 +26,7 @@ from .peer import Case, Missing, Model, imported, only
 IMAGES = "images"
 FEATURES = ("stage2", "stage3", "stage4", "stage5")
 _CUDA = "CUDAExecutionProvider"
+_TENSORRT = "TensorRT is measured on NVIDIA GPUs"
 _LEVEL = 5
 """TensorRT's highest level of optimisation."""
 
@@ -130,7 +132,7 @@ def onnxruntime_cuda(case: Case) -> Model:
         )
     if _CUDA not in session.get_providers():  # It would fall back to the CPU, quietly.
         raise Missing("onnxruntime's CUDA provider does not load here")
-    binding, outputs = session.io_binding(), _outputs(case)
+    binding, outputs = session.io_binding(), _outputs(case, torch.float16)
     half: Any = importlib.import_module("numpy").float16
 
     def run(images: Tensor) -> Sequence[Tensor]:
@@ -147,23 +149,60 @@ def onnxruntime_cuda(case: Case) -> Model:
 
 def tensorrt(case: Case) -> Model:
     """TensorRT, whose engine is built here, in minutes."""
-    only(case, "cuda", "TensorRT is measured on NVIDIA GPUs")
+    only(case, "cuda", _TENSORRT)
+    imported("tensorrt")
+    with onnx_file(case, torch.float16) as path:
+        return _engine(path, _outputs(case, torch.float16))
+
+
+def tensorrt_in(dtype: str) -> Callable[[Case], Model]:
+    """TensorRT in int8 or fp8: of the network that is ours in it, by its ONNX file."""
+
+    def make(case: Case) -> Model:
+        only(case, "cuda", _TENSORRT)
+        imported("tensorrt")
+        with quantized_file(case, dtype) as path:
+            # What has no Q and DQ around it may run in fp16, as in fp32.
+            return _engine(path, _outputs(case, torch.float32), dtype.upper(), "FP16")
+
+    return make
+
+
+@contextlib.contextmanager
+def quantized_file(case: Case, dtype: str) -> Iterator[Path]:
+    """The ONNX file of :meth:`.Case.quantized`, for images of the case's size.
+
+    It is not compared with anything: the feature of the engine is.
+    """
+    imported("onnx")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "network.onnx"
+        export.onnx(case.quantized(dtype), path, case.shape, check=False)
+        yield path
+
+
+def _engine(path: Path, outputs: Sequence[Tensor], *precisions: str) -> Model:
+    """What TensorRT makes of a file, by default in the dtypes that it says (strongly typed); with
+    ``precisions``, names of its flags, in the fastest of these, where it has such flags."""
     trt = imported("tensorrt")
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
+    flags = [getattr(trt.BuilderFlag, name, None) for name in precisions]
+    weakly = bool(flags) and None not in flags
     typed = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-    network = builder.create_network(typed)
+    network = builder.create_network(0 if weakly else typed)
     parser = trt.OnnxParser(network, logger)
-    with onnx_file(case, torch.float16) as path:
-        if not parser.parse(path.read_bytes()):
-            raise Missing(f"TensorRT cannot take the network: {parser.get_error(0)}")
+    if not parser.parse(path.read_bytes()):
+        raise Missing(f"TensorRT cannot take the network: {parser.get_error(0)}")
     config = builder.create_builder_config()
     config.builder_optimization_level = _LEVEL
+    for flag in flags if weakly else ():
+        config.set_flag(flag)
     built = builder.build_serialized_network(network, config)
     if built is None:
         raise Missing("TensorRT builds no engine of the network here")
     engine = trt.Runtime(logger).deserialize_cuda_engine(built)
-    context, outputs = engine.create_execution_context(), _outputs(case)
+    context = engine.create_execution_context()
 
     def run(images: Tensor) -> Sequence[Tensor]:
         context.set_tensor_address(IMAGES, images.data_ptr())
@@ -175,8 +214,10 @@ def tensorrt(case: Case) -> Model:
     return run
 
 
-def _outputs(case: Case) -> list[Tensor]:
-    """Contiguous tensors in fp16, of the features' sizes."""
+def _outputs(case: Case, dtype: torch.dtype) -> list[Tensor]:
+    """Contiguous tensors of the features' sizes."""
     with use_backend("reference"):
         features = build(case.spec, torch.float16, case.device)(case.images().half())
-    return [torch.empty_like(f, memory_format=torch.contiguous_format) for f in features]
+    return [
+        torch.empty_like(f, dtype=dtype, memory_format=torch.contiguous_format) for f in features
+    ]

@@ -12,11 +12,19 @@ from dataclasses import dataclass, field
 _LABEL = re.compile(r"^\s*\.(L_\w+):")
 _INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]+\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);")
 _TARGET = re.compile(r"`\(\.(L_\w+)\)")
-_HGMMA = re.compile(r"HGMMA\.(\d+)x(\d+)x(\d+)\.")
-_HMMA = {"16816": 16 * 8 * 16, "1688": 16 * 8 * 8, "1684": 16 * 8 * 4}
+PRODUCTS = ("HGMMA", "IGMMA", "QGMMA", "HMMA", "IMMA", "QMMA")
+"""What multiplies matrices: halves, int8 and fp8, of a warpgroup and of a warp."""
+
+_OF_WARPGROUP = re.compile(r"[HIQ]GMMA\.(\d+)x(\d+)x(\d+)\.")
+_OF_WARP = {
+    "16832": 16 * 8 * 32,
+    "16816": 16 * 8 * 16,
+    "1688": 16 * 8 * 8,
+    "1684": 16 * 8 * 4,
+}
 """Multiply-adds of a warp by the shape in the name, whose digits nothing separates."""
 
-_WARPGROUP = 4  # Warps that issue an HGMMA together.
+_WARPGROUP = 4  # Warps that issue its instruction together.
 _JUMPS = {"BRA", "JMP"}
 _ENDS = {"EXIT", "RET"}
 _COPIES = {"UTMALDG", "LDGSTS"}
@@ -46,17 +54,17 @@ class Instruction:
         """Of a tensor core instruction a warp's share; 0 of any other.
 
         Raises:
-            ValueError: an HGMMA or HMMA of unknown shape.
+            ValueError: it is one of unknown shape.
         """
-        if self.operation not in ("HGMMA", "HMMA"):
+        if self.operation not in PRODUCTS:
             return 0
-        match = _HGMMA.match(self.name)
+        match = _OF_WARPGROUP.match(self.name)
         if match is not None:
             rows, columns, depth = map(int, match.groups())
             return rows * columns * depth // _WARPGROUP
         for part in self.name.split("."):
-            if part in _HMMA:
-                return _HMMA[part]
+            if part in _OF_WARP:
+                return _OF_WARP[part]
         raise ValueError(f"{self.name} multiplies matrices of unknown shape: add it to {__name__}")
 
 

@@ -66,10 +66,15 @@ void multiply_tiles(const Block& block, Sum* sums) {
   if (kTwoRows && kTwoColumns) _tile_stored(3, sums + 16 * kRow + 16, kRowBytes);
 }
 
+// Not the intrinsic, which tells the compiler of eight bytes. Who emulates tiles has another.
+#ifndef VF_LOAD_TILE_CONFIG
+#define VF_LOAD_TILE_CONFIG(config) asm volatile("ldtilecfg %0" ::"m"(config))
+#endif
+
 // The registers are a thread's while it works.
 class TileSession {
  public:
-  TileSession() { asm volatile("ldtilecfg %0" ::"m"(kTileConfig)); }
+  TileSession() { VF_LOAD_TILE_CONFIG(kTileConfig); }
   ~TileSession() { _tile_release(); }
 };
 

@@ -14,11 +14,12 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import op_rows, ops, parts, peers, test_conv, test_ops
+from benchmarks import op_rows, ops, parts, peers, runtimes, test_conv, test_ops
 from benchmarks.ceilings import COPY, Ceilings, multiplies_bf16
 from benchmarks.networks import build, build_training, counted, fold_ahead, layers
 from benchmarks.timing import FEWEST, ROUNDS, burst, measure, warm_ms
-from vovnet_fast import backends, specs, tuning, use_backend
+from vovnet_fast import _optional, backends, specs, tuning, use_backend
+from vovnet_fast.arithmetic import DTYPES, fp8
 from vovnet_fast.backends import _extension, reference
 from vovnet_fast.backends.cpu import convolution
 from vovnet_fast.compat import zip
@@ -313,11 +314,49 @@ def test_peers_compute_what_eager_does(name):
         ("eager-AMP", "nothing to cast to"),
         ("onnxruntime-CUDA", "measured on NVIDIA GPUs"),
         ("tensorrt", "measured on NVIDIA GPUs"),
+        ("tensorrt-int8", "measured on NVIDIA GPUs"),
+        ("tensorrt-fp8", "measured on NVIDIA GPUs"),
     ],
 )
 def test_missing_peers_say_why(name, why):
     with pytest.raises(peers.Missing, match=why):
         peers.PEERS[name].ready(TINY)
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-int8", "tensorrt-fp8"])
+def test_a_gpu_without_tensorrt_says_so(name):
+    """Before anything is built for it."""
+    reason = _optional.why_not("tensorrt")
+    if reason is None:
+        pytest.skip("TensorRT is here")
+    with pytest.raises(peers.Missing, match="tensorrt is not installed"):
+        peers.PEERS[name].ready(TINY._replace(device=torch.device("cuda", 0)))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_tensorrt_is_given_in_eight_bits(dtype):
+    """The network that ours runs, with every convolution but the gates' between Q and DQ."""
+    onnx = pytest.importorskip("onnx")
+    if dtype == "fp8" and fp8.why_not() is not None:
+        pytest.skip(fp8.why_not())
+    with runtimes.quantized_file(TINY, dtype) as path:
+        proto = onnx.load(path)
+        onnx.checker.check_model(proto, full_check=True)
+    byte = {"int8": onnx.TensorProto.INT8, "fp8": onnx.TensorProto.FLOAT8E4M3FN}[dtype]
+    assert proto.opset_import[0].version == {"int8": 17, "fp8": 19}[dtype]
+    assert [d.dim_value for d in proto.graph.input[0].type.tensor_type.shape.dim] == [
+        TINY.shape[0], 3, *TINY.shape[1:],
+    ]  # fmt: skip
+    assert [value.name for value in proto.graph.output] == list(runtimes.FEATURES)
+    kinds = {each.name: each.data_type for each in proto.graph.initializer}
+    made = {node.output[0]: node for node in proto.graph.node}
+    for node in proto.graph.node:
+        if node.op_type == "QuantizeLinear":
+            assert kinds[node.input[2]] == byte
+        if node.op_type == "Conv" and "_ese" not in node.name:
+            read = [made[name] for name in node.input[:2]]
+            assert [each.op_type for each in read] == ["DequantizeLinear"] * 2
+            assert kinds[read[1].input[0]] == byte
 
 
 def test_half_precision_is_not_for_onnxruntime():

@@ -271,6 +271,42 @@ def test_the_loop_and_not_its_rest():
     assert sass.multiply_adds(loop) == 2 * 16 * 8 * 16
 
 
+@pytest.mark.parametrize(
+    ("name", "multiply_adds"),
+    [
+        ("IGMMA.64x128x32.S8.S8", 64 * 128 * 32 // 4),
+        ("QGMMA.64x64x32.F32.E4M3.E4M3", 64 * 64 * 32 // 4),
+        ("IMMA.16832.S8.S8.SAT", 16 * 8 * 32),
+        ("IMMA.16816.S8.S8", 16 * 8 * 16),
+        ("QMMA.16832.F32.E4M3.E4M3", 16 * 8 * 32),
+        ("HFMA2.MMA", 0),
+    ],
+)
+def test_products_of_eight_bits(name, multiply_adds):
+    text = f"L_x_0:\n{name} R4, R8, R12, R4\n@P0 BRA `(.L_x_0)\nEXIT"
+    assert sass.multiply_adds(sass.hot_loop(disassembly(text))) == multiply_adds
+
+
+def test_hot_kernels_multiply_bytes_as_such():
+    """And not in another format after a conversion."""
+    found = json.loads((ROOT / "docs" / "counts.json").read_text())["counts"]
+    for arch, form, product in (
+        ("sm_80", "int8", "IMMA"),
+        ("sm_89", "fp8", "QMMA"),
+        ("sm_90", "int8", "IGMMA"),
+        ("sm_90", "fp8", "QGMMA"),
+    ):
+        rows = {
+            row: numbers
+            for row, numbers in found[f"kernels for {arch}"].items()
+            if row.startswith("conv") and f" {form}," in row
+        }
+        assert len(rows) > 1
+        for row, numbers in rows.items():
+            assert [name for name in sass.PRODUCTS if name in numbers] == [product], row
+            assert numbers["spilled bytes"] == 0, row
+
+
 def test_without_a_loop():
     for body in (
         "HMMA.16816.F32 R4, R8, R12, R4\nEXIT",

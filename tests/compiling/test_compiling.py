@@ -1,5 +1,6 @@
 """What is compiled ahead is what Triton will look for, and where it looks."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -12,17 +13,22 @@ import torch
 pytest.importorskip("triton", minversion="3.6", reason="the Triton backend is optional")
 
 import vovnet_fast
+from benchmarks import precompile, sanitize
+from tests.quantization import cases
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, first_use, tuning
+from vovnet_fast.backends import BackendError
 from vovnet_fast.compiling import cache, side_by_side, workers
 from vovnet_fast.compiling.jobs import Job
 from vovnet_fast.first_use import rehearsal
 from vovnet_fast.first_use.rehearsal import Setting
 from vovnet_fast.kernels._common import Target, interpreted, processors
 from vovnet_fast.kernels._variants import variant
+from vovnet_fast.quantization import rehearsing
 from vovnet_fast.tools import cli
 from vovnet_fast.tools.compile import command, needed
 from vovnet_fast.tools.compile.needed import MODES, Run, plan
+from vovnet_fast.tools.plan import launches as work
 
 STATIC = Setting(planning=tuning.Planning(measured=False))
 ROOT = Path(vovnet_fast.__file__).parent.parent
@@ -184,6 +190,110 @@ def test_a_frozen_network_needs_what_inference_does():
     assert variants(found.launches) == variants(expected.launches)
 
 
+def launched(quantized, images):
+    """What a network in eight bits asks Triton to launch, on real memory, planned as it is run."""
+    ops = importlib.import_module(f"vovnet_fast.backends.triton.{quantized.dtype}")
+    setting = Setting(Target(processors=processors(images.device)))
+    with rehearsal.planning(setting) as planned, torch.no_grad():
+        quantized._run_fast(ops, images.permute(0, 2, 3, 1))
+    return variants(planned().launches)
+
+
+@compiles
+@pytest.mark.parametrize("name", ["detectron2", "depthwise", "timm", "seed"])
+@pytest.mark.parametrize("form", cases.DTYPES)
+def test_a_network_in_eight_bits_needs_what_its_architecture_does(form, name):
+    """With either stem: which one it will have is found out in calibration."""
+    images = torch.zeros(2, 3, 64, 96)
+    found = [
+        launched(cases.quantized(name, form, stem=stem, report=False), images)
+        for stem in ("int8", "wide")
+    ]
+    setting = Setting(Target(processors=processors(images.device)))
+    run = Run(TINY[name], (2, 64, 96), form)
+    expected = plan(run, setting)
+    assert found[0] != found[1]
+    assert found[0] | found[1] == variants(expected.launches)
+    with_check = needed.by_run([run], [setting])[run]
+    assert {"quantize_image", "conv", "max_pool"} <= expected.functions
+    assert len(with_check) > len(variants(expected.launches))
+
+
+@compiles
+def test_what_a_network_in_eight_bits_asks_for_at_first_use(monkeypatch):
+    quantized = cases.quantized("detectron2", "int8", stem="int8", report=False)
+    images, asked = torch.zeros(2, 3, 64, 96), []
+    monkeypatch.setattr(first_use, "once", lambda *given: asked.append(given))
+    rehearsing.at_first_use(quantized.architecture, images)
+    rehearsing.at_first_use(quantized.architecture, torch.nn.Parameter(images))
+    [(key, device, dtype, planned)] = asked
+    assert key == first_use.key_of_quantized(quantized.architecture, images)
+    assert (device, dtype) == (images.device, torch.uint8)
+    setting = Setting(Target(processors=processors(images.device)))
+    assert variants(planned(setting).launches) == launched(quantized, images)
+
+
+@compiles
+def test_255_levels_take_kernels_of_their_own():
+    quantized = cases.quantized("detectron2", "int8", stem="int8", levels=255, report=False)
+    found = launched(quantized, torch.zeros(1, 3, 64, 96))
+    setting = Setting(Target(processors=processors(torch.device("cpu"))))
+    runs = {
+        levels: variants(
+            plan(Run(TINY["detectron2"], (1, 64, 96), "int8", levels=levels), setting)[0]
+        )
+        for levels in (127, 255)
+    }
+    assert found < runs[255]
+    assert not found <= runs[127]
+
+
+@compiles
+def test_a_note_of_a_network_in_eight_bits_is_found_by_it(monkeypatch, tmp_path):
+    """The command writes it, the network asks for it."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    needed.note(Run(TINY["detectron2"], (2, 64, 96), "int8"), [], STATIC)
+    held = {}
+    for words in (dict(stem="int8"), dict(stem="wide"), dict(stem="int8", levels=255)):
+        quantized = cases.quantized("detectron2", "int8", report=False, **words)
+        key = first_use.key_of_quantized(quantized.architecture, torch.empty(2, 3, 64, 96))
+        held[tuple(words.values())] = first_use.Note(key, STATIC).holds()
+    assert held == {("int8",): True, ("wide",): True, ("int8", 255): False}
+
+
+@compiles
+def test_what_eight_bits_do_not_have():
+    old = Setting(Target((8, 0), 108), STATIC.planning)
+    network = Run(TINY["detectron2"], (1, 64, 96), "fp8")
+    with pytest.raises(BackendError, match="sm_80 has no products of fp8: sm_89 and newer have"):
+        plan(network, old)
+    assert plan(network._replace(dtype="int8"), old).launches
+    with pytest.raises(ValueError, match="there is no training step in int8, but one in bf16"):
+        plan(network._replace(dtype="int8", mode="training"), STATIC)
+    with pytest.raises(ValueError, match="levels must be one of 127, 255, got 63"):
+        plan(network._replace(dtype="int8", levels=63), STATIC)
+
+
+@compiles
+@pytest.mark.parametrize("few", [True, False])
+def test_compute_sanitizer_sees_every_kernel_of_eight_bits(few):
+    found = sanitize.launches(few=few)
+    names = {launch.kernel.fn.__name__ for launch in found}
+    assert {name for name in work._KERNELS if "eight_bits" in name} <= names
+    for name in ("conv_eight_bits_pointer_kernel", "conv_eight_bits_tma_kernel"):
+        own = [launch.constants for launch in found if launch.kernel.fn.__name__ == name]
+        for key in ("OUT", "FEATURE", "POOL", "INT8", "FP8"):
+            assert {constants[key] for constants in own} == {False, True}, key
+    assert any(launch.constants.get("OFFSET") for launch in found), "255 levels"
+    assert any(launch.constants.get("HALVES") for launch in found), "a wide stem"
+
+
+@compiles
+def test_the_carried_kernels_are_those_of_eight_bits_too():
+    found = {(run.dtype, run.mode) for run in precompile.runs()}
+    assert {("int8", "inference"), ("fp8", "inference"), ("bf16", "training")} <= found
+
+
 @compiles
 def test_plans_are_made_for_the_gpu_that_is_asked_for():
     network = Run(TINY["detectron2"], (1, 64, 64))
@@ -227,6 +337,16 @@ def test_the_command_lists_what_is_needed(monkeypatch, capsys):
     assert cli.main([*words, "--train"]) == 0
     more = capsys.readouterr().out.splitlines()
     assert len(more) > len(lines) + 20
+    assert cli.main([*words, "--dtype", "int8", "fp8", "--levels", "255"]) == 0
+    *lines, _ = capsys.readouterr().out.splitlines()
+    for begin in (
+        "conv_eight_bits_tma_kernel fp32/fp8e4nv warps=",
+        "conv_eight_bits_pointer_kernel",
+    ):
+        assert any(line.startswith(begin) for line in lines)
+    assert any("OFFSET=True" in line for line in lines), "of 255 levels"
+    assert cli.main([*words, "--dtype", "int8", "--train"]) == 1
+    assert "no training step in int8" in " ".join(capsys.readouterr().err.split())
 
 
 @compiles
@@ -237,6 +357,16 @@ def test_inference_of_v99_needs_few_kernels():
     assert 20 < len(found[network]) <= 45
     said = " ".join((ROOT / "README.md").read_text().split())
     assert f"For V-99 in inference there are {len(found[network])}, tuning and self-check" in said
+
+
+@compiles
+@pytest.mark.skipif("fp8" not in cases.DTYPES, reason="this torch has no fp8")
+def test_how_many_kernels_eight_bits_need_is_said():
+    runs = [Run("V-99-eSE", (6, 640, 1600), form) for form in ("int8", "fp8")]
+    found = needed.by_run(runs, needed.settings("sm_90", tuning.Planning()))
+    said = " ".join((ROOT / "docs" / "quantization.md").read_text().split())
+    whole, floating = (len(jobs) for jobs in found.values())
+    assert f"{whole} kernels in int8 and {floating} in fp8" in said
 
 
 @compiles
@@ -307,16 +437,16 @@ def test_what_goes_wrong_at_first_use_is_said_once_and_stops_nothing(monkeypatch
     monkeypatch.setattr(first_use, "_met", set())
     side_by_side.say_once.cache_clear()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    first_use._once(("one",), device, torch.float16, fail)
+    first_use.once(("one",), device, torch.float16, fail)
     assert not asked, "not while a graph is captured, but afterwards"
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     for key in (("one",), ("one",), ("another",)):
-        first_use._once(key, device, torch.float16, fail)
+        first_use.once(key, device, torch.float16, fail)
     assert asked == [STATIC, STATIC], "a network is asked for once"
     [record] = caplog.records
     assert "one by one: OSError: the cache is full" in record.getMessage()
     monkeypatch.setenv(workers.ENVIRONMENT, "0")
-    first_use._once(("a third",), device, torch.float16, fail)
+    first_use.once(("a third",), device, torch.float16, fail)
     assert len(asked) == 2
 
 
@@ -343,5 +473,6 @@ def test_only_what_triton_will_run_is_compiled_at_first_use():
     device = torch.device("cuda", 0)
     with vovnet_fast.use_backend("reference"):
         assert not first_use._will_run_triton(device, torch.float16)
+        assert not first_use._will_run_triton(device, torch.uint8)
     if not torch.cuda.is_available():
         assert not first_use._will_run_triton(device, torch.float16)

@@ -14,9 +14,14 @@ import torch
 import torch.nn.functional as F
 
 from vovnet_fast import _optional, tuning
+from vovnet_fast.arithmetic import fp8
+from vovnet_fast.arithmetic.layers import QuantizedConv
 from vovnet_fast.backends import cudnn_graph
 from vovnet_fast.backends import triton as backend
+from vovnet_fast.backends.triton import eight_bits as in_eight_bits
 from vovnet_fast.compat import zip
+from vovnet_fast.selfcheck import eight_bits
+from vovnet_fast.selfcheck.calls import Layer as Layer3
 
 CPU = torch.device("cpu")
 GEOMETRIES = [(3, 1), (3, 2), (1, 1), (1, 2)]
@@ -179,7 +184,7 @@ class Graph:
         return self.operations[-1][2]
 
     def __getattr__(self, name):
-        if name not in ("conv_fprop", "scale", "bias", "relu"):
+        if name not in ("conv_fprop", "scale", "bias", "relu", "add", "mul", "sub"):
             raise AttributeError(name)
         return lambda **arguments: self._operation(name, **arguments)
 
@@ -219,7 +224,9 @@ class Frontend:
     class cudnnGraphNotSupportedError(Exception):
         pass
 
-    data_type = types.SimpleNamespace(HALF="half", BFLOAT16="bf16", FLOAT="float")
+    data_type = types.SimpleNamespace(
+        HALF="half", BFLOAT16="bf16", FLOAT="float", INT8="int8", INT32="int32", FP8_E4M3="e4m3"
+    )
     heur_mode = types.SimpleNamespace(A="A", FALLBACK="fallback")
     numerical_note = types.SimpleNamespace(
         NONDETERMINISTIC="nondeterministic", REDUCED_PRECISION_REDUCTION="reduced"
@@ -493,6 +500,221 @@ def test_the_real_frontend_accepts_the_description(layer, output):
 
 
 # --------------------------------------------------------------------------------------
+# Eight bits
+# --------------------------------------------------------------------------------------
+
+LARGEST = {"int8": 127, "fp8": fp8.LARGEST}
+forms = pytest.mark.parametrize("form", eight_bits.FORMS.values())
+
+
+@dataclasses.dataclass
+class Bytes:
+    """A convolution in eight bits, from a slot into a slot."""
+
+    t: eight_bits.Numbers
+    x: torch.Tensor
+    layer: QuantizedConv
+    out: torch.Tensor
+
+    def options(self, **others):
+        return dict(levels=self.t.levels, feature=None, pool=False) | others
+
+    def engines(self, **others):
+        return in_eight_bits.libraries(self.x, self.layer, self.out, **self.options(**others))
+
+    def expected(self):
+        out = torch.empty_like(self.out)
+        self.t.ops.conv(self.x, self.layer, out, levels=self.t.levels)
+        return out
+
+
+def in_bytes(form, device, *, c_in=64, c_out=80, kernel=3, stride=1, size=(2, 9, 11), levels=None):
+    """Sums on either side of what saturates, and, of the first channels, halves: ties."""
+    t = eight_bits.Numbers(form, device, levels or LARGEST[form])
+    shape = Layer3(kernel, c_in, c_out, size, stride)
+    x = t.activations(*size, c_in)
+    weight, multiplier = t.weight(c_out, kernel, kernel, c_in), t.factors(c_out, kernel**2 * c_in)
+    weight[:8] = 0
+    weight[:8, kernel // 2, kernel // 2, 0] = 1
+    bias, multiplier[:8] = t.bias(c_out), 0.5
+    bias[:8] = 0
+    layer = QuantizedConv(
+        weight, bias, multiplier, t.floats(c_out), stride, None, t.floats(c_in), None, 1.0
+    )
+    return Bytes(t, x, layer, t.slot(*shape.output, c_out))
+
+
+def evaluated(graph, case):
+    """What the operations of a graph compute in the dtypes that it declares. What becomes a byte
+    is cut off, and not rounded."""
+    layer = case.layer
+    values = {
+        graph.inputs["x"]: case.x, graph.inputs["weight"]: layer.weight,
+        graph.inputs["scale"]: layer.multiplier, graph.inputs["shift"]: layer.bias.float(),
+    }  # fmt: skip
+    if "nearest" in graph.inputs:
+        values[graph.inputs["nearest"]] = torch.tensor(cudnn_graph.NEAREST)
+
+    def single(argument):
+        return values[argument].to(torch.float32)
+
+    for kind, given, result in graph.operations:
+        if kind == "conv_fprop":
+            x, weight = (values[given[n]].double().permute(0, 3, 1, 2) for n in ("image", "weight"))
+            exact = F.conv2d(x, weight, stride=given["stride"], padding=given["padding"])
+            dtype = {"int32": torch.int32}.get(given.get("compute_data_type"), torch.float32)
+            assert result.said.get("data_type", "float") in ("int32", "float")
+            found = exact.permute(0, 2, 3, 1).to(dtype)
+        elif kind == "relu":
+            found = single(given["input"]).clamp(given["lower_clip"], given["upper_clip"])
+        else:
+            operation = getattr(torch, kind)
+            found = operation(single(given["a"]), single(given["b"]))
+        values[result] = found
+    return found.to(case.out.dtype)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 1)])
+@forms
+def test_the_graph_in_eight_bits_computes_what_the_arithmetic_says(form, kernel, stride, frontend):
+    case = in_bytes(form, CPU, kernel=kernel, stride=stride)
+    assert case.engines() == ["cudnn-graph eng0", "cudnn-graph eng1", "cudnn-graph eng2"]
+    [graph] = frontend.graphs
+    kind = {"int8": "int8", "fp8": "e4m3"}[form]
+    assert (graph.options["io_data_type"], graph.options["compute_data_type"]) == (kind, "float")
+    assert graph.notes == ["nondeterministic", "reduced"]
+    found, expected = evaluated(graph, case), case.expected()
+    assert eight_bits.distance(found, expected, form) <= (form == "fp8")
+    assert len(expected.float().unique()) > 20
+    if form == "int8":
+        halves = case.x[..., 0][..., None] % 2 == 1
+        assert halves.any(), "there are ties"
+    said = graph.operations[-1][2].said
+    _, height, width, channels = case.out.shape
+    step = case.out.stride(2)
+    assert said == dict(
+        name="out", output=True, data_type=kind, dim=[2, channels, height, width],
+        stride=[height * width * step, 1, width * step, step],
+    )  # fmt: skip
+
+
+@forms
+def test_a_launch_in_eight_bits(form, frontend):
+    case = in_bytes(form, CPU)
+    name = case.engines()[1]
+    in_eight_bits.run_engine(name, case.x, case.layer, case.out, **case.options())
+    [graph] = frontend.graphs
+    pointers, _, index, _ = graph.executed[0]
+    assert index == 1
+    named = {n: pointers[heard] for n, heard in graph.inputs.items()}
+    assert named["x"] == case.x.data_ptr()
+    assert named["weight"] == case.layer.weight.data_ptr()
+    assert named["scale"] == case.layer.multiplier.data_ptr()
+    assert pointers[graph.operations[-1][2]] == case.out.data_ptr()
+    assert len(pointers) == len(graph.inputs) + 1 == {"int8": 6, "fp8": 5}[form]
+    if form == "int8":
+        plans = cudnn_graph.plans.plans_for(
+            cudnn_graph.describe(
+                *in_eight_bits._of_graph(case.x, case.layer, case.out),
+                stride=1, relu=True, tf32=False, levels=127,
+            )
+        )  # fmt: skip
+        assert named["nearest"] == plans._nearest.data_ptr()
+        assert plans._nearest.tolist() == [1.5 * 2**23]
+    else:
+        assert named["shift"] == case.layer.bias.data_ptr()
+
+
+def test_what_is_not_put_to_cudnn_in_eight_bits(frontend):
+    feature = torch.empty(0)
+    case = in_bytes("int8", CPU)
+    assert not case.engines(feature=feature)
+    assert not case.engines(pool=True)
+    assert not in_bytes("int8", CPU, levels=255).engines()
+    assert not in_bytes("int8", CPU, c_in=24).engines()
+    assert not in_bytes("int8", CPU, c_out=56).engines()
+    wide = case.layer._replace(weight=case.layer.weight.to(torch.int16))
+    assert not dataclasses.replace(case, layer=wide).engines()
+    with torch.inference_mode():
+        frozen = case.layer._replace(weight=case.layer.weight.clone())
+        assert not dataclasses.replace(case, layer=frozen).engines()
+    assert not frontend.graphs
+    assert case.engines()
+    case.layer.bias[3] = -(2**24)  # The verdict is that of another bias.
+    assert not case.engines()
+
+
+@pytest.mark.parametrize("largest", [2**24, 2**24 - 1])
+def test_sums_that_fp32_does_not_hold(largest, frontend):
+    case = in_bytes("int8", CPU)
+    case.layer.weight.zero_()
+    case.layer.weight[1] = -1
+    case.layer.bias.zero_()
+    case.layer.bias[1] = 127 * case.layer.weight[1].numel() - largest
+    assert bool(case.engines()) == (largest < 2**24)
+
+
+def test_in_a_capture_nothing_new_is_found_out(frontend, monkeypatch):
+    known, new = (in_bytes("int8", CPU) for _ in range(2))
+    assert known.engines()
+    capturing = []
+    monkeypatch.setattr(in_eight_bits, "_capturing", lambda tensor: not capturing)
+    assert known.engines()
+    assert not new.engines(), "its weights are not known"
+    sums = in_eight_bits._kept(new.layer.weight, in_eight_bits._sums)
+    assert in_eight_bits._kept(new.layer.weight, in_eight_bits._sums) is not sums
+    capturing.append("no more")
+    kept = in_eight_bits._kept(new.layer.weight, in_eight_bits._sums)
+    assert in_eight_bits._kept(new.layer.weight, in_eight_bits._sums) is kept
+    assert torch.equal(kept, sums)
+
+
+@forms
+def test_the_backend_offers_and_runs_it_in_eight_bits(form, frontend, monkeypatch):
+    """And knows how long it takes, by prediction."""
+    offered = []
+
+    def choose(device, problem, candidates, static, run, **options):
+        offered.append((problem, [name for name in candidates if name.startswith("cudnn-graph")]))
+        offered[-1] += (candidates,)
+        return offered[-1][1][-1] if offered[-1][1] else static
+
+    monkeypatch.setattr(tuning, "choose", choose)
+    case = in_bytes(form, CPU)
+    untouched = case.out.clone()
+    assert in_eight_bits.conv(case.x, case.layer, case.out, levels=case.t.levels) is None
+    [graph] = frontend.graphs
+    assert [index for _, _, index, _ in graph.executed] == [2]
+    assert torch.equal(case.out.view(torch.uint8), untouched.view(torch.uint8))
+    problem, names, candidates = offered[0]
+    assert names == case.engines()
+    assert problem.endswith(" and cudnn-graph")
+    assert set(names) & set(candidates.likely) == {names[0]}
+    assert 0 < candidates[names[0]] < 1e-3
+
+
+@forms
+def test_the_real_frontend_accepts_the_description_in_eight_bits(form):
+    """Its own checks of the graph. All that comes after them asks the GPU."""
+    reason = _optional.why_not("cudnn")
+    if reason is not None:
+        pytest.skip(reason)
+    case = in_bytes(form, CPU, stride=2)
+    problem = cudnn_graph.describe(
+        *in_eight_bits._of_graph(case.x, case.layer, case.out),
+        stride=2, relu=True, tf32=False, levels=case.t.levels,
+    )  # fmt: skip
+    try:
+        graph = cudnn_graph.plans._build(cudnn_graph.installed.frontend(), problem).graph
+    except (ImportError, OSError, RuntimeError) as error:
+        pytest.skip(f"it makes no graph without cuDNN or a GPU: {error}")
+    try:
+        graph.validate()
+    except (ImportError, NotImplementedError) as error:
+        pytest.skip(f"it checks no graph without a GPU: {error}")
+
+
+# --------------------------------------------------------------------------------------
 # What it computes
 # --------------------------------------------------------------------------------------
 
@@ -652,3 +874,24 @@ def test_tensors_of_another_device(layer, output, assert_accurate):
         other.run(offered(other, out)[0], out)
         assert torch.cuda.current_device() == 0
     assert_accurate(out.to(exact.device), eager, exact)
+
+
+@on_gpu
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (3, 2), (1, 1)])
+@forms
+def test_eight_bits_from_slot_to_slot(form, kernel, stride, device):
+    """In int8 bit for bit. cuDNN may have no plan for a format on an older GPU."""
+    case = in_bytes(form, device, kernel=kernel, stride=stride, c_out=128)
+    names = case.engines()
+    if not names:
+        problem = cudnn_graph.describe(
+            *in_eight_bits._of_graph(case.x, case.layer, case.out),
+            stride=stride, relu=True, tf32=False, levels=case.t.levels,
+        )  # fmt: skip
+        pytest.skip(str(cudnn_graph.plans.plans_for(problem)))
+    expected = case.expected()
+    for name in names:
+        case.t.slots[-1].clear()
+        in_eight_bits.run_engine(name, case.x, case.layer, case.out, **case.options())
+        assert eight_bits.distance(case.out, expected, form) <= (form == "fp8"), name
+        assert case.t.slots[-1].untouched()

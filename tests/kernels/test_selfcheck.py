@@ -16,7 +16,8 @@ from vovnet_fast.first_use.rehearsal import Setting
 from vovnet_fast.kernels import _common
 from vovnet_fast.kernels._variants import variant
 from vovnet_fast.ops.features import needs
-from vovnet_fast.selfcheck import runner, sources
+from vovnet_fast.selfcheck import eight_bits, runner, sources
+from vovnet_fast.selfcheck.calls import backend_module
 from vovnet_fast.tools.compile.needed import Run, plan
 
 FUNCTIONS = sorted({case.function for case in selfcheck.CASES})
@@ -70,6 +71,30 @@ def test_launches_are_planned_for_every_case_of_the_slim_check(function):
     assert len(found) >= len(slim)
     with pytest.raises(ValueError, match="no function is called convolve"):
         selfcheck.launches(["convolve"], torch.bfloat16, "meta")
+
+
+@pytest.mark.parametrize("dtype", eight_bits.FORMS)
+def test_launches_are_planned_for_the_check_of_eight_bits(dtype, device, monkeypatch):
+    """On tensors without memory the same as those of the check itself."""
+    name, ran = f"triton.{eight_bits.FORMS[dtype]}", set()
+    if device.type == "cuda" and backend_module(name).why_not(device) is not None:
+        pytest.skip(backend_module(name).why_not(device))
+    run = _common.Launch.run
+
+    def noting(launch, device):
+        ran.add(variant(launch).key)
+        run(launch, device)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(_common.Launch, "run", noting)
+        rows = eight_bits.run(name, device, dtype)
+    assert not [row for row in rows if not row.passed]
+    target = _common.Target(_common.capability(device), _common.processors(device))
+    with _common.planning_for(target):
+        meta = selfcheck.launches({row.function for row in rows}, dtype, "meta")
+    assert {variant(launch).key for launch in meta} == ran
+    with pytest.raises(ValueError, match="no function is called convolve"):
+        selfcheck.launches(["convolve"], dtype, "meta")
 
 
 @pytest.mark.parametrize("name", ["triton", "cpu"])

@@ -19,6 +19,8 @@ from vovnet_fast.quantization.onnx_graph import QdqGraph, quantized
 MISSING = [reason for p in ("onnx", "onnxruntime") if (reason := _optional.why_not(p)) is not None]
 needs_onnx = pytest.mark.skipif(bool(MISSING), reason=f"no export: {MISSING}")
 
+needs_fp8 = pytest.mark.skipif("fp8" not in cases.DTYPES, reason="this torch has no e4m3")
+
 SIZE = (2, 64, 65)
 FREE = ("batch", "height", "width")
 
@@ -136,6 +138,36 @@ def test_onnxruntime_computes_the_integers(name, stem, levels, path):
 
 
 @needs_onnx
+@needs_fp8
+@pytest.mark.parametrize("stem", ["int8", "wide"])
+@pytest.mark.parametrize("name", TINY)
+def test_onnxruntime_computes_fp8(name, stem, path):
+    """By fp32 convolutions of what is rounded to e4m3."""
+    import onnx
+
+    made = cases.quantized(name, "fp8", stem=stem)
+    report = export.onnx(made, path, SIZE, dynamic=FREE)
+    assert (report.opset, report.steps <= 1) == (19, True)
+    proto = onnx.load(path)
+    onnx.checker.check_model(proto, full_check=True)
+    kinds = {each.name: each.data_type for each in proto.graph.initializer}
+    for node in proto.graph.node:
+        if node.op_type in ("QuantizeLinear", "DequantizeLinear"):
+            assert kinds[node.input[2]] == onnx.TensorProto.FLOAT8E4M3FN
+    weights = {n: k for n, k in kinds.items() if n.endswith(".weight") and "_ese" not in n}
+    assert {n for n, k in weights.items() if k != onnx.TensorProto.FLOAT8E4M3FN} == (
+        {"stem_1.weight"} if stem == "wide" else set()
+    )
+    x = cases.images(2, height=61, width=35, seed=11)
+    found = session(str(path), optimised=False).run(None, {"image": x.numpy()})
+    with torch.no_grad():
+        exact, wanted = cases.model(name)(x), made(x)
+    for ours, theirs, fp32 in zip(wanted, map(torch.from_numpy, found), exact, strict=True):
+        assert sqnr(theirs, ours) > 25
+        assert sqnr(theirs, fp32) > sqnr(ours, fp32) - 1
+
+
+@needs_onnx
 def test_the_bytes_between_the_layers_are_the_same(path):
     made = network("detectron2")
     export.onnx(made, path, SIZE, check=False)
@@ -250,9 +282,14 @@ WRONG = {
 }
 
 
+WRONG_IN_FP8 = ("a slot's scale", "scales of weights", "biases", "the slope of the gate")
+IN_BOTH = [("int8", kind) for kind in WRONG]
+IN_BOTH += [pytest.param("fp8", kind, marks=needs_fp8) for kind in WRONG_IN_FP8]
+
+
 @needs_onnx
-@pytest.mark.parametrize("kind", WRONG)
-def test_a_file_that_computes_something_else_is_not_left_behind(kind, path, monkeypatch):
+@pytest.mark.parametrize(("form", "kind"), IN_BOTH)
+def test_a_file_that_computes_something_else_is_not_left_behind(form, kind, path, monkeypatch):
     to_proto = export.to_proto
 
     def wrong(*args):
@@ -264,8 +301,9 @@ def test_a_file_that_computes_something_else_is_not_left_behind(kind, path, monk
         monkeypatch.setattr(module, "to_proto", wrong)
     monkeypatch.setattr("onnx.checker.check_model", lambda proto: None)
     path.write_text("old")
+    made = network() if form == "int8" else cases.quantized("detectron2", form, stem="int8")
     with pytest.raises(ExportError, match=r"is not in onnxruntime|onnxruntime .*cannot"):
-        export.onnx(network(), path, (1, 64, 64))
+        export.onnx(made, path, (1, 64, 64))
     assert path.read_text() == "old"
     assert os.listdir(path.parent) == [path.name]
 
@@ -297,10 +335,12 @@ def test_bad_arguments(kind, path):
 
 
 @needs_onnx
-@pytest.mark.skipif("fp8" not in cases.DTYPES, reason="this torch has no e4m3")
-def test_fp8_has_no_file(path):
-    with pytest.raises(ValueError, match="in fp8 has no ONNX file yet: quantise it in int8"):
-        export.onnx(cases.quantized("detectron2", "fp8"), path, SIZE)
+@needs_fp8
+def test_an_opset_that_has_no_fp8(path):
+    made = cases.quantized("detectron2", "fp8")
+    with pytest.raises(ValueError, match="opset must be 19 or newer for a network in fp8, which"):
+        export.onnx(made, path, SIZE, opset=18)
+    assert not path.exists()
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxruntime"])

@@ -126,8 +126,12 @@ def test_a_quantised_network(path, tmp_path, capsys):
     assert path.read_bytes() == before
     if "fp8" in cases.DTYPES:
         cases.quantized("detectron2", "fp8").save(file)
-        assert run(file, path, "--size 2x64x65 --force") == 1
-        assert "a network in fp8 has no ONNX file yet" in capsys.readouterr().err
+        assert run(file, path, "--size 2x64x65 --force") == 0
+        out = " ".join(capsys.readouterr().out.split())
+        for words in ("fp8, fp32 outside", "19", "onnxruntime against numbers of e4m3"):
+            assert words in out
+        assert run(file, path, "--size 2x64x65 --force --opset 17") == 1
+        assert "opset must be 19 or newer" in capsys.readouterr().err
 
 
 BAD = {

@@ -15,8 +15,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from vovnet_fast import VoVNet, _optional, backends, specs
+from vovnet_fast.arithmetic import DTYPES
+from vovnet_fast.quantization import formats
 from vovnet_fast.tools import cli, plan
-from vovnet_fast.tools.plan import Plan, Rates, Row, Tally, plan_forward
+from vovnet_fast.tools.plan import Plan, Rates, Row, Tally, plan_forward, quantized_work
 
 _MISSING = _optional.why_not("triton")
 needs_triton = pytest.mark.skipif(_MISSING is not None, reason=str(_MISSING))
@@ -333,6 +335,26 @@ def test_malformed_shapes(capsys, shape):
 )
 def test_errors_are_one_line(capsys, words, message):
     assert_error(capsys, words.split(), message)
+
+
+@needs_triton
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("name", ["V-39-eSE", "V-19-slim-dw-eSE"])
+def test_eight_bits_multiply_as_often_and_move_half(name, dtype):
+    """Features are in fp32 in all formats but the halves, and one launch more rounds images."""
+    shape = (1, 320, 320)
+    found = quantized_work(name, shape, formats.require(dtype, None))
+    fused = plan_forward(name, shape).fused
+    assert sum(work.flop for work in found) == fused.total.flop
+    assert len(found) == fused.total.launches + 1
+
+    def moved(works):
+        return sum(w.bytes_read + w.bytes_written for w in works if w.kind.startswith("conv"))
+
+    halves = sum(row.bytes_moved for row in fused.rows if row.kind.startswith("conv"))
+    assert 0.5 < moved(found) / halves < 0.6, "vectors of channels have four bytes a number"
+    with pytest.raises(ValueError, match="too small"):
+        quantized_work(name, (1, 20, 20), formats.require(dtype, None))
 
 
 @needs_triton

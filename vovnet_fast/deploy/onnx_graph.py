@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
+from ..arithmetic import fp8
 from ..compat import zip
 from ..network.model import STAGE_NAMES
 from ..ops import BlockParams, ConvParams, NetworkParams
@@ -244,7 +245,7 @@ def to_proto(graph: Nodes, size: tuple[int, int, int], dynamic: frozenset[str], 
         opset: of ONNX's own domain.
     """
     import onnx
-    from onnx import helper, numpy_helper
+    from onnx import helper
 
     kinds = {torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto.FLOAT16}
     io = kinds[graph.io_dtype]
@@ -264,10 +265,7 @@ def to_proto(graph: Nodes, size: tuple[int, int, int], dynamic: frozenset[str], 
                 helper.make_tensor_value_info(name, io, dims)
                 for name, dims in zip(graph.out_features, features, strict=True)
             ],
-            [
-                numpy_helper.from_array(weight.contiguous().numpy(), name)
-                for name, weight in graph.weights.items()
-            ],
+            [_initializer(name, weight) for name, weight in graph.weights.items()],
         ),
         producer_name="vovnet_fast",
         producer_version=__version__,
@@ -276,6 +274,18 @@ def to_proto(graph: Nodes, size: tuple[int, int, int], dynamic: frozenset[str], 
     )
     helper.set_model_props(model, {"spec": graph.spec.encode()})
     return model
+
+
+def _initializer(name: str, weight: Tensor) -> Any:
+    """A tensor; NumPy has no numbers of e4m3."""
+    import onnx
+    from onnx import helper, numpy_helper
+
+    weight = weight.contiguous()
+    if weight.dtype != fp8.ACTIVATION:
+        return numpy_helper.from_array(weight.numpy(), name)
+    data, kind = weight.view(torch.uint8).numpy().tobytes(), onnx.TensorProto.FLOAT8E4M3FN
+    return helper.make_tensor(name, kind, list(weight.shape), data, raw=True)
 
 
 def _dimensions(

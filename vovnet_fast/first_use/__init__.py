@@ -8,6 +8,7 @@ once, and Triton compiles each kernel when it meets it.
 from __future__ import annotations
 
 import concurrent.futures
+import functools
 import hashlib
 import json
 import threading
@@ -20,8 +21,10 @@ from torch import Tensor
 
 from .. import backends, tuning
 from .._files import read_text, replacing
+from ..backends import eight_bits
 from ..compiling import side_by_side
 from ..compiling.side_by_side import say_once
+from ..specs import VoVNetSpec
 
 if TYPE_CHECKING:
     from ..kernels._common import Launch
@@ -48,7 +51,7 @@ def of_model(model: Any, x: Tensor, dtype: torch.dtype) -> None:
         images = rehearsal.on_meta(x).to(dtype).requires_grad_(x.requires_grad)
         return rehearsal.of_model(rehearsal.twin(model), images, setting)
 
-    _once(key_of_model(model, x, dtype), x.device, dtype, plan)
+    once(key_of_model(model, x, dtype), x.device, dtype, plan)
 
 
 def key_of_model(model: Any, x: Tensor, dtype: torch.dtype) -> tuple[Hashable, ...]:
@@ -72,7 +75,7 @@ def of_frozen(model: Any, x: Tensor) -> None:
         images = rehearsal.on_meta(x).to(model.dtype)
         return rehearsal.of_params(params, images, model.out_features, setting)
 
-    _once(key_of_frozen(model, x, model.dtype), x.device, model.dtype, plan)
+    once(key_of_frozen(model, x, model.dtype), x.device, model.dtype, plan)
 
 
 def key_of_frozen(model: Any, x: Tensor, dtype: torch.dtype) -> tuple[Hashable, ...]:
@@ -80,17 +83,34 @@ def key_of_frozen(model: Any, x: Tensor, dtype: torch.dtype) -> tuple[Hashable, 
     return ("frozen", model._encoded_spec, model.out_features, dtype, _octave(x))
 
 
+def key_of_quantized(architecture: Any, x: Tensor) -> tuple[Hashable, ...]:
+    """The same of a :class:`vovnet_fast.quantization.layout.Architecture`."""
+    spec, form, *others = architecture
+    return ("quantized", _encoded(spec), *form, *others, _octave(x))
+
+
+@functools.cache  # Asked for at every call.
+def _encoded(spec: VoVNetSpec) -> str:
+    return spec.encode()
+
+
 def _octave(x: Tensor) -> int:
     return (x.shape[0] * x.shape[2] * x.shape[3]).bit_length()
 
 
-def _once(
+def once(
     key: tuple[Hashable, ...],
     device: torch.device,
     dtype: torch.dtype,
     plan: Callable[[Setting], Plan],
 ) -> None:
     """Compile for what is new in this process, if Triton's backend will run it.
+
+    Args:
+        key: of the network, in its mode.
+        device: where it runs.
+        dtype: of activations, or their bytes.
+        plan: says what it needs; see :func:`ahead`.
 
     Raises:
         ValueError: ``VOVNET_FAST_COMPILE_WORKERS`` is no number.
@@ -163,8 +183,13 @@ def _will_run_triton(device: torch.device, dtype: torch.dtype) -> bool:
         return False
     from .. import selfcheck
     from ..kernels._common import interpreted
+    from ..selfcheck.eight_bits import FORMS
 
-    return not interpreted() and (name == "triton" or dtype in selfcheck.DTYPES)
+    if interpreted():
+        return False
+    if dtype in FORMS:
+        return eight_bits.find("triton", device, FORMS[dtype], ())[1] is None
+    return name == "triton" or dtype in selfcheck.DTYPES
 
 
 class Note:

@@ -61,7 +61,7 @@ def of_model(model: Any, x: Tensor, setting: Setting) -> Plan:
         x: images, on meta and in the dtype of activations.
         setting: where it runs.
     """
-    with _planning(setting) as plan:
+    with planning(setting) as plan:
         if model.decide(x).op:
             _run_folded(model.fold(x.dtype), x, model.out_features)
         else:
@@ -75,7 +75,7 @@ def of_params(
     params: NetworkParams, x: Tensor, out_features: tuple[str, ...], setting: Setting
 ) -> Plan:
     """What :func:`vovnet_fast.ops.features` needs for ``[N, C, H, W]`` images on meta."""
-    with _planning(setting) as plan:
+    with planning(setting) as plan:
         _run_folded(params, x, out_features)
     return plan()
 
@@ -86,7 +86,7 @@ def _run_folded(params: NetworkParams, x: Tensor, out_features: tuple[str, ...])
 
 
 @contextlib.contextmanager
-def _planning(setting: Setting) -> Iterator[Callable[[], Plan]]:
+def planning(setting: Setting) -> Iterator[Callable[[], Plan]]:
     """Note what is launched inside; what it gives away makes the plan of that."""
     needed: set[str] = set()
     with (

@@ -11,6 +11,7 @@
 :mod:`.floating`           who computes it in floating point
 :mod:`.straight_through`   who computes the integers, with gradients
 :mod:`.running`            the integers alone, from slot to slot
+:mod:`.rehearsing`         what it will launch on a GPU
 :mod:`.network`            the module that runs so
 :mod:`.fine_tuning`        the module that trains
 :mod:`.report`             what quantisation costs, by activation

@@ -1,4 +1,4 @@
-"""A network in int8 as an ONNX file, compared with the integers before it is there.
+"""A network in eight bits as an ONNX file, compared with its own numbers before it is there.
 
 >>> import vovnet_fast
 >>> from vovnet_fast.quantization import export
@@ -25,7 +25,7 @@ from ..deploy.onnx_graph import to_proto
 from ..ops.features import check_size
 from .network import QuantizedVoVNet
 from .onnx_check import Check, Comparison
-from .onnx_graph import OLDEST_OPSET, QdqGraph
+from .onnx_graph import OLDEST_OPSET, OLDEST_OPSET_OF_FP8, QdqGraph
 
 
 class Report(NamedTuple):
@@ -54,12 +54,12 @@ def onnx(
     size: Size,
     *,
     dynamic: Collection[str] = (),
-    opset: int = OPSET,
+    opset: int | None = None,
     check: bool = True,
     told: Callable[[str], None] = lambda text: None,
 ) -> Report:
-    """Write a network in int8 to an ONNX file of quantised and dequantised tensors (QDQ), and
-    compare what onnxruntime makes of it before it is there.
+    """Write a network in int8 or fp8 to an ONNX file of quantised and dequantised tensors (QDQ),
+    and compare what onnxruntime makes of it before it is there.
 
     Images and features are fp32, called ``image`` and as the features are. The same network gives
     the same file, byte for byte. The comparison is on a CPU, with smooth random images within the
@@ -67,11 +67,11 @@ def onnx(
     features, on images of the sizes of :func:`vovnet_fast.deploy.export.onnx`.
 
     Args:
-        network: what :func:`vovnet_fast.quantize` made in int8. It is left as it is.
+        network: what :func:`vovnet_fast.quantize` made. It is left as it is.
         path: the file; one that is there is replaced, and hands on its mode.
         size: N, H, W of the images. What is not dynamic is this for ever.
         dynamic: ``batch``, ``height`` and ``width``, or some of them: free in the file.
-        opset: of the nodes, 13 or newer. TensorRT 8.6 and 10 read 17.
+        opset: of the nodes, 13 or newer, by default 17, which TensorRT 8.6 and 10 read; in fp8 19.
         check: whether to compare.
         told: is called with what is done next.
 
@@ -82,19 +82,23 @@ def onnx(
         ExportError: onnx is not installed, or onnxruntime; onnxruntime cannot run it, or computes
             something else. There is then no file, or the old one.
         TypeError: it is no quantised network.
-        ValueError: it is in fp8; an argument is none of those; the image is too small.
+        ValueError: an argument is none of those; the image is too small.
         OSError: there is no such folder, the disk is full, or may not be written.
     """
     if not isinstance(network, QuantizedVoVNet):
         raise TypeError(
-            "an export to ONNX in int8 takes what vovnet_fast.quantize or load_quantized made, got "
+            "an export to ONNX in eight bits takes what quantize or load_quantized made, got "
             f"{type(network).__name__}: vovnet_fast.deploy.export.onnx takes others"
         )
+    whole = network.dtype == "int8"
+    oldest = OLDEST_OPSET if whole else OLDEST_OPSET_OF_FP8
+    if opset is None:
+        opset = max(OPSET, oldest)
     floating.require(size, dynamic, opset, torch.float32, None, check=check)
-    if opset < OLDEST_OPSET:
+    if opset < oldest:
+        why = "whose weights have a scale for each channel" if whole else "which older ones lack"
         raise ValueError(
-            f"opset must be {OLDEST_OPSET} or newer for a network in int8, whose weights have a "
-            f"scale for each channel; got {opset}"
+            f"opset must be {oldest} or newer for a network in {network.dtype}, {why}; got {opset}"
         )
     check_size(network.spec, network.out_features, *size[1:])
     path, free = Path(path), frozenset(dynamic)

@@ -117,6 +117,17 @@ def expected(architecture: Architecture) -> dict[str, tuple[tuple[int, ...], tor
     return found
 
 
+def blank(architecture: Architecture, device: torch.device | str) -> QuantizedNetwork:
+    """A network of zeros and ones, which launches what any of its architecture does."""
+    found = {
+        name: torch.zeros(shape, dtype=dtype, device=device)
+        for name, (shape, dtype) in expected(architecture).items()
+    }
+    for name in ("scales", "sums"):
+        found[name] = torch.ones(found[name].shape, dtype=torch.float64)
+    return network(architecture, found)
+
+
 def network(architecture: Architecture, tensors: Mapping[str, Tensor]) -> QuantizedNetwork:
     """The network that tensors of :func:`expected` are; they are not copied."""
     spec, form = architecture.spec, architecture.form

@@ -24,13 +24,11 @@ from ..ops import _checks
 from ..ops.features import check_size
 from ..ops.memory import Arena
 from ..replay.caches import Workspace, Workspaces
-from ..specs import VoVNetSpec
-from . import layout
+from . import layout, rehearsing
 from .formats import Format
 from .layout import Architecture
 from .report import Report, Row
 from .running import plan, run
-from .walking import Names
 
 
 class _Made(NamedTuple):
@@ -57,18 +55,6 @@ class _Caches:
 
     def __reduce__(self) -> tuple[type[_Caches], tuple[()]]:
         return _Caches, ()
-
-
-@functools.cache  # Asked for at every call.
-def _needs(spec: VoVNetSpec, out_features: tuple[str, ...]) -> tuple[str, ...]:
-    """The ops that a network uses."""
-    blocks = Names(spec, out_features).blocks
-    used = {
-        "depthwise": spec.depthwise,
-        "gates": any(plan.ese for plan in blocks),
-        "apply_gates": bool(blocks),
-    }
-    return ("quantize_image", "conv", "max_pool", *(name for name in used if used[name]))
 
 
 class QuantizedVoVNet(AllOrNothing):
@@ -191,8 +177,10 @@ class QuantizedVoVNet(AllOrNothing):
         if watched is not None and not (watched.knows_ops and name != "auto"):
             eight_bits.require(name, self.dtype, watched.why)
             return None
+        if x.is_cuda:
+            rehearsing.at_first_use(self.architecture, x)
         ops, reason = eight_bits.find(
-            name, x.device, self.dtype, _needs(self.spec, self.out_features)
+            name, x.device, self.dtype, rehearsing.functions(self.spec, self.out_features)
         )
         eight_bits.require(name, self.dtype, reason)
         return ops

@@ -1,8 +1,8 @@
-"""An ONNX file of a network in int8 in onnxruntime, compared with the integers.
+"""An ONNX file of a network in eight bits in onnxruntime, compared with the network's own numbers.
 
 **Layer by layer**: each layer is given the very bytes that it has in onnxruntime, and what it makes
 of them must be what onnxruntime makes, to one step, where both round to other sides. So no error
-hides behind those that other layers carry on.
+hides behind those that other layers carry on. A step of e4m3 is to the next number of it.
 
 **Features** are compared as they come: how much of the difference at ties is left at the end.
 """
@@ -24,6 +24,7 @@ from ..deploy.onnx_check import ExportError, Size, session
 from ..deploy.onnx_check import smallest as smallest_side
 from ..deploy.onnx_graph import IMAGE as INPUT
 from ..deploy.onnx_graph import to_proto
+from ..selfcheck.eight_bits import rank
 from ..specs import BlockPlan
 from .network import QuantizedVoVNet
 from .onnx_graph import MIDDLE, QdqGraph, quantized
@@ -98,14 +99,21 @@ class Comparison:
         names = [node.output for node in self._graph.nodes if node.kind == "QuantizeLinear"]
         proto = to_proto(self._graph, size, frozenset(), self._opset)
         kind = onnx.TensorProto.INT8 if self._network.levels < MIDDLE else onnx.TensorProto.UINT8
+        read = names
+        if self._network.dtype == "fp8":  # Of which NumPy has no numbers.
+            kind, read = onnx.TensorProto.FLOAT, [f"{name}/read" for name in names]
+            proto.graph.node.extend(
+                onnx.helper.make_node("Cast", [name], [output], to=kind)
+                for name, output in zip(names, read, strict=True)
+            )
         proto.graph.output.extend(
-            onnx.helper.make_tensor_value_info(name, kind, None) for name in names
+            onnx.helper.make_tensor_value_info(name, kind, None) for name in read
         )
         runner = session(proto.SerializeToString(), optimised=False)
         image = self._image(size)
-        wanted = [*self._network.out_features, *names]
-        found = self._run(runner, wanted, image, "layer by layer")
-        walker = _Forced(self._network, dict(zip(wanted, found, strict=True)))
+        features = self._network.out_features
+        found = self._run(runner, [*features, *read], image, "layer by layer")
+        walker = _Forced(self._network, dict(zip([*features, *names], found, strict=True)))
         with torch.no_grad():
             walker.run(image)
         return walker.steps
@@ -174,13 +182,16 @@ class _Forced(StraightThrough):
     def conv(self, name: str, inputs: list[Both], feature: bool) -> Both:
         made = super().conv(name, inputs, feature)
         allowed = STEPS
-        if name == "stem_1" and self.network.wide_stem:  # Its images are not rounded there.
+        whole = self.network.dtype == "int8"
+        if name == "stem_1" and self.network.wide_stem and whole:  # Not rounded are images there.
             weight, _ = dequantized(self.network.layers[name])
             reach = weight.abs().sum((1, 2, 3)).max().item() / self.network.layers[name].scale
             allowed += self.network.scales[IMAGE] / 2 * reach
         forced = self._forced(name, made, allowed)
-        sums = None if made.sums is None else forced.q.sum((1, 2), dtype=torch.int32).unsqueeze(1)
-        return forced._replace(sums=sums)
+        if made.sums is None:
+            return forced
+        sums = forced.q.double().sum((1, 2)).to(made.sums.dtype)
+        return forced._replace(sums=sums.unsqueeze(1))
 
     def finish(self, plan: BlockPlan, z: Both, x: Both | None, feature: bool) -> Both:
         return self._forced(plan.name, super().finish(plan, z, x, feature))
@@ -203,7 +214,12 @@ class _Forced(StraightThrough):
             return q
         if name == IMAGE and found.dtype == torch.uint8:
             found = found.to(torch.int16) - MIDDLE
-        self._require(name, found.float(), q.permute(0, 3, 1, 2).float(), 1.0, allowed)
+        wanted = q.permute(0, 3, 1, 2)
+        if self.network.dtype == "fp8":
+            found = found.to(q.dtype)
+            self._require(name, rank(found).float(), rank(wanted).float(), 1.0, allowed)
+        else:
+            self._require(name, found.float(), wanted.float(), 1.0, allowed)
         return found.permute(0, 2, 3, 1).to(q.dtype).contiguous()
 
     def _require(
@@ -236,6 +252,6 @@ def _list(tensor: Tensor) -> str:
 
 def _different(what: str, found: str, expected: str) -> ExportError:
     return ExportError(
-        f"{what} is not in onnxruntime what the integers are: {found}, expected {expected}. "
+        f"{what} is not in onnxruntime what the network computes: {found}, expected {expected}. "
         "Nothing was written: try another onnxruntime, and report it"
     )

@@ -1,4 +1,4 @@
-"""The ONNX graph of a network in int8: that of :mod:`vovnet_fast.deploy.onnx_graph`, with
+"""The ONNX graph of a network in eight bits: that of :mod:`vovnet_fast.deploy.onnx_graph`, with
 ``QuantizeLinear`` and ``DequantizeLinear`` where numbers are rounded (QDQ).
 
 Runtimes want one scale for a tensor of activations, one for each output channel of weights, and
@@ -23,7 +23,8 @@ by a scale and that multiplies, at ties: by one step. Gates differ by their roun
 images below their range by one step (-128).
 
 Activations of 127 levels are int8, whose range ends where theirs does, as TensorRT wants them;
-those of 255 are uint8, as ONNX Runtime wants them.
+those of 255 are uint8, as ONNX Runtime wants them. In fp8 they are ``FLOAT8E4M3FN``, which has a
+sign: nothing cuts what a depthwise convolution makes.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..arithmetic import int8
+from ..arithmetic import fp8, int8
 from ..arithmetic.layers import QuantizedConv, QuantizedNetwork
 from ..compat import zip
 from ..deploy.onnx_graph import IMAGE as INPUT
@@ -44,6 +45,9 @@ from .walking import DEPTHWISE, IMAGE, Walker, walk
 
 OLDEST_OPSET = 13
 """The first whose weights have a scale for each channel."""
+
+OLDEST_OPSET_OF_FP8 = 19
+"""The first that has e4m3."""
 
 MIDDLE = 128
 """What stands for zero where images are uint8."""
@@ -69,24 +73,20 @@ def quantized(name: str) -> str:
 
 
 class QdqGraph(Nodes, Walker[Value]):
-    """That of a network in int8.
+    """That of a network in int8 or fp8.
 
     Args:
         network: the network.
-
-    Raises:
-        ValueError: it is in fp8.
     """
 
     def __init__(self, network: QuantizedNetwork) -> None:
         channels = network.layers["stem_1"].weight.shape[3]
         super().__init__(network.spec, network.out_features, channels, torch.float32)
-        if network.dtype != "int8":
-            raise ValueError(
-                f"a network in {network.dtype} has no ONNX file yet: quantise it in int8"
-            )
-        self._network = network
+        self._network, self._whole = network, network.dtype == "int8"
         self._byte = torch.int8 if network.levels == int8.LARGEST else torch.uint8
+        if not self._whole:
+            assert fp8.ACTIVATION is not None
+            self._byte = fp8.ACTIVATION
         self._made: set[str] = set()
         self._pools = 0
         image = Value(IMAGE, INPUT, network.scales[IMAGE])
@@ -114,9 +114,11 @@ class QdqGraph(Nodes, Walker[Value]):
             gate, ese = self._network.gates[plan.name], f"{plan.name}_ese"
             hard = gate.kind == "hard_sigmoid"
             per_unit = gate.most / 6 if hard else int8.TABLE / (2 * int8.TABLE_REACH)
+            # What is added to logits of integers is in their bias.
+            added, per_unit = (3 if hard else int8.TABLE_REACH, per_unit) if self._whole else (0, 1)
             unit = gate.multiplier.double() / per_unit
             weight = gate.weight.double() * unit[:, None] * (gate.mean_scale / z.scale)
-            bias = gate.bias.double() * unit - (3 if hard else int8.TABLE_REACH)
+            bias = gate.bias.double() * unit - added
             mean = self.add("GlobalAveragePool", f"{ese}/pool", read)
             logits = self._in_fp32(ese, mean, weight[:, None, None], bias)
             y = self.add("Mul", f"{ese}/mul", read, self.add_gate(logits, f"{ese}/gate", gate.kind))
@@ -149,7 +151,8 @@ class QdqGraph(Nodes, Walker[Value]):
         y = self._conv(
             f"{name}{DEPTHWISE}", source, kernel, scales, spatial.zero * scale, layer.stride
         )
-        return Value(name + DEPTHWISE, self.add("Relu", name + DEPTHWISE, y), scale)
+        y = self.add("Relu", name + DEPTHWISE, y) if self._whole else y
+        return Value(name + DEPTHWISE, y, scale)
 
     def _layer(self, name: str, x: Value, layer: QuantizedConv, stride: int) -> str:
         scales, bias = layer.unit.double() / x.scale, layer.bias.double() * layer.unit.double()
@@ -158,9 +161,9 @@ class QdqGraph(Nodes, Walker[Value]):
     def _conv(
         self, name: str, x: Value, weight: Tensor, scales: Tensor, bias: Tensor, stride: int
     ) -> str:
-        """``weight`` is ``[C_out, C_in, K, K]`` int8, a depthwise one ``[C, 1, 3, 3]``."""
+        """``weight`` is ``[C_out, C_in, K, K]`` bytes, a depthwise one ``[C, 1, 3, 3]``."""
         zeros = f"zeros_{len(scales)}"
-        self.weights.setdefault(zeros, torch.zeros(len(scales), dtype=torch.int8))
+        self.weights.setdefault(zeros, torch.zeros(len(scales)).to(weight.dtype))
         group = len(weight) if name.endswith(DEPTHWISE) else 1
         dequantized = self.add(
             "DequantizeLinear",
@@ -212,7 +215,7 @@ class QdqGraph(Nodes, Walker[Value]):
         """The zero point of activations. In uint8 that of images is in the middle."""
         signed = value.name == IMAGE and self._byte == torch.uint8
         name = "zero_of_images" if signed else "zero"
-        self.weights.setdefault(name, torch.tensor(MIDDLE if signed else 0, dtype=self._byte))
+        self.weights.setdefault(name, torch.tensor(MIDDLE if signed else 0).to(self._byte))
         return name
 
     def _hold(self, name: str, tensor: Tensor) -> str:

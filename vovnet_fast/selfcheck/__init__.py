@@ -19,9 +19,9 @@ is not: the next process checks it again.
 """
 
 from .cases import CASES
-from .runner import DTYPES, Row, launches, run
+from .runner import DTYPES, Row, run
 from .tensors import Slot, disagreement, few_images
-from .trust import remembered, trusted
+from .trust import launches, remembered, trusted
 
 __all__ = [
     "CASES",

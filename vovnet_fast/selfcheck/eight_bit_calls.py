@@ -51,7 +51,7 @@ class ByteSlot:
         where = tuple(shape), tuple(stride), first
         self.view = self._bytes.view(dtype).as_strided(*where)
         self._own = self._bytes.view(_INTEGERS[size]).as_strided(*where)
-        self._poison = int(self._bytes.view(_INTEGERS[size])[0])
+        self._poison = int.from_bytes(bytes([POISON] * size), "little")
 
     @classmethod
     def like(cls, view: Tensor, images: int) -> ByteSlot:

@@ -7,11 +7,12 @@ activations may be a step of e4m3 apart, and anything that is small beside the l
 
 from __future__ import annotations
 
+import contextvars
 import functools
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,7 +33,10 @@ from .eight_bit_calls import (
 )
 from .runner import Row, run_apart
 
-__all__ = ["CASES", "FORMS", "SLACK", "ByteSlot", "Numbers", "distance", "run"]
+if TYPE_CHECKING:
+    from ..kernels._common import Launch
+
+__all__ = ["CASES", "FORMS", "SLACK", "ByteSlot", "Numbers", "distance", "launches", "rank", "run"]
 
 SLACK = 2.0**-10
 """Of the largest value: by as much any number of fp8 may be wrong."""
@@ -125,13 +129,50 @@ def run(
 
     def work() -> None:
         with torch.no_grad(), tuning.static_choices():
-            for case in CASES:
-                if functions is None or case.function in functions:
-                    for levels in case.levels if form == "int8" else (fp8.LARGEST,):
-                        rows.append(_run_case(case, backend, form, levels, place, dtype, slack))
+            for case, levels in _selected(functions, form):
+                rows.append(_run_case(case, backend, form, levels, place, dtype, slack))
 
     run_apart(work)
     return rows
+
+
+def launches(
+    functions: Collection[str], dtype: torch.dtype, device: torch.device | str
+) -> list[Launch]:
+    """The launches of Triton kernels that the check of these functions makes.
+
+    See :func:`.trust.launches`.
+
+    Raises:
+        ValueError: there is no function of that name.
+        ImportError: Triton is not installed.
+    """
+    from ..kernels._common import recording
+
+    form, place = FORMS[dtype], torch.device(device)
+    found: list[Launch] = []
+
+    def work() -> None:
+        ops = backend_module(f"triton.{form}")
+        with torch.no_grad(), tuning.static_choices(), recording() as recorded:
+            for case, levels in _selected(functions, form):
+                for _ in case.call(ops, Numbers(form, place, levels)):
+                    pass
+        found.extend(recorded)
+
+    run_apart(functools.partial(contextvars.copy_context().run, work))
+    return found
+
+
+def _selected(functions: Collection[str] | None, form: str) -> Iterator[tuple[EightBitCase, int]]:
+    """Cases of some functions, each with the largest activations that it is checked for."""
+    unknown = set(functions or ()) - {case.function for case in CASES}
+    if unknown:
+        raise ValueError(f"no function is called {', '.join(sorted(unknown))}")
+    for case in CASES:
+        if functions is None or case.function in functions:
+            for levels in case.levels if form == "int8" else (fp8.LARGEST,):
+                yield case, levels
 
 
 def _run_case(
@@ -170,11 +211,11 @@ def distance(found: Tensor, wanted: Tensor, form: str, slack: float = SLACK) -> 
     allowed = slack * wanted.double().abs().max()
     if found.dtype == torch.float32:
         return (apart.max() / allowed.clamp_min(1e-30)).item()
-    steps = (_rank(found) - _rank(wanted)).abs()
+    steps = (rank(found) - rank(wanted)).abs()
     return torch.where(apart <= allowed, 0, steps).max().item()
 
 
-def _rank(x: Tensor) -> Tensor:
+def rank(x: Tensor) -> Tensor:
     """Numbers of e4m3 counted from zero."""
     bits = x.contiguous().view(torch.uint8).to(torch.int32)
     return torch.where(bits >= 128, 128 - bits, bits)

@@ -101,8 +101,7 @@ def launches(
 ) -> list[Launch]:
     """The launches of Triton kernels that the slim check of these functions makes.
 
-    Planned on tensors of ``device``, which may be ``meta``, and not run: whoever compiles them
-    beforehand spares the check from compiling them one after the other.
+    See :func:`.trust.launches`.
 
     Raises:
         ValueError: there is no function of that name.

@@ -7,7 +7,7 @@ import logging
 import threading
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
@@ -15,6 +15,9 @@ from .. import tuning
 from . import eight_bits, runner, sources
 from .calls import backend_module
 from .cases import PRODUCTS
+
+if TYPE_CHECKING:
+    from ..kernels._common import Launch
 
 _PASSED = "passed"
 _log = logging.getLogger("vovnet_fast.selfcheck")
@@ -84,7 +87,7 @@ def _find_out(
     name = str(dtype).removeprefix("torch.")
     _log.info("checking %s of the %s backend in %s on %s, once", names, backend, name, machine)
     compiles = device.type == "cuda"
-    if compiles and backend == "triton":
+    if compiles and backend.partition(".")[0] == "triton":
         _compile(functions, dtype, device)
     if dtype in eight_bits.FORMS:
         rows = eight_bits.run(backend, device, dtype, functions)
@@ -108,6 +111,27 @@ def _find_out(
     return failed
 
 
+def launches(
+    functions: Collection[str], dtype: torch.dtype, device: torch.device | str
+) -> list[Launch]:
+    """The launches of Triton kernels that the check of these functions makes.
+
+    Planned on tensors of ``device``, which may be ``meta``, and not run: whoever compiles them
+    beforehand spares the check from compiling them one after the other.
+
+    Args:
+        functions: of Triton's backend.
+        dtype: of the activations, as in :func:`trusted`.
+        device: of the tensors.
+
+    Raises:
+        ValueError: there is no function of that name.
+        ImportError: Triton is not installed.
+    """
+    room = eight_bits if dtype in eight_bits.FORMS else runner
+    return room.launches(functions, dtype, device)
+
+
 def _compile(functions: Collection[str], dtype: torch.dtype, device: torch.device) -> None:
     """Compile what the check will launch on a GPU on all cores.
 
@@ -124,8 +148,8 @@ def _compile(functions: Collection[str], dtype: torch.dtype, device: torch.devic
     try:
         target = target_of(device)
         with planning_for(target):
-            launches = runner.launches(functions, dtype, "meta")
-        side_by_side.compile_launches(launches, target.capability)
+            found = launches(functions, dtype, "meta")
+        side_by_side.compile_launches(found, target.capability)
     except Exception as error:
         side_by_side.say_once(f"{type(error).__name__}: {error}")
 

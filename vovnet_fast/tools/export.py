@@ -36,8 +36,8 @@ def add(commands: argparse._SubParsersAction) -> None:
             "others. The input is called image, [N, C, H, W]; the outputs are called stage2 to "
             "stage5, or as --features says. onnxruntime runs it before it is put in place, and its "
             "features are compared with PyTorch's: a file that differs is not left behind. Of a "
-            "network in int8 (vovnet-fast quantize) it has QuantizeLinear and DequantizeLinear "
-            "nodes, and is compared with the integers."
+            "network in int8 or fp8 (vovnet-fast quantize) it has QuantizeLinear and "
+            "DequantizeLinear nodes, and is compared with that network."
         ),
         epilog=(
             "examples: vovnet-fast export v99.pth v99.onnx --size 6x640x1600 --features "
@@ -68,8 +68,8 @@ def add(commands: argparse._SubParsersAction) -> None:
     command.add_argument(
         "--opset",
         type=int,
-        default=export.OPSET,
-        help="of ONNX (default: %(default)s, which TensorRT 8.6 and 10 read)",
+        help=f"of ONNX (default: {export.OPSET}, which TensorRT 8.6 and 10 read; of a network in "
+        "fp8 19)",
     )
     command.add_argument(
         "--dtype",
@@ -95,8 +95,9 @@ def _export(args: argparse.Namespace) -> None:
         _export_quantized(args)
         return
     size, dynamic = parse_shape(args.size), sources.words(args.dynamic)
+    opset = export.OPSET if args.opset is None else args.opset
     io = None if args.io is None else DTYPES[args.io]
-    export.require(size, dynamic, args.opset, DTYPES[args.dtype], io, check=args.check)
+    export.require(size, dynamic, opset, DTYPES[args.dtype], io, check=args.check)
     with Console(stderr=True).status("reading the weights") as status:
         model, what = _source(args)
         report = export.onnx(
@@ -104,7 +105,7 @@ def _export(args: argparse.Namespace) -> None:
             args.dst,
             size,
             dynamic=dynamic,
-            opset=args.opset,
+            opset=opset,
             dtype=DTYPES[args.dtype],
             io_dtype=io,
             check=args.check,
@@ -133,12 +134,15 @@ def _export_quantized(args: argparse.Namespace) -> None:
         )
     console = Console(highlight=False)
     console.print(
-        _table(args, report, f"{network.spec.name}, {network.dtype}", "int8, fp32 outside")
+        _table(
+            args, report, f"{network.spec.name}, {network.dtype}", f"{network.dtype}, fp32 outside"
+        )
     )
+    numbers = {"int8": "the integers"}.get(network.dtype, "numbers of e4m3")
     if not report.checks:
-        console.print("[bold]Not compared with the integers[/] (--no-check).")
+        console.print(f"[bold]Not compared with {numbers}[/] (--no-check).")
         return
-    table = _checks("onnxruntime against the integers", "dB", "steps", "optimised, dB")
+    table = _checks(f"onnxruntime against {numbers}", "dB", "steps", "optimised, dB")
     for check in report.checks:
         table.add_row(
             "x".join(map(str, check.size)), check.feature,

@@ -2,7 +2,8 @@
 
 The graph is convolution, scale, shift and ReLU; cuDNN compiles it into one kernel that reads
 and writes the slots where they lie, at the pixel stride of their concat buffer. (Through ATen
-the slot is first copied together, and the result once more by the epilogue.)
+the slot is first copied together, and the result once more by the epilogue.) In eight bits it is
+convolution, bias, multiplier, clamp and rounding, an engine of :func:`.triton.eight_bits.conv`.
 
 It is driven through NVIDIA's frontend, an optional dependency (``vovnet-fast[cudnn]``), with
 the cuDNN that torch has loaded. What cuDNN refuses is not offered; the logger
@@ -18,13 +19,14 @@ the cuDNN that torch has loaded. What cuDNN refuses is not offered; the logger
 
 from .engine import PLANS, engines, run, why_none
 from .installed import MIN_CAPABILITY, MIN_CUDNN, why_not
-from .plans import NAME, Plans, Refused
+from .plans import NAME, NEAREST, Plans, Refused
 from .problems import Operand, Problem, describe, operand, refusal
 
 __all__ = [
     "MIN_CAPABILITY",
     "MIN_CUDNN",
     "NAME",
+    "NEAREST",
     "PLANS",
     "Operand",
     "Plans",

@@ -24,13 +24,14 @@ def engines(
     stride: int = 1,
     relu: bool = True,
     tf32: bool = False,
+    levels: int = 0,
 ) -> list[str]:
-    """Names of the plans on offer for these arguments of :func:`.triton.conv`, best first.
+    """Names of the plans on offer for these arguments of :func:`run`, best first.
 
     Empty where the frontend is missing, where cuDNN refuses, and for a problem that is new
     while a CUDA graph is being captured.
     """
-    options: dict[str, Any] = dict(stride=stride, relu=relu, tf32=tf32)
+    options: dict[str, Any] = dict(stride=stride, relu=relu, tf32=tf32, levels=levels)
     plans = _find(x, weight, scale, shift, out, **options)
     return [] if isinstance(plans, str) else plans.names[:PLANS]
 
@@ -45,9 +46,10 @@ def why_none(
     stride: int = 1,
     relu: bool = True,
     tf32: bool = False,
+    levels: int = 0,
 ) -> str | None:
     """The reason why :func:`engines` is empty for these arguments, or None where it is not."""
-    options: dict[str, Any] = dict(stride=stride, relu=relu, tf32=tf32)
+    options: dict[str, Any] = dict(stride=stride, relu=relu, tf32=tf32, levels=levels)
     plans = _find(x, weight, scale, shift, out, **options)
     return plans if isinstance(plans, str) else None
 
@@ -74,26 +76,32 @@ def run(
     stride: int = 1,
     relu: bool = True,
     tf32: bool = False,
+    levels: int = 0,
 ) -> None:
     """out = relu(conv(x, weight) * scale + shift), padded by K // 2, on one of :func:`engines`.
 
     Products are summed in fp32, and rounded once, when they are stored. NaN stays NaN.
 
+    With ``levels`` in eight bits: out = round(clamp((conv(x, weight) + shift) * scale, 0, levels)),
+    to the nearest, of ties the even one. Products of int8 are summed as integers: what is stored is
+    what :func:`vovnet_fast.arithmetic.int8.conv` stores where no sum, with its bias, reaches 2**24.
+
     Args:
         engine: a name that :func:`engines` gave, for these arguments or, where cuDNN ranks
             the same plan, for similar ones.
-        x: ``[N, H, W, C_in]`` view in fp16, bf16, or fp32 with ``tf32``.
-        weight: ``[C_out, K, K, C_in]``, contiguous, dtype of ``x``.
+        x: ``[N, H, W, C_in]`` view in fp16, bf16, or fp32 with ``tf32``; uint8 or e4m3.
+        weight: ``[C_out, K, K, C_in]``, contiguous, dtype of ``x``, int8 where that is uint8.
         scale, shift: ``[C_out]``, fp32.
         out: ``[N, H', W', C_out]`` view, dtype of ``x``. Nothing outside it is written.
         stride: of the convolution.
         relu: apply it.
         tf32: fp32 operands may be rounded to TF32.
+        levels: the largest activation of eight bits, in uint8 at most 127.
 
     Raises:
         Refused: there is no such plan.
     """
-    options: dict[str, Any] = dict(stride=stride, relu=relu, tf32=tf32)
+    options: dict[str, Any] = dict(stride=stride, relu=relu, tf32=tf32, levels=levels)
     plans = plans_for(describe(x, weight, scale, shift, out, **options))
     if isinstance(plans, str):
         raise Refused(plans)

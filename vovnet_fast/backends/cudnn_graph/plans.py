@@ -13,9 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...arithmetic import int8
 from .._extension.fields import pointer
 from . import installed
-from .problems import DTYPES, Operand, Problem, refusal
+from .problems import DTYPES, EIGHT_BITS, Operand, Problem, refusal
 
 NAME = "cudnn-graph"
 """Names of engines begin with it; the name that cuDNN has for the plan follows."""
@@ -27,9 +28,18 @@ class Refused(RuntimeError):
     """cuDNN, or this module, does not take a problem."""
 
 
+NEAREST = 1.5 * 2**23
+"""fp32 numbers near it have no fractions: what is added to it, and taken off again, is an integer,
+the nearest one, of ties the even one. So nothing depends on how cuDNN converts to int8."""
+
+
 @dataclass(frozen=True)
 class _Graph:
-    """A graph and those of its tensors that have memory."""
+    """A graph and those of its tensors that have memory.
+
+    Attributes:
+        nearest: :data:`NEAREST`, in int8.
+    """
 
     graph: Any
     x: Any
@@ -37,12 +47,13 @@ class _Graph:
     scale: Any
     shift: Any
     out: Any
+    nearest: Any = None
 
 
 def _build(frontend: Any, problem: Problem, **options: Any) -> _Graph:
     """Describe a problem to the frontend. ``options`` go to the graph, ``handle`` say."""
     types = frontend.data_type
-    dtype = getattr(types, DTYPES[problem.dtype])
+    dtype = getattr(types, (EIGHT_BITS if problem.levels else DTYPES)[problem.dtype])
     # Between the operations values stay in fp32: they are rounded once, when stored.
     graph = frontend.pygraph(
         io_data_type=dtype,
@@ -60,15 +71,36 @@ def _build(frontend: Any, problem: Problem, **options: Any) -> _Graph:
     x, weight = (tensor(name, getattr(problem, name), dtype) for name in ("x", "weight"))
     scale, shift = (tensor(name, vector, types.FLOAT) for name in ("scale", "shift"))
     pair = [problem.padding] * 2
-    y = graph.conv_fprop(
-        image=x, weight=weight, padding=pair, stride=[problem.stride] * 2, dilation=[1, 1]
-    )
-    y = graph.bias(input=graph.scale(input=y, scale=scale), bias=shift)
-    if problem.relu:
-        y = graph.relu(input=y)
+    geometry = dict(padding=pair, stride=[problem.stride] * 2, dilation=[1, 1])
+    nearest = None
+    if problem.dtype == int8.ACTIVATION:
+        sums = graph.conv_fprop(
+            image=x, weight=weight, compute_data_type=types.INT32, **geometry
+        ).set_data_type(types.INT32)
+        one = Operand((1, 1, 1, 1), (1, 1, 1, 1))
+        nearest = tensor("nearest", one, types.FLOAT)
+        y = _rescaled(graph, sums, scale, shift, problem.levels)
+        y = graph.sub(a=graph.add(a=y, b=nearest), b=nearest)
+    elif problem.levels:
+        sums = graph.conv_fprop(image=x, weight=weight, **geometry)
+        y = _rescaled(graph, sums, scale, shift, problem.levels)
+    else:
+        y = graph.conv_fprop(image=x, weight=weight, **geometry)
+        y = graph.bias(input=graph.scale(input=y, scale=scale), bias=shift)
+        if problem.relu:
+            y = graph.relu(input=y)
     y.set_name("out").set_output(True).set_data_type(dtype)
     y.set_dim(list(problem.out.dims)).set_stride(list(problem.out.strides))
-    return _Graph(graph, x, weight, scale, shift, y)
+    return _Graph(graph, x, weight, scale, shift, y, nearest)
+
+
+def _rescaled(graph: Any, sums: Any, scale: Any, shift: Any, levels: int) -> Any:
+    """clamp((sums + shift) * scale, 0, levels), in fp32.
+
+    The clamp is between the product and whatever is added next: no FMA takes both.
+    """
+    y = graph.mul(a=graph.add(a=sums, b=shift), b=scale)
+    return graph.relu(input=y, lower_clip=0.0, upper_clip=float(levels))
 
 
 @dataclass(frozen=True)
@@ -118,6 +150,8 @@ class Plans:
                 _rank(frontend, self._graph.graph)
         except (RuntimeError, ValueError, frontend.cudnnGraphNotSupportedError) as error:
             raise Refused(f"cuDNN refuses: {error}") from error
+        # Of this object, which is never dropped: captured launches read it, too.
+        self._nearest = torch.full((1,), NEAREST, dtype=torch.float32, device=problem.device)
         graph = self._graph.graph
         count = graph.get_execution_plan_count()
         self.names = [f"{NAME} {graph.get_plan_name_at_index(i)}" for i in range(count)]
@@ -134,6 +168,8 @@ class Plans:
             tensors.shift: pointer("shift", shift),
             tensors.out: pointer("out", out),
         }
+        if tensors.nearest is not None:
+            pointers[tensors.nearest] = pointer("nearest", self._nearest)
         with _on_stream(self._device) as handle:
             # Allocated for this launch, on its stream: streams never share one.
             workspace = torch.empty(self._compile(index), dtype=torch.uint8, device=self._device)

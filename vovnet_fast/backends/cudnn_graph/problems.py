@@ -7,11 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ...arithmetic import fp8, int8
 from ...compat import zip
 
 _ALIGNMENT = 16  # Bytes; what cuDNN assumes of every pointer.
 _INT32_LIMIT = 2**31
 DTYPES = {torch.float16: "HALF", torch.bfloat16: "BFLOAT16", torch.float32: "FLOAT"}
+EIGHT_BITS = {int8.ACTIVATION: "INT8", **({fp8.ACTIVATION: "FP8_E4M3"} if fp8.ACTIVATION else {})}
+"""Names of activations' dtypes: a byte of at most 127 is the same number in int8."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,7 @@ class Problem:
         tf32: fp32 products may be rounded to TF32.
         aligned: every pointer is a multiple of 16 bytes.
         device: where it runs.
+        levels: in eight bits the largest activation, elsewhere 0.
     """
 
     x: Operand
@@ -50,6 +54,7 @@ class Problem:
     tf32: bool
     aligned: bool
     device: torch.device
+    levels: int = 0
 
     @property
     def padding(self) -> int:
@@ -81,8 +86,9 @@ def describe(
     stride: int,
     relu: bool,
     tf32: bool,
+    levels: int = 0,
 ) -> Problem:
-    """The problem of some arguments of :func:`.triton.conv`."""
+    """The problem of some arguments of :func:`.engine.run`."""
     pointers = (t.data_ptr() for t in (x, weight, scale, shift, out))
     return Problem(
         operand(x),
@@ -94,13 +100,19 @@ def describe(
         tf32,
         all(pointer % _ALIGNMENT == 0 for pointer in pointers),
         x.device,
+        levels,
     )
 
 
 def refusal(problem: Problem) -> str | None:
     """The reason why a problem is not put to cuDNN at all, or None."""
-    if problem.dtype not in DTYPES:
+    if problem.dtype not in (EIGHT_BITS if problem.levels else DTYPES):
         return f"no plans for {problem.dtype}"
+    if problem.dtype == int8.ACTIVATION and problem.levels > int8.LARGEST:
+        return f"activations of up to {problem.levels} are no numbers of int8"
+    channels = problem.x.dims[1], problem.out.dims[1]
+    if problem.levels and any(number % _ALIGNMENT for number in channels):
+        return f"of {channels[0]} and {channels[1]} channels of a byte vectors have {_ALIGNMENT}"
     if problem.dtype == torch.float32 and not problem.tf32:
         return "fp32 would be rounded to TF32, which torch does not allow here"
     if not problem.aligned:

@@ -22,6 +22,7 @@ from ...arithmetic.layers import QuantizedConv, QuantizedDepthwise, QuantizedGat
 from ...compat import zip
 from ...selfcheck import eight_bits as check
 from ...specs import Pool
+from .. import cudnn_graph
 from .._engines import problem
 from .choosing import choose, load_kernels
 
@@ -74,27 +75,97 @@ def choose_engine(
     feature: Tensor | None,
     pool: bool,
 ) -> str:
-    """The fastest configuration of a layer. Those that are measured must agree with the
-    reference."""
+    """The fastest of :func:`libraries` and of Triton's configurations for a layer. Those that are
+    measured must agree with the reference."""
     kernels = load_kernels()
     weight, epilogue = _arguments(x, layer, out, levels, feature)
     found = kernels.conv_eight_bits.layer(x, weight, epilogue, stride=_stride(layer))
+    options: dict[str, Any] = dict(levels=levels, feature=feature, pool=pool)
+    others = libraries(x, layer, out, **options)
     words = {
         "pool": pool,
         "slot": out is not None,
         "feature": feature is not None,
         f"{levels} levels": x.dtype == int8.ACTIVATION,
         "tma": found.tma,
+        f"and {cudnn_graph.NAME}": bool(others),
     }
     chosen = [word for word, said in words.items() if said]
     key = problem("conv", x, weight.shape, _stride(layer), *chosen)
-    options: dict[str, Any] = dict(levels=levels, feature=feature, pool=pool)
 
     def run(engine: str) -> None:
         run_engine(engine, x, layer, out, **options)
 
     prepare = functools.partial(_trial, x, layer, out, **options)
-    return choose(x, found, key, (), run, prepare)
+    return choose(x, found, key, others, run, prepare)
+
+
+def engines(
+    x: Tensor,
+    layer: QuantizedConv,
+    out: Tensor | None,
+    *,
+    levels: int,
+    feature: Tensor | None,
+    pool: bool,
+) -> list[str]:
+    """Names of all that :func:`run_engine` can take for these arguments."""
+    weight, epilogue = _arguments(x, layer, out, levels, feature)
+    found, _ = load_kernels().conv_eight_bits.choices(x, weight, epilogue, stride=_stride(layer))
+    others = libraries(x, layer, out, levels=levels, feature=feature, pool=pool)
+    return [*others, *(config.name for config in found)]
+
+
+def libraries(
+    x: Tensor,
+    layer: QuantizedConv,
+    out: Tensor | None,
+    *,
+    levels: int,
+    feature: Tensor | None,
+    pool: bool,
+) -> list[str]:
+    """Those of them that are not Triton's: plans of cuDNN."""
+    if _why_no_graph(x, layer, out, levels, feature, pool) is not None or out is None:
+        return []
+    return cudnn_graph.engines(*_of_graph(x, layer, out), stride=_stride(layer), levels=levels)
+
+
+def _why_no_graph(
+    x: Tensor, layer: QuantizedConv, out: Tensor | None, levels: int, feature: Tensor | None,
+    pool: bool,
+) -> str | None:  # fmt: skip
+    """The reason why nothing is put to cuDNN, or None."""
+    if out is None or feature is not None or pool:
+        return "graphs write activations alone"
+    reason = cudnn_graph.installed.why_not(x.device)
+    if reason is not None:
+        return reason
+    if layer.weight.dtype.itemsize > 1:
+        return "images of a wide stem have more than eight bits"
+    if layer.weight.is_inference():
+        return "what is made of weights of inference mode cannot be kept"
+    if layer.bias.is_floating_point() or _below_exact(layer, levels):
+        return None
+    return f"a sum may reach {_EXACT}, from where fp32 does not hold all integers"
+
+
+_EXACT = 2**24
+
+
+def _below_exact(layer: QuantizedConv, levels: int) -> bool:
+    """Whether no sum of integers, with its bias, gets beyond what fp32 holds exactly."""
+    tensors = layer.weight, layer.bias
+    if _capturing(layer.weight) and not all(_is_kept(t, _largest) for t in tensors):
+        return False  # To find it out would synchronise.
+    weight, bias = (int(_kept(tensor, _largest)) for tensor in tensors)
+    return levels * weight + bias < _EXACT
+
+
+def _of_graph(x: Tensor, layer: QuantizedConv, out: Tensor) -> tuple[Tensor, ...]:
+    """As :func:`.cudnn_graph.run` takes them: the bias in fp32."""
+    bias = layer.bias if layer.bias.is_floating_point() else _kept(layer.bias, torch.Tensor.float)
+    return x, layer.weight, layer.multiplier, bias, out
 
 
 def run_engine(
@@ -107,8 +178,12 @@ def run_engine(
     feature: Tensor | None,
     pool: bool,
 ) -> Tensor | None:
-    """Run :func:`conv` in a configuration by name."""
+    """Run :func:`conv` on one of :func:`engines`."""
     kernel, stride = load_kernels().conv_eight_bits, _stride(layer)
+    if engine.startswith(cudnn_graph.NAME):
+        assert out is not None, "graphs write activations"
+        cudnn_graph.run(engine, *_of_graph(x, layer, out), stride=stride, levels=levels)
+        return None
     weight, epilogue = _arguments(x, layer, out, levels, feature)
     found, _ = kernel.choices(x, weight, epilogue, stride=stride)
     config = next(config for config in found if config.name == engine)
@@ -239,6 +314,13 @@ def _sums(weight: Tensor) -> Tensor:
     return weight.sum((1, 2, 3), dtype=torch.int32)
 
 
+def _largest(weight: Tensor) -> Tensor:
+    """The largest sum of magnitudes of an output channel's weights, or a bias; on the CPU."""
+    return (
+        weight.flatten(1).abs().sum(1).max().cpu() if weight.ndim > 1 else weight.abs().max().cpu()
+    )
+
+
 _found = WeakTensorKeyDictionary()
 """By weight, and by what makes it: the weight's version, and what was made."""
 
@@ -253,10 +335,26 @@ def _kept(weight: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
     with _lock:
         made = _found.setdefault(weight, {})
         if make not in made or made[make][0] != now:
+            if _capturing(weight):  # It will be in a graph's own memory.
+                return make(weight)
             with torch.inference_mode(False):
                 made[make] = now, make(weight)
         kept: Tensor = made[make][1]
     return kept
+
+
+def _capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured. A torch for CPUs cannot be asked."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _is_kept(weight: Tensor, make: Callable[[Tensor], Tensor]) -> bool:
+    """Whether what was made of a weight is there, and of the weight as it is."""
+    if weight.is_inference():
+        return False
+    with _lock:
+        found = _found.get(weight, {}).get(make)
+    return found is not None and found[0] == (weight.data_ptr(), weight._version)
 
 
 def forget(weights: Any) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ... import backends, tuning
+from ... import arithmetic, backends, tuning
 from ..bench.command import parse_shape
 from ..plan import DTYPES
 
@@ -58,7 +58,17 @@ def add(commands: argparse._SubParsersAction) -> None:
         "(norm_eval=False)",
     )
     command.add_argument(
-        "--dtype", nargs="+", choices=DTYPES, default=["bf16"], help="of activations (bf16)"
+        "--dtype",
+        nargs="+",
+        choices=(*DTYPES, *arithmetic.DTYPES),
+        default=["bf16"],
+        help="of activations (bf16); int8 and fp8 are for what vovnet-fast quantize writes",
+    )
+    command.add_argument(
+        "--levels",
+        type=int,
+        choices=arithmetic.LEVELS,
+        help="the largest activation of int8 (127)",
     )
     command.add_argument(
         "--arch", choices=ARCHITECTURES, help="of the GPU; by default of the one that is here"
@@ -171,8 +181,9 @@ def _runs(args: argparse.Namespace) -> Iterator[Run]:
         if word[:1].isdecimal() and spec:
             shapes += 1
             for dtype in args.dtype:
+                levels = args.levels if dtype == "int8" else None
                 for mode in modes:
-                    yield Run(spec, parse_shape(word), dtype, mode)
+                    yield Run(spec, parse_shape(word), dtype, mode, levels)
         elif spec and not shapes:
             raise ValueError(f"{spec} has no size of images: NxHxW must follow, like 6x640x1600")
         else:

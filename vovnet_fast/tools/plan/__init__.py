@@ -13,12 +13,12 @@ convolutions and fully connected layers, two a multiply-add.
 :mod:`.work`      what a launch has to do, sums by kind, and the floor under them
 :mod:`.launches`  what each Triton kernel reads, writes and multiplies
 :mod:`.aten`      the same of the ATen operations that run, recorded
-:mod:`.forward`   a network's forward pass, fused and eager
+:mod:`.forward`   a network's forward pass, fused and eager, and fused in eight bits
 ================  ====================================================================
 """
 
 from .aten import AtenRecorder
-from .forward import DTYPES, IMAGE_CHANNELS, Plan, check_input, plan_forward
+from .forward import DTYPES, IMAGE_CHANNELS, Plan, check_input, plan_forward, quantized_work
 from .launches import conv_weight, launch_work
 from .work import H200_TBS, H200_TFLOPS, Rates, Row, Tally, Work
 
@@ -37,4 +37,5 @@ __all__ = [
     "conv_weight",
     "launch_work",
     "plan_forward",
+    "quantized_work",
 ]

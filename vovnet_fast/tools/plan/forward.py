@@ -8,10 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ... import _optional, backends
-from ...network.model import VoVNet
+from ... import _optional, backends, specs
+from ...network.model import STAGE_NAMES, VoVNet
 from ...ops._checks import nhwc
+from ...ops.features import check_size
 from ...ops.features import run as run_features
+from ...quantization import layout
+from ...quantization.formats import Format
+from ...quantization.layout import Architecture
+from ...quantization.rehearsing import launch
 from ...specs import VoVNetSpec
 from .aten import AtenRecorder, marking_ese
 from .launches import launch_work
@@ -109,6 +114,27 @@ def fused_work(model: VoVNet, image: Tensor) -> list[Work]:
     with AtenRecorder() as recorder, recording() as launches:
         run_features(triton, nhwc(image), params, model.out_features)
     return [launch_work(launch) for launch in launches] + recorder.works
+
+
+def quantized_work(spec: str | VoVNetSpec, shape: tuple[int, int, int], form: Format) -> list[Work]:
+    """The launches of a network in eight bits on Triton's ops, for the GPU of :func:`plan_forward`.
+
+    Raises:
+        UnknownSpecError: no architecture has that name.
+        ValueError: a size below 1, or images too small for the network.
+    """
+    from ...kernels._common import recording
+
+    check_input(shape, "fp32")
+    batch, height, width = shape
+    architecture = Architecture(specs.get(spec), form, STAGE_NAMES, IMAGE_CHANNELS)
+    check_size(architecture.spec, STAGE_NAMES, height, width)
+    image = torch.empty(batch, IMAGE_CHANNELS, height, width, device="meta")
+    image = image.to(memory_format=torch.channels_last)
+    network = layout.blank(architecture, "meta")
+    with AtenRecorder() as recorder, recording() as launches:
+        launch(network, image)
+    return [launch_work(found) for found in launches] + recorder.works
 
 
 def eager_work(model: VoVNet, image: Tensor) -> list[Work]:
