@@ -66,6 +66,9 @@ class Simulator:
     def __init__(self, path):
         self.library = ctypes.CDLL(str(path))
 
+    def struct(self, fields):
+        return struct(fields)
+
     def call(self, function, *args):
         error = ctypes.create_string_buffer(1000)
         failed = getattr(self.library, function)(*args, error, len(error))
@@ -73,7 +76,7 @@ class Simulator:
 
     def run(self, fields, *, ctas=2, late_copies=True, late_products=True, ahead=0, seed=0):
         """Returns the bytes that copies fetched. `ahead`: of them, those before the first store."""
-        params, fetched = ctypes.byref(struct(fields)), ctypes.c_int64()
+        params, fetched = ctypes.byref(self.struct(fields)), ctypes.c_int64()
         timing = (int(late_copies), int(late_products), ctypes.c_int64(ahead), seed)
         self.call("conv_sm90_simulate", params, ctas, *timing, ctypes.byref(fetched))
         return fetched.value
@@ -81,7 +84,7 @@ class Simulator:
     def plan(self, fields):
         """Stages of strips and of weights, and bytes of shared memory."""
         numbers = (ctypes.c_int * 3)()
-        self.call("conv_sm90_plan", ctypes.byref(struct(fields)), numbers)
+        self.call("conv_sm90_plan", ctypes.byref(self.struct(fields)), numbers)
         return tuple(numbers)
 
 

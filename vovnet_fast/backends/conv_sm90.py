@@ -25,11 +25,11 @@ from ..compat import zip
 from . import _extension
 from ._extension.fields import new_high, pointer
 from .conv_sm90_tiles import (
-    CHUNK,
     NAME,
     SPLIT,
     Config,
     Shape,
+    chunk,
     config_of,
     configs,
     splits,
@@ -37,10 +37,10 @@ from .conv_sm90_tiles import (
 )
 
 __all__ = [
-    "CHUNK",
     "NAME",
     "SPLIT",
     "Config",
+    "chunk",
     "config_of",
     "configs",
     "engines",

@@ -28,11 +28,12 @@ from .eight_bit_calls import (
     depthwise,
     gates,
     max_pool,
+    pooled,
     quantize_image,
 )
 from .runner import Row, run_apart
 
-__all__ = ["CASES", "FORMS", "SLACK", "ByteSlot", "Numbers", "distance", "run"]
+__all__ = ["CASES", "FORMS", "SLACK", "ByteSlot", "Numbers", "distance", "pooled", "run"]
 
 SLACK = 2.0**-10
 """Of the largest value: by as much any number of fp8 may be wrong."""
@@ -94,7 +95,18 @@ CASES: tuple[EightBitCase, ...] = (
     _case(apply_gates, shape=_MAP, gated=True, added=False, written="feature"),
     _case(apply_gates, shape=_WIDTH, gated=False, added=True, written="both"),
 )
-"""Everything that is checked."""
+"""Everything that is checked of a backend."""
+
+OF_ENGINES: dict[str, tuple[EightBitCase, ...]] = {
+    "conv_sm90_fp8": (
+        _case(conv, layer=Layer(3, 64, 64, (2, 9, 7)), written="slot"),
+        _case(conv, layer=Layer(3, 160, 128, (1, 20, 18)), written="both"),
+        _case(conv, layer=Layer(3, 80, 96, (1, 5, 11)), written="feature"),
+        _case(conv, layer=Layer(1, 1472, 256, (2, 5, 7)), written="both"),
+        _case(conv, layer=Layer(1, 256, 160, (1, 9, 30)), written="both"),
+    )
+}
+"""And of an engine that is offered beside a backend's own, by its module."""
 
 FORMS = {int8.ACTIVATION: "int8", **({fp8.ACTIVATION: "fp8"} if fp8.ACTIVATION else {})}
 """Of activations, by dtype."""
@@ -111,7 +123,7 @@ def run(
     """Check a backend.
 
     Args:
-        backend: its name, such as ``triton.int8``.
+        backend: its name, such as ``triton.int8``, or one of :data:`OF_ENGINES`.
         device: where it is to be checked.
         dtype: of the activations, one of :data:`FORMS`.
         functions: only these; all by default.
@@ -125,7 +137,7 @@ def run(
 
     def work() -> None:
         with torch.no_grad(), tuning.static_choices():
-            for case in CASES:
+            for case in OF_ENGINES.get(backend, CASES):
                 if functions is None or case.function in functions:
                     for levels in case.levels if form == "int8" else (fp8.LARGEST,):
                         rows.append(_run_case(case, backend, form, levels, place, dtype, slack))

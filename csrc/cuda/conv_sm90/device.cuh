@@ -209,6 +209,31 @@ class Sm90 {
     memcpy(&word, pair, sizeof word);
     return word;
   }
+  // Of e4m3, the first in the low byte. What is beyond 448 becomes that.
+  __device__ __forceinline__ uint32_t narrow_e4m3(float a, float b) {
+    uint16_t pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(b), "f"(a));
+    return pair;
+  }
+  __device__ __forceinline__ void widen_e4m3(uint32_t pair, float& a, float& b) {
+    uint32_t halves;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(pair)));
+    __half found[2];
+    memcpy(found, &halves, sizeof found);
+    a = __half2float(found[0]), b = __half2float(found[1]);
+  }
+  __device__ __forceinline__ uint32_t low_halves(uint32_t a, uint32_t b) {
+    return __byte_perm(a, b, 0x5410);
+  }
+  __device__ __forceinline__ uint32_t high_halves(uint32_t a, uint32_t b) {
+    return __byte_perm(a, b, 0x7632);
+  }
+  // Sums that were waited for are read after that.
+  template <int COUNT>
+  __device__ __forceinline__ void settle(float (&sums)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+  }
   template <class T>
   __device__ __forceinline__ void load(const T* from, uint32_t (&words)[4]) {
     const uint4 found = *reinterpret_cast<const uint4*>(from);
@@ -217,6 +242,12 @@ class Sm90 {
   template <class T>
   __device__ __forceinline__ void store(T* to, const uint32_t (&words)[4]) {
     *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+  __device__ __forceinline__ void store_words(uint8_t* to, const uint32_t (&words)[2]) {
+    *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+  }
+  __device__ __forceinline__ void store_pair(float* to, float a, float b) {
+    *reinterpret_cast<float2*>(to) = make_float2(a, b);
   }
 
  private:

@@ -22,6 +22,7 @@ from ...arithmetic.layers import QuantizedConv, QuantizedDepthwise, QuantizedGat
 from ...compat import zip
 from ...selfcheck import eight_bits as check
 from ...specs import Pool
+from .. import conv_sm90_fp8
 from .._engines import problem
 from .choosing import choose, load_kernels
 
@@ -74,17 +75,19 @@ def choose_engine(
     feature: Tensor | None,
     pool: bool,
 ) -> str:
-    """The fastest configuration of a layer. Those that are measured must agree with the
-    reference."""
+    """The fastest of :func:`.conv_sm90_fp8.engines` and of Triton's configurations for a layer.
+    Those that are measured must agree with the reference."""
     kernels = load_kernels()
     weight, epilogue = _arguments(x, layer, out, levels, feature)
     found = kernels.conv_eight_bits.layer(x, weight, epilogue, stride=_stride(layer))
+    own = conv_sm90_fp8.engines(x, layer.weight, out, feature, stride=_stride(layer))
     words = {
         "pool": pool,
         "slot": out is not None,
         "feature": feature is not None,
         f"{levels} levels": x.dtype == int8.ACTIVATION,
         "tma": found.tma,
+        f"and {conv_sm90_fp8.NAME}": bool(own),
     }
     chosen = [word for word, said in words.items() if said]
     key = problem("conv", x, weight.shape, _stride(layer), *chosen)
@@ -94,7 +97,7 @@ def choose_engine(
         run_engine(engine, x, layer, out, **options)
 
     prepare = functools.partial(_trial, x, layer, out, **options)
-    return choose(x, found, key, (), run, prepare)
+    return choose(x, found, key, own, run, prepare)
 
 
 def run_engine(
@@ -107,7 +110,9 @@ def run_engine(
     feature: Tensor | None,
     pool: bool,
 ) -> Tensor | None:
-    """Run :func:`conv` in a configuration by name."""
+    """Run :func:`conv` on an engine, or in a configuration, by name."""
+    if engine.startswith(conv_sm90_fp8.NAME):
+        return conv_sm90_fp8.run(engine, x, layer, out, feature=feature, pool=pool)
     kernel, stride = load_kernels().conv_eight_bits, _stride(layer)
     weight, epilogue = _arguments(x, layer, out, levels, feature)
     found, _ = kernel.choices(x, weight, epilogue, stride=stride)
@@ -146,7 +151,7 @@ def _trial(
         out, feature = (None if slot is None else slot.view for slot in slots.values())
         sums = conv(source, layer, out, levels=levels, feature=feature, pool=pool)
         found = [view.clone() for view in (out, feature) if view is not None]
-        return found if sums is None else [*found, sums.sum(1, dtype=sums.dtype)]
+        return found if sums is None or out is None else [*found, check.pooled(sums, out)]
 
     expected = run(reference.conv)
 
