@@ -626,6 +626,7 @@ def test_every_tile_fits_into_shared_memory_with_room_to_run_ahead(simulator):
         (dict(mask=(32, 4096, 512, 12), mask_c=8), "multiples of 16 bytes"),
         (dict(x=(32, 4096, 512, 20)), "multiples of 16 bytes"),
         (dict(out=(40, 4096, 512, 16)), "multiples of 16 bytes"),
+        (dict(out=(0, 0, 0, 0)), "multiples of 16 bytes"),
         (dict(n=1 << 25), "2\\^30 tiles"),
     ],
 )

@@ -417,6 +417,31 @@ def test_parts_of_small_maps_are_predicted_to_be_faster():
     assert found[large[0]].seconds < found[large[1]].seconds
 
 
+def test_the_hopper_convolution_in_fp8():
+    """Tiles of e4m3, half the bytes, twice the products, and sums that are added beside them."""
+    half = _predict.predict(OWN, LAYER, H200)[OWN[0]]
+    layer = dataclasses.replace(LAYER, dtype=torch.float8_e4m3fn)
+    found = _predict.predict((*OWN, "conv-sm90 256x192", "conv-sm90 128x256"), layer, H200)
+    assert list(found) == list(OWN)
+    eight = found[OWN[0]]
+    assert eight.compute == pytest.approx(half.compute / 2, rel=0.01)
+    assert eight.l2 == pytest.approx(half.l2 / 2, rel=0.01)
+    assert half.issue == 0 < eight.issue < eight.compute
+    # Of 192 channels, in chunks of 128, only those that there are.
+    wide = dataclasses.replace(layer, c_in=192)
+    more = _predict.predict(OWN, wide, H200)[OWN[0]]
+    assert more.compute == pytest.approx(1.5 * eight.compute, rel=0.01)
+    # A feature that is written beside takes longer, and one in its place nearly as long.
+    both, alone = (
+        _predict.predict(OWN, dataclasses.replace(layer, **beside), H200)[OWN[0]].seconds
+        for beside in (dict(added=4 * 128), dict(masked=3 * 128))
+    )
+    assert eight.seconds < alone < both
+    names = ("conv-sm90 split 2 128x128", *OWN)
+    likely = _predict._candidates(layer, H200, names).likely
+    assert [_predict.family(name) for name in likely][:2] == ["conv-sm90 split", "conv-sm90"]
+
+
 def test_the_likely_ones_are_few():
     names = ("aten", *GRAPHS, *OWN)
     found = _predict._candidates(LAYER, H200, names)

@@ -26,7 +26,10 @@ from ._extension.fields import packed, pointer, view
 from .conv_sm90 import NAME, Config, Launch, config_of, configs
 from .conv_sm90_tiles import Shape, splits, tiles_of
 
-__all__ = ["NAME", "conv", "engines", "plan", "refusal", "run", "sources", "why_not"]
+__all__ = ["IN_FP8", "NAME", "conv", "engines", "plan", "refusal", "run", "sources", "why_not"]
+
+IN_FP8 = f"{NAME} in fp8"
+"""What it is called beside that of fp16 and bf16."""
 
 _ALIGNMENT = 16  # Bytes; of what bulk copies fetch, and of stores.
 _PIXEL_LIMIT = 2**30  # Tiles are counted in 32 bits, and any tile has a pixel.
