@@ -459,16 +459,23 @@ def test_it_is_on_offer_where_that_of_fp16_is(monkeypatch):
     monkeypatch.setattr(conv_sm90_fp8, "_processors", lambda device: 132)
     monkeypatch.setattr(conv_sm90_fp8, "_capturing", lambda: False)
     for verdict in (False, True):  # Once it has been checked.
+        monkeypatch.setattr(conv_sm90_fp8, "_verdicts", {})
         monkeypatch.setattr(conv_sm90_fp8.selfcheck, "remembered", lambda *subject: None)
         monkeypatch.setattr(
             conv_sm90_fp8.selfcheck, "trusted", lambda *subject, verdict=verdict: verdict
         )
         assert bool(conv_sm90_fp8.engines(*arguments)) == verdict
-    with tuning.static_choices():
-        assert conv_sm90_fp8.engines(*arguments) == []
     found = conv_sm90_fp8.engines(*arguments)
     assert found[0] == "conv-sm90 256x80"
     assert conv_sm90_fp8.engines(*arguments, stride=2) == []
+    # Nothing is checked where nothing is measured.
+    monkeypatch.setattr(conv_sm90_fp8, "_verdicts", {})
+    with tuning.static_choices():
+        assert conv_sm90_fp8.engines(*arguments) == []
+    monkeypatch.setattr(conv_sm90_fp8, "_capturing", lambda: True)
+    assert conv_sm90_fp8.engines(*arguments) == []
+    monkeypatch.setattr(conv_sm90_fp8.selfcheck, "remembered", lambda *subject: True)
+    assert conv_sm90_fp8.engines(*arguments) == found
     assert all(conv_sm90.config_of(name, 80, 3, 1) for name in found)
 
 

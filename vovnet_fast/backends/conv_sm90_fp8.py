@@ -93,14 +93,18 @@ def engines(
     return _names(x, weight)
 
 
+_verdicts: dict[torch.device, bool] = {}  # It is asked at every launch.
+
+
 def _checked(device: torch.device) -> bool:
     """Whether it computed right numbers, which is found out unless nothing may be measured now."""
-    assert fp8.ACTIVATION is not None
-    subject = __name__.rpartition(".")[2], device, fp8.ACTIVATION, ("conv",)
-    verdict = selfcheck.remembered(*subject)
-    if verdict is None and not tuning.only_static() and not _capturing():
-        verdict = selfcheck.trusted(*subject)
-    return bool(verdict)
+    if device not in _verdicts:
+        assert fp8.ACTIVATION is not None
+        subject = __name__.rpartition(".")[2], device, fp8.ACTIVATION, ("conv",)
+        if tuning.only_static() or _capturing():
+            return bool(selfcheck.remembered(*subject))
+        _verdicts[device] = selfcheck.trusted(*subject)
+    return _verdicts[device]
 
 
 def _capturing() -> bool:
@@ -207,7 +211,8 @@ def conv(
     Raises:
         ValueError: the kernel cannot take the arguments.
     """
-    reason = refusal(x, layer.weight, out, feature, stride=layer.stride)
+    stride = 1 if layer.depthwise is not None else layer.stride
+    reason = refusal(x, layer.weight, out, feature, stride=stride)
     if reason is not None:
         raise ValueError(reason)
     names = _names(x, layer.weight)
