@@ -62,10 +62,11 @@ extern "C" {
 
 // 0, or 1 with the words of an error. `fetched`: the bytes that copies asked for.
 int conv_sm90_simulate(const ConvSm90Params* params, int ctas, int late_copies, int late_products,
-                       int64_t ahead, unsigned seed, int64_t* fetched, char* error, int size) {
+                       int64_t ahead, int64_t multiplied, unsigned seed, int64_t* fetched,
+                       char* error, int size) {
   return guarded(error, size, [&] {
     conv_sm90::plan(*params);
-    const simulator::Timing timing = {late_copies != 0, late_products != 0, ahead};
+    const simulator::Timing timing = {late_copies != 0, late_products != 0, ahead, multiplied};
     *fetched = run_for(*params)(*params, ctas, timing, seed);
   });
 }

@@ -18,6 +18,9 @@ NAME = "conv-sm90"
 SPLIT = f"{NAME} split"
 """And those of tiles that CTAs share, with the number of them."""
 
+TURNS = f"{NAME} turns"
+"""And those whose warpgroups have tiles of their own: one multiplies while the other stores."""
+
 CHUNK = 64
 """Input channels of a step: kChunk of csrc/cuda/conv_sm90/layout.h."""
 
@@ -31,6 +34,10 @@ _STRIPS, _WEIGHTS = {1: 3, 3: 2}, 3  # Stages with which a split is on offer: th
 
 _BLOCKS = {128: (256, 224, 192, 160, 128, 112, 96, 80, 64), 256: (192, 160, 128, 112, 96, 80, 64)}
 """Output channels of a tile, by its pixels: what registers have room for."""
+
+_TURN_PIXELS = 128
+_TURN_BLOCKS = _BLOCKS[2 * _TURN_PIXELS]
+"""A warpgroup by itself has the sums that each of two has of a tile of twice the pixels."""
 
 _NARROWEST, _WIDE = 64, 96
 """Channels: the fewest of a tile, and of one that is not narrow."""
@@ -54,19 +61,21 @@ class Config:
         cluster: tiles of pixels and of output channels that CTAs of a cluster have side by side;
             those that read the same weights, or the same pixels, share one copy of them.
         parts: CTAs of a cluster that each sum up a part of a tile's taps and input channels.
+        turns: a tile is one warpgroup's, and the two of a CTA take turns.
     """
 
     pixels: int
     block_out: int
     cluster: tuple[int, int] = (1, 1)
     parts: int = 1
+    turns: bool = False
 
     @property
     def name(self) -> str:
         """What the engine is called. The shape of the tile follows from the image."""
         down, across = self.cluster
         shared = f" cluster {down}x{across}" if down * across > 1 else ""
-        name = f"{SPLIT} {self.parts}" if self.parts > 1 else NAME
+        name = f"{SPLIT} {self.parts}" if self.parts > 1 else TURNS if self.turns else NAME
         return f"{name} {self.pixels}x{self.block_out}{shared}"
 
     @property
@@ -100,11 +109,15 @@ def _configs(c_out: int, kernel: int) -> tuple[Config, ...]:
     for pixels in sorted(_BLOCKS)[::-1]:
         alone = Config(pixels, _block(c_out, _BLOCKS[pixels]))
         found += [alone, *_clustered(alone, c_out, kernel)]
-    return tuple(found)
+    alone = Config(_TURN_PIXELS, _block(c_out, _TURN_BLOCKS), turns=True)
+    return (*found, alone, *_clustered(alone, c_out, kernel))
 
 
 def configs(c_out: int, kernel: int = 3) -> list[Config]:
     """Tiles for a number of output channels, largest first; empty where there are none.
+
+    Those that both warpgroups of a CTA multiply together, and then those that they have by
+    themselves, which store while the next tile is multiplied, but fetch more for each product.
 
     Whole blocks, but for numbers that have none or only narrow ones, as those of concat buffers
     may: then the widest blocks whose last one is nearly full. Each by itself, in pairs, and in
@@ -207,6 +220,8 @@ def _taken(config: Config, shape: Shape, strips: int, weights: int) -> int:
     handed = sums = 0
     if config.parts > 1:
         handed = _HANDED_ROWS * (config.block_out + _HANDED_PAD) * 4 + 16
+    elif config.turns:
+        handed = 16
     if shape.pool:
         sums = _CONSUMER_WARPS * (config.block_out if config.parts == 1 else 32 * 8) * 4
     return strips * (strip + 16) + weights * (config.block_out * _ROW_BYTES + 16) + sums + handed

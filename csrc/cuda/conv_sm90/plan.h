@@ -35,7 +35,7 @@ struct Box {
 };
 
 inline int blocks_of(const ConvSm90Params& params) {
-  return params.tile_h * params.tile_w / (kConsumers * kBlockRows);
+  return params.tile_h * params.tile_w / ((params.turns != 0 ? 1 : kConsumers) * kBlockRows);
 }
 
 // The strips of the input: [N, H, W, C_in], tile_h + kernel - 1 rows of tile_w pixels.
@@ -87,7 +87,7 @@ inline bool aligned(const View& view, const ConvSm90Params& params) {
 
 inline std::string words(const ConvSm90Params& params) {
   return std::to_string(params.tile_h) + " x " + std::to_string(params.tile_w) + " pixels by " +
-         std::to_string(params.block_out) + " channels";
+         std::to_string(params.block_out) + " channels" + (params.turns != 0 ? " in turns" : "");
 }
 
 inline int most_blocks(int block_out) {
@@ -143,6 +143,7 @@ inline void check(const ConvSm90Params& params) {
               params.tile_w <= 256 && (pixels == 128 || pixels == 256) &&
               blocks_of(params) <= most_blocks(params.block_out),
           "no tiles of " + detail::words(params));
+  require(params.parts == 1 || params.turns == 0, "no parts of tiles of " + detail::words(params));
   require(params.parts == 1 || has_parts(params.block_out, blocks_of(params)),
           "no parts of tiles of " + detail::words(params));
   require((params.kernel == 1 || strip_box(params).box[2] <= 256), "tile_h is at most 254");
@@ -218,6 +219,7 @@ inline Problem plan(const ConvSm90Params& params) {
   p.cluster_pixels = params.cluster_pixels;
   p.cluster_channels = params.cluster_channels;
   p.parts = params.parts;
+  p.turns = params.turns;
   while (1 << p.cluster_shift < p.cluster_pixels) ++p.cluster_shift;
   while (1 << p.part_shift < cluster_tiles(p)) ++p.part_shift;
   p.strip_sharers = strip_sharers(p.cluster_pixels, p.cluster_channels);
