@@ -26,12 +26,12 @@ extern "C" {
 
 // See conv_sm90_simulator.cpp.
 int conv_sm90_simulate(const ConvSm90Fp8Params* params, int ctas, int late_copies,
-                       int late_products, int64_t ahead, unsigned seed, int64_t* fetched,
-                       char* error, int size) {
+                       int late_products, int64_t ahead, int64_t multiplied, unsigned seed,
+                       int64_t* fetched, char* error, int size) {
   return simulator::guarded(error, size, [&] {
     const conv_sm90::Problem p = conv_sm90::plan(*params);
     const ConvSm90Params like = conv_sm90::common(*params);
-    const simulator::Timing timing = {late_copies != 0, late_products != 0, ahead};
+    const simulator::Timing timing = {late_copies != 0, late_products != 0, ahead, multiplied};
     *fetched = run_for(like)(p, conv_sm90::strip_box(like), conv_sm90::weight_box(like), ctas,
                              timing, seed);
   });

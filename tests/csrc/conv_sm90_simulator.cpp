@@ -29,10 +29,11 @@ extern "C" {
 
 // 0, or 1 with the words of an error. `fetched`: the bytes that copies asked for.
 int conv_sm90_simulate(const ConvSm90Params* params, int ctas, int late_copies, int late_products,
-                       int64_t ahead, unsigned seed, int64_t* fetched, char* error, int size) {
+                       int64_t ahead, int64_t multiplied, unsigned seed, int64_t* fetched,
+                       char* error, int size) {
   return simulator::guarded(error, size, [&] {
     const conv_sm90::Problem p = conv_sm90::plan(*params);
-    const simulator::Timing timing = {late_copies != 0, late_products != 0, ahead};
+    const simulator::Timing timing = {late_copies != 0, late_products != 0, ahead, multiplied};
     *fetched = run_for(*params)(p, conv_sm90::strip_box(*params), conv_sm90::weight_box(*params),
                                 ctas, timing, seed);
   });

@@ -52,7 +52,8 @@ inline void require(bool held, const std::string& what) {
 // When the copies and the products under way come to their end.
 struct Timing {
   bool late_copies, late_products;
-  int64_t ahead;  // Nothing is stored before copies have asked for so many bytes.
+  int64_t ahead;       // Nothing is stored before copies have asked for so many bytes,
+  int64_t multiplied;  // and before so many products were issued.
 };
 
 // ---- Fibres ------------------------------------------------------------------------------------
@@ -237,6 +238,7 @@ class Cluster {
   Scheduler scheduler;
   Meeting all;
   int64_t fetched = 0;  // Bytes that copies asked for, of channels that there are.
+  int64_t issued = 0;   // Products of warpgroups.
   const Box strip, weight;
   const Timing timing;
 
@@ -299,7 +301,7 @@ class Cta {
     return meeting.words[number % 2][thread % kLanes ^ lanes];
   }
 
-  Meeting all_, consumers_, warps_[kThreads / kLanes];
+  Meeting all_, consumers_[3], warps_[kThreads / kLanes];
 
   // ---- Barriers
 
@@ -318,7 +320,8 @@ class Cta {
   // ---- Products
 
   // Called by each thread of a warpgroup, which comes to its `number`-th product.
-  void post(int thread, int64_t number, const Product& wanted, float* sums) {
+  // Returns whether it is the last of them that comes.
+  bool post(int thread, int64_t number, const Product& wanted, float* sums) {
     auto& group = products_[thread / kGroup];
     int64_t& first = first_product_[thread / kGroup];
     const int64_t index = number - first;
@@ -332,6 +335,7 @@ class Cta {
     if (product.posted == kGroup && !timing_.late_products) {
       for (int warp = 0; warp < 4; ++warp) finish(product, warp);
     }
+    return product.posted == kGroup;
   }
 
   // Wait until all of a warp's products before the `number`-th are done.
@@ -554,6 +558,13 @@ class Thread {
 
   int thread() const { return thread_; }
   int thread_again() const { return thread_; }
+  int uniform(int value) {
+    const auto word = static_cast<uint32_t>(value);
+    for (int lanes = 1; lanes < kLanes; lanes *= 2) {
+      require(cta_.swap(thread_, word, lanes) == word, "not the same in all threads of a warp");
+    }
+    return value;
+  }
   int cluster() const { return index_; }
   int clusters() const { return clusters_; }
   int rank() const { return rank_; }
@@ -565,7 +576,10 @@ class Thread {
     require(published_ || thread_ != 0, "the barriers were not published to the copies");
     cta_.meet(all_.all, all_.size() * kThreads, "all threads of the cluster");
   }
-  void synchronise_consumers() { cta_.meet(cta_.consumers_, 2 * kGroup, "the consumers"); }
+  void synchronise_consumers(int group = 0, int count = 2 * kGroup) {
+    require(group >= 0 && group < 3, "a group of consumers that is none");
+    cta_.meet(cta_.consumers_[group], count, std::to_string(count) + " consumers");
+  }
   void shrink_registers() {}
   void grow_registers() {}
   float* floats(uint32_t offset) { return reinterpret_cast<float*>(cta_.at(offset, 4)); }
@@ -586,6 +600,8 @@ class Thread {
     cta_.meet(cta_.warps_[thread_ / kLanes], kLanes, "an arrival");
     if (thread_ % kLanes < count) all_.cta(count == 1 ? rank_ : to).barrier(barrier).arrive();
   }
+
+  void free(uint32_t barrier, int count, int to) { arrive(barrier, count, to); }
 
   void copy_strip(uint32_t to, uint32_t full, int c, int w, int h, int n, int count,
                   uint16_t mask) {
@@ -610,7 +626,7 @@ class Thread {
     product.widen = half ? widen_half : widen_bfloat;
     product.e4m3 = vovnet_fast::conv_sm90::kIsE4m3<T>;
     if (product.e4m3) product.widen = widen_byte;
-    cta_.post(thread_, products_++, product, sums);
+    all_.issued += cta_.post(thread_, products_++, product, sums);
   }
   void commit_products() {
     begun_ = false;
@@ -662,6 +678,8 @@ class Thread {
     Cluster& all = all_;
     cta_.scheduler().wait("copies under an epilogue",
                           [&all] { return all.fetched >= all.timing.ahead; });
+    cta_.scheduler().wait("products under an epilogue",
+                          [&all] { return all.issued >= all.timing.multiplied; });
     require(reinterpret_cast<uintptr_t>(to) % 16 == 0, "a store of 16 bytes is not aligned");
     memcpy(to, words, 16);
   }

@@ -52,7 +52,7 @@ class Params(ctypes.Structure):
         ),
         *((name, ctypes.c_int32) for name in ("kernel", "tile_h", "tile_w", "block_out")),
         *((name, ctypes.c_int32) for name in ("cluster_pixels", "cluster_channels", "parts")),
-        *((name, ctypes.c_int32) for name in ("relu", "dtype")),
+        *((name, ctypes.c_int32) for name in ("turns", "relu", "dtype")),
     ]
 
 
@@ -74,10 +74,16 @@ class Simulator:
         failed = getattr(self.library, function)(*args, error, len(error))
         assert not failed, error.value.decode()
 
-    def run(self, fields, *, ctas=2, late_copies=True, late_products=True, ahead=0, seed=0):
-        """Returns the bytes that copies fetched. `ahead`: of them, those before the first store."""
+    def run(
+        self, fields, *, ctas=2, late_copies=True, late_products=True, ahead=0, multiplied=0, seed=0
+    ):
+        """Returns the bytes that copies fetched.
+
+        Before the first store `ahead` of them are asked for, and `multiplied` WGMMAs issued.
+        """
         params, fetched = ctypes.byref(self.struct(fields)), ctypes.c_int64()
-        timing = (int(late_copies), int(late_products), ctypes.c_int64(ahead), seed)
+        before = (ctypes.c_int64(ahead), ctypes.c_int64(multiplied))
+        timing = (int(late_copies), int(late_products), *before, seed)
         self.call("conv_sm90_simulate", params, ctas, *timing, ctypes.byref(fetched))
         return fetched.value
 
@@ -435,6 +441,71 @@ def test_a_cluster_shares_weights_that_stay(simulator):
 
 
 # --------------------------------------------------------------------------------------
+# Warpgroups that take turns, on the simulator
+# --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("late_copies", [False, True])
+@pytest.mark.parametrize("late_products", [False, True])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_turns_hold_whatever_the_timing(late_copies, late_products, kernel, simulator):
+    """Six tiles for one CTA, with more stages than the rings, and, of few channels, with fewer."""
+    for c_in in (136, 24) if kernel == 3 else (712, 24):
+        simulate(
+            simulator, Layer(1, 17, 24, c_in, 96, kernel=kernel),
+            conv_sm90.Config(128, 96, turns=True), pool=True, ctas=1, seed=c_in,
+            late_copies=late_copies, late_products=late_products,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3, 5])
+def test_any_number_of_tiles_in_turns(tiles, simulator):
+    """Of a single one the second warpgroup has nothing, of an odd number one less."""
+    for kernel in (1, 3):
+        layer = Layer(tiles, 7, 11, 72, 64, kernel=kernel)
+        simulate(simulator, layer, conv_sm90.Config(128, 64, turns=True), pool=True, ctas=1)
+
+
+def test_weights_stay_for_both_that_take_turns(simulator):
+    config = conv_sm90.Config(128, 64, turns=True)
+    shape = conv_sm90_tiles.Shape(2, 17, 40, 64, 64, 3)
+    assert conv_sm90_tiles.work(config, shape, 3).resident
+    for late in (False, True):
+        simulate(simulator, Layer(2, 17, 40, 64, 64), config, ctas=3, late_copies=late)
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS[:4])
+def test_clusters_whose_warpgroups_take_turns(cluster, simulator):
+    """What CTAs share is read by whichever warpgroup of each; at any timing, and beyond the map."""
+    config = conv_sm90.Config(128, 64, cluster, turns=True)
+    for kernel, late in ((1, True), (3, False)):
+        layer = Layer(3, 20, 17, 136, 192, kernel=kernel)
+        simulate(
+            simulator, layer, config, pool=True, ctas=4, seed=kernel, late_copies=late,
+            late_products=not late,
+        )  # fmt: skip
+    add, mask = layer.beside(192), layer.beside(192)
+    simulate_gradient(simulator, layer, config, add, mask, ctas=4)
+
+
+def test_the_next_tile_is_multiplied_under_an_epilogue(simulator):
+    """All of it, while nothing of the first is stored, in turns; where both share it nothing."""
+    layer = Layer(1, 16, 24, 136, 96)
+    each = 9 * (4 + 4 + 1) * 2  # Taps, steps of three chunks, and blocks of 64 pixels.
+    for config, most in [
+        (conv_sm90.Config(128, 96, turns=True), 2 * each),
+        (conv_sm90.Config(128, 96), each),
+    ]:
+        fields = dict(layer.plan(config).fields, pool_partials=None)
+        for late in (False, True):
+            layer.out.fill_(float("nan"))
+            simulator.run(fields, ctas=1, multiplied=most, late_products=late)
+            layer.check()
+            with pytest.raises(AssertionError, match="products under an epilogue"):
+                simulator.run(fields, ctas=1, multiplied=most + 1, late_products=late)
+
+
+# --------------------------------------------------------------------------------------
 # Tiles whose sum CTAs of a cluster share, on the simulator
 # --------------------------------------------------------------------------------------
 
@@ -558,7 +629,7 @@ def test_24_tiles_in_five_parts_are_120_ctas():
     # Of 36 taps of chunks a part has 7 or 8, and those of the last chunk are half as long.
     assert found.even == pytest.approx(126 / (5 * 28))
     without = max(conv_sm90_tiles.work(c, shape, 132).busy for c in conv_sm90.configs(224))
-    assert without == pytest.approx(12 / 132)
+    assert without == pytest.approx(24 / 132)
 
 
 def test_splits_are_on_offer_for_small_maps_alone(simulator):
@@ -620,6 +691,9 @@ def test_every_tile_fits_into_shared_memory_with_room_to_run_ahead(simulator):
         (dict(block_out=128, parts=2, cluster_channels=3), "no parts of 3 tiles of channels"),
         (dict(block_out=128, kernel=1, parts=2), "2 parts of 1 taps and chunks"),
         (dict(block_out=160, tile_h=32, parts=2), "no parts of tiles of 32 x 8 pixels by 160"),
+        (dict(block_out=112, parts=2, turns=1), "no parts of tiles of .* 112 channels in turns"),
+        (dict(turns=1), "no tiles of 16 x 8 pixels by 256 channels in turns"),
+        (dict(block_out=64, tile_h=32, turns=1), "no tiles of 32 x 8 pixels .* in turns"),
         (dict(c_out=204), "multiple of 8 channels, got 204"),
         (dict(add_c=12), "multiples of 8 channels, got 12 and 0"),
         (dict(add=(40, 4096, 512, 16), add_c=8), "multiples of 16 bytes"),
@@ -636,7 +710,7 @@ def test_what_cannot_be_is_said(wrong, words, simulator):
         weight=32, scale=32, shift=32, pool_partials=None, n=1, height=100, width=100, c_in=64,
         c_out=256, add_c=0, mask_c=0, kernel=3,
         tile_h=16, tile_w=8, block_out=256, cluster_pixels=1, cluster_channels=1, parts=1,
-        relu=1, dtype=0,
+        turns=0, relu=1, dtype=0,
     )  # fmt: skip
     simulator.plan(fields)
     with pytest.raises(AssertionError, match=words):
@@ -658,6 +732,7 @@ def test_channels_are_padded_only_where_nothing_wide_divides_them():
     assert names == [
         "256x112", "256x112 cluster 2x1", "256x112 cluster 2x2",
         "128x224", "128x224 cluster 2x1", "128x224 cluster 4x1",
+        "turns 128x112", "turns 128x112 cluster 2x1", "turns 128x112 cluster 4x2",
     ]  # fmt: skip
     for c_out in (1472, 1888, 2144):  # Concat buffers.
         for config in conv_sm90.configs(c_out):

@@ -27,7 +27,9 @@ MEASURED = 3
 WORTH = 1.25
 """And no other one that is predicted to take longer than the best by more than this factor."""
 
-LIBRARIES = (ATEN, cudnn_graph.NAME, conv_sm80.NAME, conv_sm90.SPLIT, conv_sm90.NAME)
+_SM90 = (conv_sm90.SPLIT, conv_sm90.TURNS, conv_sm90.NAME)
+
+LIBRARIES = (ATEN, cudnn_graph.NAME, conv_sm80.NAME, *_SM90)
 """How names of engines that are not Triton's begin. One of each kind is measured, its best."""
 
 _DEPTHWISE = (depthwise_conv.NAME, depthwise_conv.SEPARATE)
@@ -139,6 +141,7 @@ def _sm90(name: str, layer: Layer, device: Device) -> Prediction:
         stages=_STRIP_STAGES,
         compulsory=layer.activation_bytes + weights,
         persistent=True,
+        turns=config.turns,
     )
     # Its shared memory is all that a processor has.
     whole = Resources(warps=12, registers=168, shared=227 << 10)
@@ -239,10 +242,7 @@ def library(name: str, layer: Layer, device: Device) -> Prediction:
     """Time of an engine that is not a configuration of Triton's."""
     if name == ATEN:
         return _aten(layer, device)
-    kinds = {
-        cudnn_graph.NAME: _graph, conv_sm80.NAME: _sm80, conv_sm90.SPLIT: _sm90,
-        conv_sm90.NAME: _sm90,
-    }  # fmt: skip
+    kinds = {cudnn_graph.NAME: _graph, conv_sm80.NAME: _sm80, **dict.fromkeys(_SM90, _sm90)}
     return kinds[family(name)](name, layer, device)
 
 
@@ -283,7 +283,7 @@ def _has_tiles(name: str, layer: Layer) -> bool:
     kind = family(name)
     if kind == conv_sm80.NAME:
         return name in _sm80_names(layer)
-    if kind in (conv_sm90.NAME, conv_sm90.SPLIT):
+    if kind in _SM90:
         itemsize = layer.dtype.itemsize
         return conv_sm90.config_of(name, layer.c_out, layer.kernel, itemsize) is not None
     return True

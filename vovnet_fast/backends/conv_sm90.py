@@ -27,6 +27,7 @@ from ._extension.fields import new_high, pointer
 from .conv_sm90_tiles import (
     NAME,
     SPLIT,
+    TURNS,
     Config,
     Shape,
     chunk,
@@ -39,6 +40,7 @@ from .conv_sm90_tiles import (
 __all__ = [
     "NAME",
     "SPLIT",
+    "TURNS",
     "Config",
     "chunk",
     "config_of",
@@ -133,7 +135,7 @@ def engines(
     add: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> list[str]:
-    """Names of what is on offer for these arguments of :func:`run`, largest tile first.
+    """Names of what is on offer for these arguments of :func:`run`, as :func:`configs` has them.
 
     Those whose CTAs share a tile come last, where the map is too small for the GPU.
     """
@@ -229,7 +231,7 @@ def plan(
         mask_c=channels["mask"], kernel=kernel,
         tile_h=tile[0], tile_w=tile[1], block_out=config.block_out,
         cluster_pixels=config.cluster[0], cluster_channels=config.cluster[1], parts=config.parts,
-        relu=int(relu and scale is not None), dtype=_DTYPES[x.dtype],
+        turns=int(config.turns), relu=int(relu and scale is not None), dtype=_DTYPES[x.dtype],
     )  # fmt: skip
     return Launch(fields, tiles_of(height, width, tile) * config.parts)
 

@@ -18,6 +18,9 @@ NAME = "conv-sm90"
 SPLIT = f"{NAME} split"
 """And those of tiles that CTAs share, with the number of them."""
 
+TURNS = f"{NAME} turns"
+"""And those whose warpgroups have tiles of their own: one multiplies while the other stores."""
+
 _ROW_BYTES = 128  # Of the input channels of a step: kRowBytes of csrc/cuda/conv_sm90/layout.h.
 _STEP_BYTES = 32  # And of one WGMMA.
 _CONSUMER_WARPS = 8
@@ -34,6 +37,10 @@ _BLOCKS = {
 }
 """Output channels of a tile, by the bytes of an activation, and by its pixels: what registers have
 room for. In e4m3, of one byte, products are beside the sums there."""
+
+_TURN_PIXELS = 128
+_TURN_BLOCKS = _BLOCKS[2][2 * _TURN_PIXELS]
+"""A warpgroup by itself has the sums that each of two has of a tile of twice the pixels."""
 
 _NARROWEST, _WIDE = 64, 96
 """Channels: the fewest of a tile, and of one that is not narrow."""
@@ -58,19 +65,21 @@ class Config:
         cluster: tiles of pixels and of output channels that CTAs of a cluster have side by side;
             those that read the same weights, or the same pixels, share one copy of them.
         parts: CTAs of a cluster that each sum up a part of a tile's taps and input channels.
+        turns: a tile is one warpgroup's, and the two of a CTA take turns.
     """
 
     pixels: int
     block_out: int
     cluster: tuple[int, int] = (1, 1)
     parts: int = 1
+    turns: bool = False
 
     @property
     def name(self) -> str:
         """What the engine is called. The shape of the tile follows from the image."""
         down, across = self.cluster
         shared = f" cluster {down}x{across}" if down * across > 1 else ""
-        name = f"{SPLIT} {self.parts}" if self.parts > 1 else NAME
+        name = f"{SPLIT} {self.parts}" if self.parts > 1 else TURNS if self.turns else NAME
         return f"{name} {self.pixels}x{self.block_out}{shared}"
 
     @property
@@ -114,11 +123,17 @@ def _configs(c_out: int, kernel: int, itemsize: int) -> tuple[Config, ...]:
     for pixels in sorted(known)[::-1]:
         alone = Config(pixels, _block(c_out, known[pixels]))
         found += [alone, *_clustered(alone, c_out, kernel)]
-    return tuple(found)
+    if itemsize == 1:  # While one adds products to its sums, the other has to multiply.
+        return tuple(found)
+    alone = Config(_TURN_PIXELS, _block(c_out, _TURN_BLOCKS), turns=True)
+    return (*found, alone, *_clustered(alone, c_out, kernel))
 
 
 def configs(c_out: int, kernel: int = 3, itemsize: int = 2) -> list[Config]:
     """Tiles for a number of output channels, largest first; empty where there are none.
+
+    Those that both warpgroups of a CTA multiply together, and then those that they have by
+    themselves, which store while the next tile is multiplied, but fetch more for each product.
 
     ``itemsize``: bytes of an activation, 1 in e4m3.
 
@@ -225,6 +240,8 @@ def _taken(config: Config, shape: Shape, strips: int, weights: int) -> int:
     handed = sums = 0
     if config.parts > 1:
         handed = _HANDED_ROWS * (config.block_out + _HANDED_PAD) * 4 + 16
+    elif config.turns:
+        handed = 16
     if shape.pool:
         sums = _CONSUMER_WARPS * (config.block_out if config.parts == 1 else 32 * 8) * 4
     return strips * (strip + 16) + weights * (config.block_out * _ROW_BYTES + 16) + sums + handed

@@ -3,8 +3,9 @@
 // Two threads fetch: one the strips of pixels, one the weights of the taps, each into a ring of
 // stages, which other CTAs of its cluster may fill as well. Two warpgroups multiply: each holds 64
 // or 128 pixels of the tile by all of its output channels, in fp32. CTAs loop over tiles, so that
-// the next tile is fetched under the epilogue, as far as the rings have room. CTAs of a cluster may
-// share a tile: each then loops over a part of its terms.
+// the next tile is fetched under the epilogue, as far as the rings have room. Where the warpgroups
+// take turns, each has a tile of its own: the next tile is multiplied under the epilogue as well.
+// CTAs of a cluster may share a tile: each then loops over a part of its terms.
 //
 // The machine is a class: that of device.cuh issues the instructions of sm_90a, that of the tests
 // simulates them.
@@ -24,15 +25,18 @@ template <class Machine>
 VF_THREAD void initialise_barriers(Machine& m, const Problem& p) {
   for (int i = 0; i < p.x_stages; ++i) {
     m.initialise(strip_full(p, i), 1);
-    m.initialise(strip_free(p, i), kConsumerWarps * p.cluster_channels);
+    m.initialise(strip_free(p, i), warps_of_tile(p) * p.cluster_channels);
   }
   for (int i = 0; i < p.w_stages; ++i) {
     m.initialise(weights_full(p, i), 1);
-    m.initialise(weights_free(p, i), kConsumerWarps * p.cluster_pixels);
+    m.initialise(weights_free(p, i), warps_of_tile(p) * p.cluster_pixels);
   }
   if (p.parts > 1) {
     m.initialise(handed_full(p), kConsumerWarps * p.parts);
     m.initialise(handed_free(p), kConsumerWarps * p.parts);
+  }
+  if (p.turns != 0) {
+    for (int i = 0; i < kConsumers; ++i) m.initialise(turn_of(p, i), warps_of_tile(p));
   }
 }
 
@@ -114,12 +118,12 @@ struct Readers {
 
 template <class Machine>
 VF_THREAD void free_strip(Machine& m, const Problem& p, const Readers& readers, int stage) {
-  m.arrive(strip_free(p, stage), p.cluster_channels, readers.strips);
+  m.free(strip_free(p, stage), p.cluster_channels, readers.strips);
 }
 
 template <class Machine>
 VF_THREAD void free_weights(Machine& m, const Problem& p, const Readers& readers, int stage) {
-  if (!p.resident) m.arrive(weights_free(p, stage), p.cluster_pixels, readers.weights);
+  if (!p.resident) m.free(weights_free(p, stage), p.cluster_pixels, readers.weights);
 }
 
 // Issue the products of a tap and STEPS * 32 bytes of input channels.
@@ -144,7 +148,7 @@ VF_THREAD void multiply_add(Machine& m, float (&sums)[BLOCKS][N / 2], uint64_t a
 template <class T, int N, int BLOCKS, class Machine>
 VF_THREAD void multiply(Machine& m, const Problem& p, const Readers& readers, Ring& strips,
                         Ring& weights, float (&sums)[BLOCKS][N / 2]) {
-  const int consumer = m.thread() / kWarpgroup - 1;
+  const int consumer = p.turns != 0 ? 0 : m.thread() / kWarpgroup - 1;
   constexpr bool kParts = has_parts(N, BLOCKS);
   const Terms all = {0, p.chunks * p.kernel * p.kernel};
   const Terms terms = kParts ? terms_of(p, m.rank()) : all;
@@ -180,6 +184,9 @@ VF_THREAD void multiply(Machine& m, const Problem& p, const Readers& readers, Ri
     }
     strips.advance();
   }
+  // The other's products follow those that are under way. Whatever was waited for here had arrived:
+  // the other meets every stage in the phase that it counts.
+  if (p.turns != 0) m.free(turn_of(p, kConsumers - m.thread_again() / kWarpgroup), 1, 0);
   m.template wait_products<0>();
   free_weights(m, p, readers, weights.previous());
   free_strip(m, p, readers, strips.previous());
@@ -265,7 +272,19 @@ VF_THREAD void run_thread(Machine& m, const Problem& p) {
     const Readers readers(p, m.rank(), m.thread() % kWarp);
     Ring strips(p.x_stages), weights(p.w_stages, p.resident);
     [[maybe_unused]] uint32_t parity = 0;  // Of the rows that parts hand over.
-    for (int index = m.cluster(); index < p.tiles; index += m.clusters()) {
+    int number = 0;
+    for (int index = m.cluster(); index < p.tiles; index += m.clusters(), ++number) {
+      if (p.turns != 0) {
+        // Both pass all tiles: which it is does not depend on the thread, but for what is uniform.
+        const int warpgroup = m.uniform(m.thread_again() / kWarpgroup - 1);
+        if (number % kConsumers != warpgroup) {
+          strips.skip(p.chunks * p.kernel);
+          weights.skip(p.chunks * p.kernel * p.kernel);
+          continue;
+        }
+        // The very first turn is nobody's to give.
+        m.wait(turn_of(p, warpgroup), (number / kConsumers + warpgroup + 1) & 1);
+      }
       float sums[BLOCKS][N / 2];
       if constexpr (kIsE4m3<T>) {
         multiply_e4m3<N, BLOCKS>(m, p, strips, weights, sums);

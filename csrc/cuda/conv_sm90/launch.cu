@@ -23,9 +23,12 @@
 // become 128 or 256. All of this is arithmetic: nothing was measured yet.
 //
 // CTAs are persistent: one fills a processor's shared memory, so that only a CTA which goes on to
-// the next tile can fetch it under the epilogue. It fetches as much of it as the rings hold: the
-// products of the next tile start after the epilogue, as both warpgroups work on one tile. Where
-// the last wave is short, smaller tiles help.
+// the next tile can fetch it under the epilogue. It fetches as much of it as the rings hold. Where
+// both warpgroups work on one tile, the products of the next one start after the epilogue. Where
+// they take turns, with a tile of 128 pixels each, one multiplies while the other stores: a
+// barrier hands the tensor cores on when the last products of a tile are issued. That leaves
+// nothing idle but fetches more, as half the pixels share the weights: 90 FLOP a byte at 128
+// channels, 140 in pairs of CTAs. Where the last wave is short, smaller tiles help.
 //
 // Small maps have fewer tiles than there are processors. There up to eight CTAs of a cluster share
 // a tile, each with a part of its taps and input channels: 24 tiles of 128 pixels by 112 channels,

@@ -61,6 +61,7 @@ struct Problem {
   int32_t rectangles;                        // of all images
   int32_t cluster_pixels, cluster_channels;  // tiles of a cluster
   int32_t parts;                             // CTAs of each of them
+  int32_t turns;                             // a tile is one warpgroup's, not both's
   int32_t cluster_shift;                     // cluster_pixels is 2 to its power
   int32_t part_shift;                        // of a part, CTAs are at most 2 to its power
   int32_t strip_sharers, weight_sharers;     // of the first of a cluster, by bits
@@ -119,6 +120,11 @@ VF_HD Tile tile_at(const Problem& p, int index, int rank) {
   const int of_image = rectangle % (p.down * p.across);
   return {rectangle / (p.down * p.across), of_image / p.across * p.tile_h,
           of_image % p.across * p.tile_w, group * p.block_out, rectangle};
+}
+
+// Warps that multiply a tile together.
+VF_HD int warps_of_tile(const Problem& p) {
+  return p.turns != 0 ? kWarpgroup / kWarp : kConsumerWarps;
 }
 
 VF_HD bool exists(const Problem& p, const Tile& tile) { return tile.partial < p.rectangles; }
@@ -242,8 +248,13 @@ VF_HD uint32_t handed_free(const Problem& p) {
   return barrier_at(p, 2 * (p.x_stages + p.w_stages) + 1);
 }
 
+// In their place, where tiles have no parts: one for each warpgroup that takes turns.
+VF_HD uint32_t turn_of(const Problem& p, int consumer) {
+  return barrier_at(p, 2 * (p.x_stages + p.w_stages) + consumer);
+}
+
 VF_HD uint32_t shared_bytes(const Problem& p) {
-  return barrier_at(p, 2 * (p.x_stages + p.w_stages) + (p.parts > 1 ? 2 : 0));
+  return barrier_at(p, 2 * (p.x_stages + p.w_stages) + (p.parts > 1 || p.turns != 0 ? 2 : 0));
 }
 
 // Where a thread is in a ring of stages. A barrier's phase has a parity: that of the pass. What is
@@ -261,6 +272,12 @@ struct Ring {
       stage = 0;
       parity ^= flip;
     }
+  }
+  // Past what another warpgroup reads.
+  VF_HD void skip(int count) {
+    const int to = stage + count, passes = to / depth;
+    stage = to - passes * depth;
+    parity ^= flip & passes;
   }
 };
 

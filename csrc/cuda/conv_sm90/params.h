@@ -27,6 +27,8 @@ struct ConvSm90Params {
   int32_t cluster_channels;  // and of output channels
   int32_t parts;  // CTAs of a cluster that share a tile, each with a part of its taps and input
                   // channels; with the tiles of the cluster at most 8 in all
+  int32_t turns;  // 1: both warpgroups that multiply have tiles of their own, of 128 pixels, and
+                  // take turns; only in one part
   int32_t relu;   // only with scale
   int32_t dtype;  // kFloat16 or kBFloat16
 };

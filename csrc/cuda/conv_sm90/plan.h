@@ -40,7 +40,7 @@ struct Box {
 };
 
 inline int blocks_of(const ConvSm90Params& params) {
-  return params.tile_h * params.tile_w / (kConsumers * kBlockRows);
+  return params.tile_h * params.tile_w / ((params.turns != 0 ? 1 : kConsumers) * kBlockRows);
 }
 
 // Of an activation, and of a weight.
@@ -103,7 +103,7 @@ inline bool aligned(const View& view, const ConvSm90Params& params, uint32_t ele
 
 inline std::string words(const ConvSm90Params& params) {
   return std::to_string(params.tile_h) + " x " + std::to_string(params.tile_w) + " pixels by " +
-         std::to_string(params.block_out) + " channels";
+         std::to_string(params.block_out) + " channels" + (params.turns != 0 ? " in turns" : "");
 }
 
 inline int most_blocks(int block_out, bool e4m3) {
@@ -171,6 +171,7 @@ inline void check(const ConvSm90Params& params) {
               params.tile_w <= 256 && (pixels == 128 || pixels == 256) &&
               blocks_of(params) <= most_blocks(params.block_out, params.dtype == kE4m3),
           "no tiles of " + detail::words(params));
+  require(params.parts == 1 || params.turns == 0, "no parts of tiles of " + detail::words(params));
   const int blocks = blocks_of(params);
   require(params.parts == 1 || (params.dtype == kE4m3 ? has_parts_e4m3(params.block_out, blocks)
                                                       : has_parts(params.block_out, blocks)),
@@ -242,6 +243,7 @@ inline Problem plan_any(const ConvSm90Params& params) {
   p.cluster_pixels = params.cluster_pixels;
   p.cluster_channels = params.cluster_channels;
   p.parts = params.parts;
+  p.turns = params.turns;
   while (1 << p.cluster_shift < p.cluster_pixels) ++p.cluster_shift;
   while (1 << p.part_shift < cluster_tiles(p)) ++p.part_shift;
   p.strip_sharers = strip_sharers(p.cluster_pixels, p.cluster_channels);
