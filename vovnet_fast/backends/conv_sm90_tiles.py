@@ -96,6 +96,18 @@ class Config:
         return min(shapes, key=cost)
 
 
+WIDTHS = _BLOCKS[128]
+"""Output channels that a tile may have, the most first."""
+
+
+def kernels(block_out: int) -> list[Config]:
+    """Of tiles with so many channels all that there are, by themselves."""
+    found = [Config(pixels, block_out) for pixels, blocks in _BLOCKS.items() if block_out in blocks]
+    if block_out in _TURN_BLOCKS:
+        found.append(Config(_TURN_PIXELS, block_out, turns=True))
+    return found
+
+
 def tiles_of(height: int, width: int, tile: tuple[int, int]) -> int:
     """Tiles of an image."""
     return -(-height // tile[0]) * -(-width // tile[1])
@@ -313,6 +325,13 @@ def useful(config: Config, shape: Shape, processors: int) -> float:
     return found.busy * found.even * 2 * products / found.flop
 
 
+def has_room(config: Config, shape: Shape) -> bool:
+    """Whether the parts of a tile have something to sum up each, and room to run ahead."""
+    taken = _taken(config, shape, _STRIPS[shape.kernel], _WEIGHTS)
+    few = config.pixels * config.block_out <= _MOST_SUMS and not config.turns
+    return few and config.parts <= terms_of(shape) and taken <= _SHARED_LIMIT
+
+
 @functools.lru_cache(1 << 10)
 def splits(shape: Shape, processors: int) -> tuple[Config, ...]:
     """For a map that is too small for its tiles to keep the processors busy; the best first.
@@ -326,8 +345,7 @@ def splits(shape: Shape, processors: int) -> tuple[Config, ...]:
     least = _WORTH * max(useful(config, shape, processors) for config in whole)
     found = {}
     for config in _all_splits(shape.c_out):
-        taken = _taken(config, shape, _STRIPS[shape.kernel], _WEIGHTS)
-        if config.parts <= terms_of(shape) and taken <= _SHARED_LIMIT:
+        if has_room(config, shape):
             found[config] = useful(config, shape, processors)
 
     def intensity(config: Config) -> float:
