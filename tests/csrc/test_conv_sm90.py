@@ -6,6 +6,7 @@ test_conv_sm90_code.py looks at what nvcc makes of it.
 """
 
 import ctypes
+import itertools
 import shutil
 import subprocess
 import types
@@ -825,6 +826,33 @@ def test_what_is_wrong_does_not(spoil, simulated, monkeypatch):
     words, trial = next(of_tiles())
     assert "128x64, 1x1 forward" in words
     assert ("outside its slot" if spoil == "beside" else "error") in trial()
+
+
+def test_clusters_that_a_gpu_has_no_room_for_are_no_failure(simulated, monkeypatch):
+    """But for those of one CTA, and where the error is an earlier launch's."""
+    words = "conv_sm90: cannot launch 1 clusters of 8: cudaErrorInvalidClusterSize"
+    assert '"cannot launch "' in (SOURCES / "launch.cu").read_text()
+
+    def refused(config, *tensors, **options):
+        raise RuntimeError(words)
+
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(conv_sm90, "run_config", refused)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    trials = dict(itertools.islice(of_tiles(), 5))
+    [alone], others = [list(trials.values())[i] for i in (slice(1), slice(1, None))]
+    assert [trial() for trial in others] == [None] * 4
+    with pytest.raises(RuntimeError, match="cannot launch"):
+        alone()
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        others[0]()
+    words = "CUDA error: an illegal memory access was encountered"
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        others[0]()
 
 
 def test_every_kernel_has_trials_that_it_can_run(simulator):

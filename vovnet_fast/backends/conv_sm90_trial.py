@@ -28,6 +28,9 @@ _CLUSTERS = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 2))
 _SHARED = (((1, 1), 2), ((1, 1), 7), ((2, 1), 3), ((2, 2), 2))
 """Clusters, and the parts of their tiles."""
 
+_REFUSED = "conv_sm90: cannot "
+"""So begin the messages of launches that come to nothing: csrc/cuda/conv_sm90/launch.cu."""
+
 _GUARD = 16  # Channels on either side of a slot.
 
 
@@ -100,9 +103,9 @@ def of_tiles(device: torch.device, dtype: torch.dtype, pixels: Map, block: int) 
         configs = {config.name: config for config in forms(pixels, block, kernel)}
         for kind, make in (("forward", _forward), ("gradient", _gradient)):
             trial = make(device, dtype, pixels, block, kernel, configs)
-            for name in configs:
+            for name, config in configs.items():
                 words = f"{name}, {kernel}x{kernel} {kind} of {pixels.size} in {dtype}"
-                yield words, functools.partial(_made, trial, name, pixels.times)
+                yield words, functools.partial(_made, trial, config, pixels.times)
 
 
 def forms(pixels: Map, block: int, kernel: int) -> Iterator[Config]:
@@ -120,16 +123,24 @@ def forms(pixels: Map, block: int, kernel: int) -> Iterator[Config]:
                 yield config
 
 
-def _made(trial: tuning.Trial, name: str, times: int) -> str | None:
+def _made(trial: tuning.Trial, config: Config, times: int) -> str | None:
     """What is wrong with one of so many launches, or None.
+
+    A cluster may be more than a GPU, or the part of one that is there, has room for: what is
+    refused does no harm, and is left out by whoever measures it.
 
     Raises:
         Unable: there is not enough memory.
     """
     try:
-        return next(filter(None, (trial(name) for _ in range(times))), None)
+        return next(filter(None, (trial(config.name) for _ in range(times))), None)
     except torch.cuda.OutOfMemoryError as error:
         raise _apart.Unable(f"there is no memory to try it in: {error}") from error
+    except RuntimeError as error:
+        if config.size == 1 or not str(error).startswith(_REFUSED):
+            raise
+        torch.cuda.synchronize()  # Raises where it was not this launch that failed.
+        return None
 
 
 def _slot(device: torch.device, dtype: torch.dtype, pixels: Map, c: int) -> Tensor:
