@@ -110,7 +110,6 @@ def _engines(make: Maker) -> list[Step]:
                 "benchmarks/test_conv.py", "--engines=forms", "-k",
                 "not gradient and ((40x40 and eager) or (8x8 and triton))",
             ],
-            variables={"VOVNET_FAST_CONV_SM90": "1"},
         ),
         make.benchmark(
             "hopper layers", "all candidates of the convolution for Hopper, forward and of inputs",

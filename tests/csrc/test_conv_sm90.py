@@ -6,6 +6,7 @@ test_conv_sm90_code.py looks at what nvcc makes of it.
 """
 
 import ctypes
+import itertools
 import shutil
 import subprocess
 import types
@@ -16,8 +17,16 @@ import torch
 import torch.nn.functional as F
 
 import vovnet_fast
-from vovnet_fast import specs, tuning
-from vovnet_fast.backends import _cuda_conv, conv_sm90, conv_sm90_tiles, cuda, reference
+from vovnet_fast import selfcheck, specs, tuning
+from vovnet_fast.backends import (
+    _cuda_conv,
+    conv_sm90,
+    conv_sm90_tiles,
+    conv_sm90_trial,
+    conv_sm90_verdict,
+    cuda,
+    reference,
+)
 
 ROOT = Path(vovnet_fast.__file__).parent.parent
 SOURCES = ROOT / "csrc" / "cuda" / "conv_sm90"
@@ -764,13 +773,117 @@ def test_refusals_name_what_is_wrong():
     assert "x has strides" in conv_sm90.refusal(expanded, layer.weight, layer.out)
 
 
-def test_it_is_off_unless_asked_for(monkeypatch):
-    layer = Layer(1, 5, 5, 16, 80)
-    monkeypatch.delenv(conv_sm90.ENVIRONMENT, raising=False)
-    assert "not verified" in conv_sm90.why_not(torch.device("cuda"))
-    assert conv_sm90.engines(layer.x, layer.weight, layer.out) == []
-    monkeypatch.setenv(conv_sm90.ENVIRONMENT, "1")
-    assert "needs tensors on an NVIDIA GPU" in conv_sm90.why_not(torch.device("cpu"))
+# --------------------------------------------------------------------------------------
+# The trials that it has to pass on a GPU, on the simulator
+# --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def simulated(monkeypatch, simulator):
+    """Launches run on the simulator; returns the configurations that ran."""
+    ran = []
+
+    def run(config, x, weight, scale, shift, out, *, relu=True, pool=False, **beside):
+        launch = conv_sm90.plan(config, x, weight, scale, shift, out, relu=relu, **beside)
+        shape = (x.shape[0], launch.tiles, weight.shape[0])
+        partials = torch.full(shape, float("nan")) if pool else None
+        pointer = None if partials is None else partials.data_ptr()
+        simulator.run(dict(launch.fields, pool_partials=pointer), ctas=config.size, seed=len(ran))
+        ran.append(config)
+        return partials
+
+    monkeypatch.setattr(conv_sm90, "run_config", run)
+    return ran
+
+
+TRIED = conv_sm90_trial.Map((1, 9, 21), {3: 24, 1: 456}, across=2, times=1)
+
+
+def of_tiles(block=64):
+    return conv_sm90_trial.of_tiles(torch.device("cpu"), torch.float16, TRIED, block)
+
+
+def test_what_is_right_passes_its_trials(simulated):
+    trials = list(of_tiles())
+    assert len(trials) > 60
+    for words, trial in trials[::7]:
+        assert trial() is None, words
+    ran = {(config.turns, config.parts > 1, config.cluster != (1, 1)) for config in simulated}
+    assert len(ran) > 4, ran
+
+
+@pytest.mark.parametrize("spoil", ["a number", "a sum", "beside"])
+def test_what_is_wrong_does_not(spoil, simulated, monkeypatch):
+    run = conv_sm90.run_config
+
+    def spoilt(config, x, weight, scale, shift, out, **options):
+        partials = run(config, x, weight, scale, shift, out, **options)
+        if spoil == "a number":
+            out[0, 8, 20, -1] += 8
+        elif spoil == "beside":
+            out.as_strided((1,), (1,), out.storage_offset() + out.shape[3]).zero_()
+        elif partials is not None:
+            partials[0, -1, 5] += 100
+        return partials
+
+    monkeypatch.setattr(conv_sm90, "run_config", spoilt)
+    words, trial = next(of_tiles())
+    assert "128x64, 1x1 forward" in words
+    assert ("outside its slot" if spoil == "beside" else "error") in trial()
+
+
+def test_clusters_that_a_gpu_has_no_room_for_are_no_failure(simulated, monkeypatch):
+    """But for those of one CTA, and where the error is an earlier launch's."""
+    words = "conv_sm90: cannot launch 1 clusters of 8: cudaErrorInvalidClusterSize"
+    assert '"cannot launch "' in (SOURCES / "launch.cu").read_text()
+
+    def refused(config, *tensors, **options):
+        raise RuntimeError(words)
+
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(conv_sm90, "run_config", refused)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    trials = dict(itertools.islice(of_tiles(), 5))
+    [alone], others = [list(trials.values())[i] for i in (slice(1), slice(1, None))]
+    assert [trial() for trial in others] == [None] * 4
+    with pytest.raises(RuntimeError, match="cannot launch"):
+        alone()
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        others[0]()
+    words = "CUDA error: an illegal memory access was encountered"
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        others[0]()
+
+
+def test_every_kernel_has_trials_that_it_can_run(simulator):
+    """On the large map the CTAs of any H100 have several tiles each, also of both warpgroups."""
+    shared = set()
+    for pixels in (conv_sm90_trial.SMALL, conv_sm90_trial.large(132)):
+        for block in conv_sm90_tiles.WIDTHS:
+            for kernel in (1, 3):
+                forms = list(conv_sm90_trial.forms(pixels, block, kernel))
+                assert len({config.name for config in forms}) == len(forms)
+                alone = {config for config in forms if config.size == 1}
+                assert alone == set(conv_sm90_tiles.kernels(block))
+                shared |= {block for config in forms if config.parts > 1}
+                c_in, c_out = pixels.c_in[kernel], pixels.across * block
+                n, h, w = pixels.size
+                layer = Layer(1, h, w, c_in, c_out, kernel=kernel)
+                for config in forms:
+                    fields = layer.plan(config).fields
+                    simulator.plan(dict(fields, n=n, pool_partials=1))
+                    shape = conv_sm90_tiles.Shape(
+                        n, fields["height"], fields["width"], c_in, c_out, kernel
+                    )
+                    if pixels.times > 1:
+                        work = conv_sm90_tiles.work(config, shape, 132)
+                        assert work.tiles * config.parts >= 2 * 132, config
+    # What parts of the widest would hand over takes the room of the rings.
+    assert shared == {*conv_sm90_tiles.WIDTHS} - {256, 224}
 
 
 def test_the_cuda_backend_measures_it_against_aten(monkeypatch, tmp_path):
@@ -830,6 +943,18 @@ def test_the_cuda_backend_offers_it_for_gradients_of_inputs(monkeypatch):
 # --------------------------------------------------------------------------------------
 # On a GPU
 # --------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_gpu_it_passes_its_trials_in_a_process_of_its_own(gpu, monkeypatch, tmp_path):
+    monkeypatch.setenv("VOVNET_FAST_CACHE", str(tmp_path))
+    monkeypatch.delenv(conv_sm90.ENVIRONMENT)
+    selfcheck.trust._table.cache_clear()
+    monkeypatch.setattr(conv_sm90_verdict, "_known", {})
+    assert conv_sm90.why_not(gpu) is None
+    assert "conv-sm90" in (tmp_path / "verified.json").read_text()
+    selfcheck.trust._table.cache_clear()
 
 
 @pytest.fixture

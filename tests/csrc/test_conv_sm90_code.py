@@ -13,6 +13,9 @@ from vovnet_fast.backends import conv_sm90
 
 CHANNELS = [64, 80, 96, 112, 128, 160, 192, 224, 256]
 
+MEBIBYTES = 8 / 3
+"""That the kernels of one dtype may take, of three."""
+
 
 @pytest.fixture(scope="module")
 def built(once):
@@ -77,6 +80,12 @@ def operations(sass):
     found = line.findall(sass)
     detailed = ("WARPGROUP.DEPBAR", "BAR.SYNC")
     return [name + (words if name.startswith(detailed) else "") for name, words in found]
+
+
+def test_they_weigh_little(compiled):
+    """Instructions are 16 bytes each."""
+    _, kernels = compiled
+    assert 16 * sum(len(operations(sass)) for sass in kernels.values()) <= MEBIBYTES * 2**20
 
 
 def places(operations, *beginnings):

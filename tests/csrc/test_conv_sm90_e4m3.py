@@ -15,10 +15,15 @@ import pytest
 import torch
 
 from tests.csrc.test_conv_sm90 import SMALL, SOURCES, Simulator, View, last_stage
-from vovnet_fast import tuning
 from vovnet_fast.arithmetic import fp8
 from vovnet_fast.arithmetic.layers import QuantizedConv
-from vovnet_fast.backends import conv_sm90, conv_sm90_fp8, conv_sm90_tiles
+from vovnet_fast.backends import (
+    conv_sm90,
+    conv_sm90_fp8,
+    conv_sm90_fp8_trial,
+    conv_sm90_tiles,
+    conv_sm90_trial,
+)
 from vovnet_fast.selfcheck import eight_bits as check
 from vovnet_fast.selfcheck import sources
 
@@ -452,30 +457,14 @@ def test_refusals_name_what_is_wrong():
 def test_it_is_on_offer_where_that_of_fp16_is(monkeypatch):
     layer = Layer(1, 5, 5, 16, 80)
     arguments = layer.x, layer.layer.weight, layer.out, None
-    monkeypatch.setattr(conv_sm90, "why_not", lambda device: "not here")
+    monkeypatch.setattr(conv_sm90, "why_not", lambda device, engine, function: "not here")
     assert conv_sm90_fp8.why_not(torch.device("cuda")) == "not here"
     assert conv_sm90_fp8.engines(*arguments) == []
     monkeypatch.setattr(conv_sm90_fp8, "why_not", lambda device: None)
     monkeypatch.setattr(conv_sm90_fp8, "_processors", lambda device: 132)
-    monkeypatch.setattr(conv_sm90_fp8, "_capturing", lambda: False)
-    for verdict in (False, True):  # Once it has been checked.
-        monkeypatch.setattr(conv_sm90_fp8, "_verdicts", {})
-        monkeypatch.setattr(conv_sm90_fp8.selfcheck, "remembered", lambda *subject: None)
-        monkeypatch.setattr(
-            conv_sm90_fp8.selfcheck, "trusted", lambda *subject, verdict=verdict: verdict
-        )
-        assert bool(conv_sm90_fp8.engines(*arguments)) == verdict
     found = conv_sm90_fp8.engines(*arguments)
     assert found[0] == "conv-sm90 256x80"
     assert conv_sm90_fp8.engines(*arguments, stride=2) == []
-    # Nothing is checked where nothing is measured.
-    monkeypatch.setattr(conv_sm90_fp8, "_verdicts", {})
-    with tuning.static_choices():
-        assert conv_sm90_fp8.engines(*arguments) == []
-    monkeypatch.setattr(conv_sm90_fp8, "_capturing", lambda: True)
-    assert conv_sm90_fp8.engines(*arguments) == []
-    monkeypatch.setattr(conv_sm90_fp8.selfcheck, "remembered", lambda *subject: True)
-    assert conv_sm90_fp8.engines(*arguments) == found
     assert all(conv_sm90.config_of(name, 80, 3, 1) for name in found)
 
 
@@ -494,26 +483,63 @@ def simulated(simulator, monkeypatch):
     return ran
 
 
-def test_the_self_check_passes(simulated):
-    rows = check.run("conv_sm90_fp8", "cpu", fp8.ACTIVATION, ["conv"])
-    assert len(rows) == len(simulated) == 5
-    assert not [str(row) for row in rows if not row.passed]
-    assert any(fields["parts"] > 1 for fields in simulated)
-    assert {fields["tile_h"] * fields["tile_w"] for fields in simulated} == {128, 256}
+TRIED = conv_sm90_trial.Map((1, 9, 21), conv_sm90_fp8_trial.WHOLE, across=2, times=1)
 
 
-def test_the_self_check_finds_what_is_wrong(simulated, simulator, monkeypatch):
-    def launch(device, **fields):
-        simulator.run(dict(fields, bias=fields["unit"]), ctas=8)
-
-    monkeypatch.setattr(conv_sm90_fp8, "_launch", launch)
-    rows = check.run("conv_sm90_fp8", "cpu", fp8.ACTIVATION, ["conv"])
-    assert not any(row.passed for row in rows)
+def of_tiles(block=64):
+    return conv_sm90_fp8_trial.of_tiles(torch.device("cpu"), TRIED, block)
 
 
-def test_verdicts_depend_on_the_extension():
-    names = {path.name for path in sources.files("conv_sm90_fp8", "conv")}
-    assert {"conv_sm90_fp8.py", "conv_sm90_tiles.py"} <= names
+def test_what_is_right_passes_its_trials(simulated):
+    trials = list(of_tiles())
+    assert len(trials) > 20
+    for words, trial in trials[::5]:
+        assert trial() is None, words
+    assert (
+        len({(f["parts"] > 1, f["cluster_pixels"], f["cluster_channels"]) for f in simulated}) > 3
+    )
+
+
+@pytest.mark.parametrize("spoil", ["a number", "a sum", "a feature", "beside"])
+def test_what_is_wrong_does_not(spoil, simulated, monkeypatch):
+    run = conv_sm90_fp8.run_config
+
+    def spoilt(config, x, layer, out, *, feature, pool):
+        partials = run(config, x, layer, out, feature=feature, pool=pool)
+        if spoil == "a number":
+            out.view(torch.uint8)[0, 8, 20, -1] ^= 0x20
+        elif spoil == "a feature":
+            feature[0, 8, 20, 0] += 1
+        elif spoil == "beside":
+            out.view(torch.uint8).as_strided((1,), (1,), out.storage_offset() - 1).zero_()
+        else:
+            partials[0, -1, 5] += 100
+        return partials
+
+    monkeypatch.setattr(conv_sm90_fp8, "run_config", spoilt)
+    _, trial = next(of_tiles())
+    assert trial() is not None
+
+
+def test_every_kernel_has_trials_that_it_can_run(simulator):
+    tried = set()
+    large = conv_sm90_trial.large(132)._replace(c_in={3: 144, 1: 208})
+    for pixels in (TRIED._replace(size=conv_sm90_trial.SMALL.size), large):
+        for block in conv_sm90_tiles.WIDTHS:
+            for kernel in (1, 3):
+                c_out = pixels.across * block
+                layer = Layer(1, *pixels.size[1:], pixels.c_in[kernel], c_out, kernel=kernel)
+                for config in conv_sm90_trial.forms(pixels, block, kernel, 1):
+                    tried.add((config.pixels, config.block_out))
+                    assert not config.turns
+                    fields = dict(layer.plan(config).fields, n=pixels.size[0], pool_partials=1)
+                    simulator.plan(fields)
+    assert tried == TILES
+
+
+def test_verdicts_depend_on_what_is_tried():
+    names = {path.name for path in sources.files("conv_sm90_fp8_trial", "conv")}
+    assert {"conv_sm90_fp8.py", "conv_sm90_tiles.py", "fp8.py", "eight_bits.py"} <= names
 
 
 # --------------------------------------------------------------------------------------

@@ -5,9 +5,9 @@ cores keep some 14 bits of what they sum. A byte of activations takes half the c
 products are twice as fast, so that tiles ask as much of L2 as they do there. What registers hold
 twice are sums: 256 pixels by 128 channels is the largest tile.
 
-Where :mod:`.conv_sm90` is on offer, so is this, once :func:`conv` has been held against the
-arithmetic there (:mod:`vovnet_fast.selfcheck.eight_bits`); what is chosen for a layer is held
-against it for that layer's sizes before (:mod:`vovnet_fast.tuning`).
+It is on offer as :mod:`.conv_sm90` is: where all of its own kernels have been held against the
+arithmetic in a process of their own (:mod:`.conv_sm90_fp8_trial`). What is chosen for a layer is
+held against it for that layer's sizes as well (:mod:`vovnet_fast.tuning`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import selfcheck, tuning
 from ..arithmetic import fp8
 from ..arithmetic.layers import QuantizedConv
 from ..compat import zip
@@ -25,27 +24,19 @@ from . import _extension, conv_sm90
 from ._extension.fields import packed, pointer, view
 from .conv_sm90 import NAME, Config, Launch, config_of, configs
 from .conv_sm90_tiles import Shape, splits, tiles_of
+from .conv_sm90_verdict import IN_FP8
 
-__all__ = ["IN_FP8", "NAME", "conv", "engines", "plan", "refusal", "run", "sources", "why_not"]
-
-IN_FP8 = f"{NAME} in fp8"
-"""What it is called beside that of fp16 and bf16."""
+__all__ = [
+    "IN_FP8", "NAME", "engines", "plan", "refusal", "run", "run_config", "why_not",
+]  # fmt: skip
 
 _ALIGNMENT = 16  # Bytes; of what bulk copies fetch, and of stores.
 _PIXEL_LIMIT = 2**30  # Tiles are counted in 32 bits, and any tile has a pixel.
 
 
-def sources(function: str) -> tuple[str, ...]:
-    """Modules of this package that compute :func:`conv`; as those of :mod:`.cuda`."""
-    return "backends.conv_sm90_fp8", "backends.conv_sm90_tiles", "_C"
-
-
 def why_not(device: torch.device) -> str | None:
     """The reason why nothing at all is offered on ``device``, or None."""
-    reason = conv_sm90.why_not(device) or fp8.why_not()
-    if reason is None and not hasattr(_extension.load("cuda"), "conv_sm90_fp8"):
-        return "the extension was built from older sources: build it again"
-    return reason
+    return fp8.why_not() or conv_sm90.why_not(device, IN_FP8, "conv_sm90_fp8")
 
 
 def refusal(
@@ -88,27 +79,9 @@ def engines(
     """
     if x.dtype != fp8.ACTIVATION or why_not(x.device) is not None:
         return []
-    if refusal(x, weight, out, feature, stride=stride) is not None or not _checked(x.device):
+    if refusal(x, weight, out, feature, stride=stride) is not None:
         return []
     return _names(x, weight)
-
-
-_verdicts: dict[torch.device, bool] = {}  # It is asked at every launch.
-
-
-def _checked(device: torch.device) -> bool:
-    """Whether it computed right numbers, which is found out unless nothing may be measured now."""
-    if device not in _verdicts:
-        assert fp8.ACTIVATION is not None
-        subject = __name__.rpartition(".")[2], device, fp8.ACTIVATION, ("conv",)
-        if tuning.only_static() or _capturing():
-            return bool(selfcheck.remembered(*subject))
-        _verdicts[device] = selfcheck.trusted(*subject)
-    return _verdicts[device]
-
-
-def _capturing() -> bool:
-    return torch.cuda.is_current_stream_capturing()
 
 
 def _processors(device: torch.device) -> int:
@@ -181,6 +154,20 @@ def run(
     c_out, kernel = layer.weight.shape[:2]
     config = config_of(engine, c_out, kernel, 1)
     assert config is not None, f"no engine {engine} for {c_out} output channels"
+    return run_config(config, x, layer, out, feature=feature, pool=pool)
+
+
+def run_config(
+    config: Config,
+    x: Tensor,
+    layer: QuantizedConv,
+    out: Tensor | None,
+    *,
+    feature: Tensor | None,
+    pool: bool,
+) -> Tensor | None:
+    """The same in tiles that need not be on offer."""
+    c_out = layer.weight.shape[0]
     assert out is not None or not pool, "pool partials are sums of out, which is None"
     launch = plan(config, x, layer, out, feature)
     partials = layer.bias.new_empty(x.shape[0], launch.tiles, c_out) if pool else None
@@ -193,28 +180,3 @@ def _launch(device: torch.device, **fields: Any) -> None:
     with torch.cuda.device(device):
         stream = torch.cuda.current_stream().cuda_stream
         _extension.load("cuda").conv_sm90_fp8(stream, **fields)
-
-
-def conv(
-    x: Tensor,
-    layer: QuantizedConv,
-    out: Tensor | None,
-    *,
-    levels: int = fp8.LARGEST,
-    feature: Tensor | None = None,
-    pool: bool = False,
-) -> Tensor | None:
-    """See :func:`vovnet_fast.arithmetic.fp8.conv`; on an engine by itself, to be checked.
-
-    A 3x3 in the largest tile, a 1x1 in parts where the map is small enough for that.
-
-    Raises:
-        ValueError: the kernel cannot take the arguments.
-    """
-    stride = 1 if layer.depthwise is not None else layer.stride
-    reason = refusal(x, layer.weight, out, feature, stride=stride)
-    if reason is not None:
-        raise ValueError(reason)
-    names = _names(x, layer.weight)
-    engine = names[0] if layer.weight.shape[1] > 1 else names[-1]
-    return run(engine, x, layer, out, feature=feature, pool=pool and out is not None)

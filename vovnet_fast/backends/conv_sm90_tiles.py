@@ -35,8 +35,7 @@ _BLOCKS = {
     2: {128: (256, 224, 192, 160, 128, 112, 96, 80, 64), 256: (192, 160, 128, 112, 96, 80, 64)},
     1: {128: (192, 160, 128, 112, 96, 80, 64), 256: (128, 112, 96, 80, 64)},
 }
-"""Output channels of a tile, by the bytes of an activation, and by its pixels: what registers have
-room for. In e4m3, of one byte, products are beside the sums there."""
+"""Output channels of a tile, by bytes of an activation and by its pixels: what registers hold."""
 
 _TURN_PIXELS = 128
 _TURN_BLOCKS = _BLOCKS[2][2 * _TURN_PIXELS]
@@ -49,8 +48,7 @@ _PADDING = 1.05
 """How many channels are multiplied, at most, for one that is there, where blocks are not whole."""
 
 ENOUGH = 200.0
-"""FLOP a byte from L2 that clusters are made for, in fp16; where activations are half as long and
-products twice as fast, twice that."""
+"""FLOP a byte from L2 that clusters are made for in fp16; in e4m3 twice that."""
 
 _TILE_WIDTHS = (8, 16, 32)
 
@@ -98,6 +96,19 @@ class Config:
             return tiles_of(height, width, shape), (tile_h + kernel - 1) * tile_w
 
         return min(shapes, key=cost)
+
+
+WIDTHS = _BLOCKS[2][128]
+"""Output channels that a tile may have, the most first."""
+
+
+def kernels(block_out: int, itemsize: int = 2) -> list[Config]:
+    """Of tiles with so many channels all that there are, by themselves."""
+    known = _BLOCKS[itemsize].items()
+    found = [Config(pixels, block_out) for pixels, blocks in known if block_out in blocks]
+    if block_out in _TURN_BLOCKS and itemsize > 1:
+        found.append(Config(_TURN_PIXELS, block_out, turns=True))
+    return found
 
 
 def tiles_of(height: int, width: int, tile: tuple[int, int]) -> int:
@@ -349,6 +360,13 @@ def useful(config: Config, shape: Shape, processors: int) -> float:
     return found.busy * found.even * 2 * products / found.flop
 
 
+def has_room(config: Config, shape: Shape) -> bool:
+    """Whether the parts of a tile have something to sum up each, and room to run ahead."""
+    taken = _taken(config, shape, _STRIPS[shape.kernel], _WEIGHTS)
+    few = _has_parts(config.pixels, config.block_out, shape.itemsize) and not config.turns
+    return few and config.parts <= terms_of(shape) and taken <= _SHARED_LIMIT
+
+
 @functools.lru_cache(1 << 10)
 def splits(shape: Shape, processors: int) -> tuple[Config, ...]:
     """For a map that is too small for its tiles to keep the processors busy; the best first.
@@ -362,8 +380,7 @@ def splits(shape: Shape, processors: int) -> tuple[Config, ...]:
     least = _WORTH * max(useful(config, shape, processors) for config in whole)
     found = {}
     for config in _all_splits(shape.c_out, shape.itemsize):
-        taken = _taken(config, shape, _STRIPS[shape.kernel], _WEIGHTS)
-        if config.parts <= terms_of(shape) and taken <= _SHARED_LIMIT:
+        if has_room(config, shape):
             found[config] = useful(config, shape, processors)
 
     def intensity(config: Config) -> float:

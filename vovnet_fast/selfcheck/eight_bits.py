@@ -95,18 +95,7 @@ CASES: tuple[EightBitCase, ...] = (
     _case(apply_gates, shape=_MAP, gated=True, added=False, written="feature"),
     _case(apply_gates, shape=_WIDTH, gated=False, added=True, written="both"),
 )
-"""Everything that is checked of a backend."""
-
-OF_ENGINES: dict[str, tuple[EightBitCase, ...]] = {
-    "conv_sm90_fp8": (
-        _case(conv, layer=Layer(3, 64, 64, (2, 9, 7)), written="slot"),
-        _case(conv, layer=Layer(3, 160, 128, (1, 20, 18)), written="both"),
-        _case(conv, layer=Layer(3, 80, 96, (1, 5, 11)), written="feature"),
-        _case(conv, layer=Layer(1, 1472, 256, (2, 5, 7)), written="both"),
-        _case(conv, layer=Layer(1, 256, 160, (1, 9, 30)), written="both"),
-    )
-}
-"""And of an engine that is offered beside a backend's own, by its module."""
+"""Everything that is checked."""
 
 FORMS = {int8.ACTIVATION: "int8", **({fp8.ACTIVATION: "fp8"} if fp8.ACTIVATION else {})}
 """Of activations, by dtype."""
@@ -123,7 +112,7 @@ def run(
     """Check a backend.
 
     Args:
-        backend: its name, such as ``triton.int8``, or one of :data:`OF_ENGINES`.
+        backend: its name, such as ``triton.int8``.
         device: where it is to be checked.
         dtype: of the activations, one of :data:`FORMS`.
         functions: only these; all by default.
@@ -137,7 +126,7 @@ def run(
 
     def work() -> None:
         with torch.no_grad(), tuning.static_choices():
-            for case in OF_ENGINES.get(backend, CASES):
+            for case in CASES:
                 if functions is None or case.function in functions:
                     for levels in case.levels if form == "int8" else (fp8.LARGEST,):
                         rows.append(_run_case(case, backend, form, levels, place, dtype, slack))
