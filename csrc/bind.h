@@ -384,6 +384,7 @@ inline void bind_cuda(py::module_ m) {
   VF_DEFINE(depthwise_conv, DepthwiseConvParams)
 #ifdef VOVNET_FAST_WITH_CONV_SM90
   VF_DEFINE(conv_sm90, ConvSm90Params)
+  VF_DEFINE(conv_sm90_fp8, ConvSm90Fp8Params)
 #endif
 #undef VF_DEFINE
   bind_sizes<&cuda::reduction_parts, &cuda::merge_groups>(m);

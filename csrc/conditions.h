@@ -328,11 +328,10 @@ inline void tensors(const PackBackwardParams& p) {
   packed("dscale", p.dscale, bytes, {p.c_out}, kOptional);
 }
 
-// Addresses and tiles are the matter of conv_sm90/plan.h.
-inline void tensors(const ConvSm90Params& p) {
-  choice("dtype", p.dtype, {kFloat16, kBFloat16});
-  choice("kernel", p.kernel, {1, 3});
-  choice("relu", p.relu, {0, 1});
+// Addresses and tiles are the matter of conv_sm90/plan.h. Returns how many rows of partial sums an
+// image has.
+template <class Params>
+int64_t sm90_tiles(const Params& p) {
   for (const int32_t size : {p.tile_h, p.tile_w, p.block_out}) {
     if (size < 1 || size > 256) {
       refuse("tile_h, tile_w and block_out", "from 1 to 256", std::to_string(size));
@@ -343,10 +342,15 @@ inline void tensors(const ConvSm90Params& p) {
       refuse("cluster_pixels, cluster_channels and parts", "from 1 to 8", std::to_string(size));
     }
   }
-  const int64_t bytes = bytes_of("dtype", p.dtype);
-  const int64_t tiles =
-      count("out", {ceil_div(p.height, static_cast<int64_t>(p.tile_h)),
-                    ceil_div(p.width, static_cast<int64_t>(p.tile_w)), int64_t{p.parts}});
+  return count("out", {ceil_div(p.height, static_cast<int64_t>(p.tile_h)),
+                       ceil_div(p.width, static_cast<int64_t>(p.tile_w)), int64_t{p.parts}});
+}
+
+inline void tensors(const ConvSm90Params& p) {
+  choice("dtype", p.dtype, {kFloat16, kBFloat16});
+  choice("kernel", p.kernel, {1, 3});
+  choice("relu", p.relu, {0, 1});
+  const int64_t bytes = bytes_of("dtype", p.dtype), tiles = sm90_tiles(p);
   together("scale", p.scale, "shift", p.shift);
   if (p.scale == nullptr && (p.pool_partials != nullptr || p.relu != 0)) {
     refuse("pool_partials and relu", "None and 0 where scale is None", "others");
@@ -365,6 +369,24 @@ inline void tensors(const ConvSm90Params& p) {
   packed("weight", p.weight, bytes, {p.c_out, p.kernel, p.kernel, p.c_in});
   packed("scale", p.scale, 4, {p.c_out}, kOptional);
   packed("shift", p.shift, 4, {p.c_out}, kOptional);
+  packed("pool_partials", p.pool_partials, 4, {p.n, tiles, p.c_out}, kOptional);
+}
+
+inline void tensors(const ConvSm90Fp8Params& p) {
+  choice("kernel", p.kernel, {1, 3});
+  const int64_t tiles = sm90_tiles(p);
+  const Image out{p.n, p.height, p.width, p.c_out};
+  if (count("out", {out.n, out.height, out.width, out.c}) > 0) an_output(p.out, p.feature);
+  if (p.out.data == nullptr && p.pool_partials != nullptr) {
+    refuse("pool_partials", "None where out is", "an address");
+  }
+  view("x", p.x, 1, {p.n, p.height, p.width, p.c_in});
+  view("out", p.out, 1, out, kOptional);
+  view("feature", p.feature, 4, out, kOptional);
+  packed("weight", p.weight, 1, {p.c_out, p.kernel, p.kernel, p.c_in});
+  packed("bias", p.bias, 4, {p.c_out});
+  packed("multiplier", p.multiplier, 4, {p.c_out});
+  packed("unit", p.unit, 4, {p.c_out});
   packed("pool_partials", p.pool_partials, 4, {p.n, tiles, p.c_out}, kOptional);
 }
 

@@ -85,8 +85,11 @@ VF_FIELDS(Int8ApplyGatesParams, z, identity, out, feature, gates, n, height, wid
           step, gate, identity_gate, levels)
 VF_FIELDS(ConvSm90Params, x, out, add, mask, weight, scale, shift, pool_partials, n, height, width,
           c_in, c_out, add_c, mask_c, kernel, tile_h, tile_w, block_out, cluster_pixels,
-          cluster_channels, parts, relu, dtype)
+          cluster_channels, parts, turns, relu, dtype)
 
+VF_FIELDS(ConvSm90Fp8Params, x, out, feature, weight, bias, multiplier, unit, pool_partials, n,
+          height, width, c_in, c_out, kernel, tile_h, tile_w, block_out, cluster_pixels,
+          cluster_channels, parts)
 VF_FIELDS(ConvSm80Params, x, out, add, mask, weight, scale, shift, pool_partials, statistics, n,
           height, width, out_height, out_width, c_in, c_out, add_c, mask_c, kernel, stride, tile_h,
           tile_w, block_out, stages, relu, dtype)

@@ -132,6 +132,8 @@ class Work:
         compulsory: bytes that the launch moves at least.
         serial: a warpgroup's products wait for operands that go through registers.
         persistent: programs loop over tiles, as many of them as processors.
+        turns: and multiply the next tile under the epilogue of this one: two parts of a program
+            have every other tile.
     """
 
     programs: int
@@ -146,6 +148,7 @@ class Work:
     compulsory: float
     serial: bool = False
     persistent: bool = False
+    turns: bool = False
 
 
 @dataclass(frozen=True)
@@ -239,9 +242,11 @@ def predict_work(
     fill = START + COPY_LATENCY
     if work.persistent:
         resident, capacity = 1, min(work.programs, device.processors)
-        # The next tile is fetched under the epilogue of this one, but not multiplied.
-        each = alone(capacity) + last(1, capacity)
-        seconds = fill + cdiv(work.programs, capacity) * each
+        # The next tile is fetched under the epilogue of this one, but only in turns multiplied.
+        products, epilogue = alone(capacity), last(1, capacity)
+        each = products + epilogue
+        between = max(products, each / 2) if work.turns else each
+        seconds = fill + (cdiv(work.programs, capacity) - 1) * between + each
     else:
         capacity = resident * device.processors
         full, rest = divmod(work.programs, capacity)

@@ -50,7 +50,9 @@ _HOPPER = "conv_sm90"
 # Vectors wider than the baseline's registers are passed between functions that are inlined.
 _WARNINGS = ("-Wall", "-Wextra", "-Wno-psabi")
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", *_WARNINGS)
-_CUDA_FLAGS = ("-O3", "-std=c++17", "-Xptxas", "-v")
+# Machine code of several architectures is alike: compressed it is a fifth, and the driver unpacks
+# what a file has when the first of its kernels is launched.
+_CUDA_FLAGS = ("-O3", "-std=c++17", "-Xptxas", "-v", "-Xfatbin", "-compress-all")
 _CUDA_HOST_FLAGS = ",".join(("-fPIC", "-fvisibility=hidden", *_WARNINGS))
 
 

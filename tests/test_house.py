@@ -15,7 +15,7 @@ PACKAGE = ROOT / "vovnet_fast"
 
 FLOORS = (
     ("compat",),
-    ("_version", "_dtypes", "_environment", "_files", "_optional", "_pages", "specs"),
+    ("_version", "_dtypes", "_environment", "_files", "_optional", "_pages", "_processes", "specs"),
     ("_provenance", "reference"),
     ("arithmetic",),
     ("kernels",),

@@ -100,6 +100,18 @@ def number(name: str, default: str) -> int:
     return int(_value(name, default))
 
 
+def given(name: str) -> str:
+    """What a variable says; nothing where it is not set.
+
+    Args:
+        name: of the variable, without :data:`PREFIX`.
+
+    Raises:
+        ValueError: it is nothing that it may say.
+    """
+    return _value(name, "") if os.environ.get(PREFIX + name) else ""
+
+
 def _value(name: str, default: str) -> str:
     value = os.environ.get(PREFIX + name) or default
     if not VARIABLES[name].allows(value):

@@ -58,6 +58,7 @@ def _extension(make: Maker) -> list[Step]:
         make.tests(
             "cuda", "CUDA C++ kernels, graphs, streams, frozen networks", 60, 100,
             "tests", "--ignore=tests/kernels", "--ignore=tests/csrc/test_conv_sm90.py",
+            "--ignore=tests/csrc/test_conv_sm90_e4m3.py",
             "--continue-on-collection-errors", "-m", "gpu",
             rehearsed=ONLY_ON_GPU,
         ),
@@ -97,8 +98,8 @@ def _engines(make: Maker) -> list[Step]:
     tune = ["-m", "benchmarks.tune", "--out", str(make.folder.out / TUNING)]
     return [
         make.tests(
-            "hopper", "the hand-written convolution for Hopper", 30, 75,
-            "tests/csrc/test_conv_sm90.py", "-m", "gpu",
+            "hopper", "the hand-written convolution for Hopper, in e4m3 too", 40, 90,
+            "tests/csrc/test_conv_sm90.py", "tests/csrc/test_conv_sm90_e4m3.py", "-m", "gpu",
             rehearsed=f"{ONLY_ON_GPU} of compute capability 9.0",
         ),
         make.benchmark(
@@ -109,13 +110,19 @@ def _engines(make: Maker) -> list[Step]:
                 "benchmarks/test_conv.py", "--engines=forms", "-k",
                 "not gradient and ((40x40 and eager) or (8x8 and triton))",
             ],
-            variables={"VOVNET_FAST_CONV_SM90": "1"},
         ),
         make.benchmark(
             "hopper layers", "all candidates of the convolution for Hopper, forward and of inputs",
             120, 200, *layers, "--engines=conv-sm90",
             "-k", f"cuda and not weight and ({MAPS})",
             rehearsed="the layers are rehearsed above, with other engines",
+            variables={"VOVNET_FAST_CONV_SM90": "1"},
+        ),
+        make.benchmark(
+            "eight-bit layers", "layers in fp8 on Triton's choice and on that for Hopper", 60, 120,
+            "benchmarks/test_ceilings.py", "benchmarks/test_conv_eight_bits.py",
+            "--engines=conv-sm90", "-k", f"ceiling or (fp8 and ({MAPS}))",
+            rehearsed=["benchmarks/test_conv_eight_bits.py", "--engines=conv-sm90", "-k", "fp8"],
             variables={"VOVNET_FAST_CONV_SM90": "1"},
         ),
         *(make.sanitizer(tool) for tool in ("memcheck", "racecheck", "initcheck", "synccheck")),

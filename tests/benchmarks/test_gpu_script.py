@@ -26,14 +26,14 @@ from vovnet_fast.backends.cpu import int8
 NAMES = [
     "carried kernels", "first look", "numerics", "extension", "cuda", "headline inference",
     "headline training", "headline compiled", "headline eight bits", "hopper", "layers",
-    "hopper layers", "memcheck", "racecheck", "initcheck", "synccheck", "tuning", "headline tuned",
-    "compiled V-99", "architectures", "blocks", "all engines", "other inference",
-    "other training", "detectors", "trainings", "report",
+    "hopper layers", "eight-bit layers", "memcheck", "racecheck", "initcheck", "synccheck",
+    "tuning", "headline tuned", "compiled V-99", "architectures", "blocks", "all engines",
+    "other inference", "other training", "detectors", "trainings", "report",
 ]  # fmt: skip
 
 REHEARSED = {
     "first look", "numerics", "headline inference", "headline training", "headline eight bits",
-    "layers", "tuning", "trainings", "report",
+    "layers", "eight-bit layers", "tuning", "trainings", "report",
 }  # fmt: skip
 
 
@@ -93,15 +93,15 @@ def _check_rows(folder, steps):
     rows = json.loads((folder / "rows.json").read_text())
     wanted = {
         "first look": "ceiling", "headline inference": "inference",
-        "headline training": "training", "layers": "conv",
+        "headline training": "training", "layers": "conv", "eight-bit layers": "conv",
     }  # fmt: skip
     if int8.why_not(torch.device("cpu")) is None:
         wanted["headline eight bits"] = "inference"
     assert {row["step"]: row["kind"] for row in rows["benchmarks"]} == wanted
     assert set(rows["clocks"]) - {"headline eight bits"} == {
-        "headline inference", "headline training", "layers"
+        "headline inference", "headline training", "layers", "eight-bit layers"
     }  # fmt: skip
-    assert {row["dtype"] for row in rows["benchmarks"]} <= {"float32", "bfloat16", None}
+    assert {row["dtype"] for row in rows["benchmarks"]} <= {"float32", "bfloat16", "fp8", None}
     folded = next(row for row in rows["benchmarks"] if row["provider"] == "folded")
     assert folded["ratio_low"] <= folded["ratio_to_eager"] <= folded["ratio_high"]
     assert folded["distance"] < 1e-3

@@ -1,35 +1,13 @@
 // The Hopper convolution on the simulator, for test_conv_sm90.py.
 #include "conv_sm90_simulator.h"
 
-#include <cstdio>
-
-#include "../../csrc/cuda/conv_sm90/kernel.h"
-
 namespace {
 
 using namespace vovnet_fast;
 
-template <class T, int N, int BLOCKS>
-int64_t run(const ConvSm90Params& params, int ctas, simulator::Timing timing, unsigned seed) {
-  const conv_sm90::Problem p = conv_sm90::plan(params);
-  // As many clusters as there are processors for, one a CTA.
-  const int clusters = std::min(std::max(ctas / conv_sm90::cluster_size(p), 1), p.tiles);
-  int64_t fetched = 0;
-  for (int index = 0; index < clusters; ++index) {
-    simulator::Cluster cluster(p, conv_sm90::strip_box(params), conv_sm90::weight_box(params),
-                               timing, seed + index);
-    cluster.run([&](int rank, int i) {
-      simulator::Thread thread(cluster, rank, i, index, clusters);
-      conv_sm90::run_thread<T, N, BLOCKS>(thread, p);
-    });
-    fetched += cluster.fetched;
-  }
-  return fetched;
-}
+using simulator::run;
 
-using Run = int64_t (*)(const ConvSm90Params&, int, simulator::Timing, unsigned);
-
-Run run_for(const ConvSm90Params& params) {
+simulator::Run run_for(const ConvSm90Params& params) {
   const bool one = conv_sm90::blocks_of(params) == 1;
   if (params.dtype == kBFloat16) {  // Only rounding differs: a few tiles are enough.
     if (params.block_out != 80) throw std::runtime_error("bf16 is simulated for 80 channels only");
@@ -45,34 +23,25 @@ Run run_for(const ConvSm90Params& params) {
   return nullptr;
 }
 
-template <class Body>
-int guarded(char* error, int size, const Body& body) {
-  try {
-    body();
-    return 0;
-  } catch (const std::exception& found) {
-    snprintf(error, static_cast<size_t>(size), "%s", found.what());
-    return 1;
-  }
-}
-
 }  // namespace
 
 extern "C" {
 
 // 0, or 1 with the words of an error. `fetched`: the bytes that copies asked for.
 int conv_sm90_simulate(const ConvSm90Params* params, int ctas, int late_copies, int late_products,
-                       int64_t ahead, unsigned seed, int64_t* fetched, char* error, int size) {
-  return guarded(error, size, [&] {
-    conv_sm90::plan(*params);
-    const simulator::Timing timing = {late_copies != 0, late_products != 0, ahead};
-    *fetched = run_for(*params)(*params, ctas, timing, seed);
+                       int64_t ahead, int64_t multiplied, unsigned seed, int64_t* fetched,
+                       char* error, int size) {
+  return simulator::guarded(error, size, [&] {
+    const conv_sm90::Problem p = conv_sm90::plan(*params);
+    const simulator::Timing timing = {late_copies != 0, late_products != 0, ahead, multiplied};
+    *fetched = run_for(*params)(p, conv_sm90::strip_box(*params), conv_sm90::weight_box(*params),
+                                ctas, timing, seed);
   });
 }
 
 // The same, without running anything: stages of strips and of weights, and bytes of shared memory.
 int conv_sm90_plan(const ConvSm90Params* params, int* numbers, char* error, int size) {
-  return guarded(error, size, [&] {
+  return simulator::guarded(error, size, [&] {
     const conv_sm90::Problem p = conv_sm90::plan(*params);
     numbers[0] = p.x_stages;
     numbers[1] = p.w_stages;

@@ -3,7 +3,8 @@
 // The threads of a cluster of CTAs are fibres. Shared memory is bytes, to which tensor copies write
 // with the 128-byte swizzle, and of which WGMMA reads what descriptors say, as the PTX ISA and the
 // CUDA driver API have it: nothing of this comes from the kernel's own arithmetic. A warp's
-// products are computed as late as possible, when the warp waits for them, or as early as possible;
+// products are computed as late as possible, when the warp waits for them, or as early as possible
+// (those of e4m3 added up to as few bits as Hopper's tensor cores keep);
 // copies likewise, in any order. So a stage that is overwritten too early, or read too early, shows
 // in the numbers.
 //
@@ -17,6 +18,8 @@
 
 #include <algorithm>
 #include <array>
+#include <cmath>
+#include <cstdio>
 #include <cstring>
 #include <deque>
 #include <functional>
@@ -27,6 +30,7 @@
 #include <string>
 #include <vector>
 
+#include "../../csrc/cuda/conv_sm90/kernel.h"
 #include "../../csrc/cuda/conv_sm90/plan.h"
 #include "../../csrc/dtypes.h"
 
@@ -48,7 +52,8 @@ inline void require(bool held, const std::string& what) {
 // When the copies and the products under way come to their end.
 struct Timing {
   bool late_copies, late_products;
-  int64_t ahead;  // Nothing is stored before copies have asked for so many bytes.
+  int64_t ahead;       // Nothing is stored before copies have asked for so many bytes,
+  int64_t multiplied;  // and before so many products were issued.
 };
 
 // ---- Fibres ------------------------------------------------------------------------------------
@@ -196,10 +201,11 @@ struct Meeting {
   uint32_t words[2][kLanes];
 };
 
-// A product of a warpgroup, D[64, N] = A[64, 16] * B[N, 16]^T (+ D), and whose parts are done.
+// A product of a warpgroup, D[64, N] = A[64, K] * B[N, K]^T (+ D), and whose parts are done. K are
+// 32 bytes.
 struct Product {
   uint64_t a, b;
-  bool add;
+  bool add, e4m3;
   int n, posted = 0;
   bool done[kGroup / kLanes] = {};
   float* sums[kGroup];
@@ -232,6 +238,7 @@ class Cluster {
   Scheduler scheduler;
   Meeting all;
   int64_t fetched = 0;  // Bytes that copies asked for, of channels that there are.
+  int64_t issued = 0;   // Products of warpgroups.
   const Box strip, weight;
   const Timing timing;
 
@@ -294,7 +301,7 @@ class Cta {
     return meeting.words[number % 2][thread % kLanes ^ lanes];
   }
 
-  Meeting all_, consumers_, warps_[kThreads / kLanes];
+  Meeting all_, consumers_[3], warps_[kThreads / kLanes];
 
   // ---- Barriers
 
@@ -313,7 +320,8 @@ class Cta {
   // ---- Products
 
   // Called by each thread of a warpgroup, which comes to its `number`-th product.
-  void post(int thread, int64_t number, const Product& wanted, float* sums) {
+  // Returns whether it is the last of them that comes.
+  bool post(int thread, int64_t number, const Product& wanted, float* sums) {
     auto& group = products_[thread / kGroup];
     int64_t& first = first_product_[thread / kGroup];
     const int64_t index = number - first;
@@ -327,6 +335,7 @@ class Cta {
     if (product.posted == kGroup && !timing_.late_products) {
       for (int warp = 0; warp < 4; ++warp) finish(product, warp);
     }
+    return product.posted == kGroup;
   }
 
   // Wait until all of a warp's products before the `number`-th are done.
@@ -349,10 +358,11 @@ class Cta {
   void finish(const Copy& copy) {
     const Box& box = *copy.box;
     require(copy.to % 1024 == 0, "a copy does not start at an atom of the swizzle");
-    require(box.box[0] * 2 == 128, "a copy's rows do not have the 128 bytes of the swizzle");
+    const uint32_t size = box.element;
+    require(box.box[0] * size == 128, "a copy's rows do not have the 128 bytes of the swizzle");
     uint32_t elements = 1;
     for (int d = 0; d < box.rank; ++d) elements *= box.box[d];
-    at(copy.to, elements * 2);
+    at(copy.to, elements * size);
     for (uint32_t i = 0; i < elements; ++i) {
       const char* from = static_cast<const char*>(box.data);
       bool inside = true;
@@ -361,19 +371,19 @@ class Cta {
         const int64_t index = copy.at[d] + static_cast<int64_t>(rest % box.box[d]);
         rest /= box.box[d];
         inside = inside && index >= 0 && index < static_cast<int64_t>(box.sizes[d]);
-        from += index * static_cast<int64_t>(d == 0 ? 2 : box.strides[d - 1]);
+        from += index * static_cast<int64_t>(d == 0 ? size : box.strides[d - 1]);
       }
       uint16_t element = 0;
-      if (inside) memcpy(&element, from, 2);
-      memcpy(at(swizzled(copy.to + i * 2), 2), &element, 2);
+      if (inside) memcpy(&element, from, size);
+      memcpy(at(swizzled(copy.to + i * size), size), &element, size);
     }
-    barrier(copy.barrier).receive(elements * 2);
+    barrier(copy.barrier).receive(elements * size);
   }
 
  private:
   static uint32_t swizzled(uint32_t address) { return address ^ (address >> 7 & 7) << 4; }
 
-  // Rows of 16 numbers of a K-major operand with the 128-byte swizzle: rows of 128 bytes, eight of
+  // Rows of 32 bytes of a K-major operand with the 128-byte swizzle: rows of 128 bytes, eight of
   // them adjacent, the next eight a stride further.
   std::vector<float> rows(const Product& product, uint64_t descriptor, int first, int count) {
     const auto start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
@@ -381,15 +391,37 @@ class Cta {
     require(descriptor >> 62 == 1, "an operand without the 128-byte swizzle");
     require((descriptor >> 49 & 7) == 0 && (start >> 7 & 7) == 0,
             "an operand does not start at an atom of the swizzle");
-    std::vector<float> numbers(count * 16);
+    const int each = product.e4m3 ? 16 : 8;  // Numbers of 16 bytes.
+    std::vector<float> numbers(count * 2 * each);
     for (int i = 0; i < count * 2; ++i) {  // Of 16 bytes, which stay together.
       const int row = first + i / 2;
-      uint16_t bits[8];
       const uint32_t address = start + row / 8 * stride + row % 8 * 128 + i % 2 * 16;
-      memcpy(bits, at(swizzled(address), 16), 16);
-      for (int k = 0; k < 8; ++k) numbers[i * 8 + k] = product.widen(bits[k]);
+      const uint8_t* from = at(swizzled(address), 16);
+      for (int k = 0; k < each; ++k) {
+        uint16_t bits = 0;
+        memcpy(&bits, from + k * 16 / each, 16 / each);
+        numbers[i * each + k] = product.widen(bits);
+      }
     }
     return numbers;
+  }
+
+  // What 32 products of e4m3 are added to: all are cut to 14 bits below the largest of them.
+  // (DeepSeek-V3 Technical Report, arXiv:2412.19437, section 3.5.2.)
+  static float added_e4m3(float sum, const float* a, const float* b) {
+    float products[32], largest = std::fabs(sum);
+    bool finite = std::isfinite(sum);
+    for (int k = 0; k < 32; ++k) {
+      products[k] = a[k] * b[k];
+      finite = finite && std::isfinite(products[k]);
+      largest = std::max(largest, std::fabs(products[k]));
+    }
+    if (!finite) return std::nanf("");
+    if (largest == 0) return 0;
+    const float unit = std::ldexp(1.0f, std::ilogb(largest) - 13), per = 1 / unit;
+    auto units = static_cast<int64_t>(sum * per);
+    for (float product : products) units += static_cast<int32_t>(product * per);
+    return static_cast<float>(units) * unit;
   }
 
   // The part of a warp: rows 16 * warp to 16 * warp + 15.
@@ -405,6 +437,10 @@ class Cta {
         const int row = lane / 4 + (d % 4 / 2) * 8;
         const int column = d / 4 * 8 + lane % 4 * 2 + d % 2;
         float& sum = product.sums[warp * kLanes + lane][d];
+        if (product.e4m3) {
+          sum = added_e4m3(product.add ? sum : 0, &a[row * 32], &b[column * 32]);
+          continue;
+        }
         float products = 0;
         for (int k = 0; k < 16; ++k) products += a[row * 16 + k] * b[column * 16 + k];
         sum = product.add ? sum + products : products;
@@ -451,7 +487,7 @@ inline void Cluster::copy(Copy copy, uint16_t mask, int own) {
   const Box& box = *copy.box;
   const auto channels =
       std::min<int64_t>(box.box[0], static_cast<int64_t>(box.sizes[0]) - copy.at[0]);
-  fetched += channels * box.box[1] * box.box[2] * (box.rank == 4 ? box.box[3] : 1) * 2;
+  fetched += channels * box.box[1] * box.box[2] * (box.rank == 4 ? box.box[3] : 1) * box.element;
   cta(own).barrier(copy.barrier);
   for (int rank = 0; rank < 16; ++rank) {
     if ((mask >> rank & 1) == 0) continue;
@@ -476,6 +512,37 @@ inline bool Cluster::finish_a_copy() {
 // ---- The machine -------------------------------------------------------------------------------
 
 inline float widen_half(uint16_t bits) { return vovnet_fast::widen(vovnet_fast::float16{bits}); }
+// E4M3 of "FP8 Formats for Deep Learning" (arXiv:2209.05433): no infinity, NaN is all ones.
+inline float number_of(int bits) {
+  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  if (exponent == 15 && mantissa == 7) return std::nanf("");
+  const float size = exponent == 0 ? std::ldexp(static_cast<float>(mantissa), -9)
+                                   : std::ldexp(static_cast<float>(8 + mantissa), exponent - 10);
+  return (bits & 0x80) != 0 ? -size : size;
+}
+// All of them, those that are not negative first, which their bits count up.
+inline const std::array<float, 256>& numbers_of_e4m3() {
+  static const std::array<float, 256> found = [] {
+    std::array<float, 256> numbers;
+    for (int i = 0; i < 256; ++i) numbers[i] = number_of(i);
+    return numbers;
+  }();
+  return found;
+}
+inline float widen_byte(uint16_t bits) { return numbers_of_e4m3()[bits & 0xff]; }
+// To nearest even, and no larger than 448 (satfinite).
+inline uint32_t narrow_byte(float y) {
+  const uint32_t sign = std::signbit(y) ? 0x80 : 0;
+  const float size = std::fabs(y);
+  if (std::isnan(y)) return 0x7f;
+  if (size >= 448) return sign | 0x7e;
+  // The nearest of two neighbours.
+  const auto& numbers = numbers_of_e4m3();
+  const auto next = std::upper_bound(numbers.begin(), numbers.begin() + 0x7f, size);
+  const auto low = static_cast<uint32_t>(next - numbers.begin()) - 1;
+  const float below = size - numbers[low], above = numbers[low + 1] - size;
+  return sign | (below < above || (below == above && low % 2 == 0) ? low : low + 1);
+}
 inline float widen_bfloat(uint16_t bits) { return vovnet_fast::widen(vovnet_fast::bfloat16{bits}); }
 
 // What a thread sees of its CTA, and of the cluster.
@@ -491,6 +558,13 @@ class Thread {
 
   int thread() const { return thread_; }
   int thread_again() const { return thread_; }
+  int uniform(int value) {
+    const auto word = static_cast<uint32_t>(value);
+    for (int lanes = 1; lanes < kLanes; lanes *= 2) {
+      require(cta_.swap(thread_, word, lanes) == word, "not the same in all threads of a warp");
+    }
+    return value;
+  }
   int cluster() const { return index_; }
   int clusters() const { return clusters_; }
   int rank() const { return rank_; }
@@ -502,7 +576,10 @@ class Thread {
     require(published_ || thread_ != 0, "the barriers were not published to the copies");
     cta_.meet(all_.all, all_.size() * kThreads, "all threads of the cluster");
   }
-  void synchronise_consumers() { cta_.meet(cta_.consumers_, 2 * kGroup, "the consumers"); }
+  void synchronise_consumers(int group = 0, int count = 2 * kGroup) {
+    require(group >= 0 && group < 3, "a group of consumers that is none");
+    cta_.meet(cta_.consumers_[group], count, std::to_string(count) + " consumers");
+  }
   void shrink_registers() {}
   void grow_registers() {}
   float* floats(uint32_t offset) { return reinterpret_cast<float*>(cta_.at(offset, 4)); }
@@ -523,6 +600,8 @@ class Thread {
     cta_.meet(cta_.warps_[thread_ / kLanes], kLanes, "an arrival");
     if (thread_ % kLanes < count) all_.cta(count == 1 ? rank_ : to).barrier(barrier).arrive();
   }
+
+  void free(uint32_t barrier, int count, int to) { arrive(barrier, count, to); }
 
   void copy_strip(uint32_t to, uint32_t full, int c, int w, int h, int n, int count,
                   uint16_t mask) {
@@ -545,7 +624,9 @@ class Thread {
     product.add = add;
     product.n = N;
     product.widen = half ? widen_half : widen_bfloat;
-    cta_.post(thread_, products_++, product, sums);
+    product.e4m3 = vovnet_fast::conv_sm90::kIsE4m3<T>;
+    if (product.e4m3) product.widen = widen_byte;
+    all_.issued += cta_.post(thread_, products_++, product, sums);
   }
   void commit_products() {
     begun_ = false;
@@ -577,6 +658,16 @@ class Thread {
     memcpy(&word, pair, 4);
     return word;
   }
+  uint32_t narrow_e4m3(float a, float b) { return narrow_byte(a) | narrow_byte(b) << 8; }
+  void widen_e4m3(uint32_t pair, float& a, float& b) {
+    a = widen_byte(pair & 0xff), b = widen_byte(pair >> 8);
+  }
+  uint32_t low_halves(uint32_t a, uint32_t b) { return (a & 0xffff) | b << 16; }
+  uint32_t high_halves(uint32_t a, uint32_t b) { return a >> 16 | (b & 0xffff0000); }
+  template <size_t COUNT>
+  void settle(float (&)[COUNT]) {
+    require(groups_.empty(), "sums are read before they were waited for");
+  }
   template <class T>
   void load(const T* from, uint32_t (&words)[4]) {
     require(reinterpret_cast<uintptr_t>(from) % 16 == 0, "a load of 16 bytes is not aligned");
@@ -587,8 +678,18 @@ class Thread {
     Cluster& all = all_;
     cta_.scheduler().wait("copies under an epilogue",
                           [&all] { return all.fetched >= all.timing.ahead; });
+    cta_.scheduler().wait("products under an epilogue",
+                          [&all] { return all.issued >= all.timing.multiplied; });
     require(reinterpret_cast<uintptr_t>(to) % 16 == 0, "a store of 16 bytes is not aligned");
     memcpy(to, words, 16);
+  }
+  void store_words(uint8_t* to, const uint32_t (&words)[2]) {
+    require(reinterpret_cast<uintptr_t>(to) % 8 == 0, "a store of 8 bytes is not aligned");
+    memcpy(to, words, 8);
+  }
+  void store_pair(float* to, float a, float b) {
+    require(reinterpret_cast<uintptr_t>(to) % 8 == 0, "a store of 8 bytes is not aligned");
+    to[0] = a, to[1] = b;
   }
 
  private:
@@ -605,5 +706,40 @@ class Thread {
   int64_t products_ = 0;
   std::vector<int64_t> groups_;  // Number of products at the end of each that may be under way.
 };
+
+// ---- Launches ----------------------------------------------------------------------------------
+
+// Runs the kernel of a tile on at most so many CTAs. Returns the bytes that copies asked for.
+template <class T, int N, int BLOCKS>
+int64_t run(const Problem& p, const Box& strip, const Box& weight, int ctas, Timing timing,
+            unsigned seed) {
+  // As many clusters as there are processors for, one a CTA.
+  const int size = vovnet_fast::conv_sm90::cluster_size(p);
+  const int clusters = std::min(std::max(ctas / size, 1), p.tiles);
+  int64_t fetched = 0;
+  for (int index = 0; index < clusters; ++index) {
+    Cluster cluster(p, strip, weight, timing, seed + index);
+    cluster.run([&](int rank, int i) {
+      Thread thread(cluster, rank, i, index, clusters);
+      vovnet_fast::conv_sm90::run_thread<T, N, BLOCKS>(thread, p);
+    });
+    fetched += cluster.fetched;
+  }
+  return fetched;
+}
+
+using Run = int64_t (*)(const Problem&, const Box&, const Box&, int, Timing, unsigned);
+
+// 0, or 1 with the words of an error.
+template <class Body>
+int guarded(char* error, int size, const Body& body) {
+  try {
+    body();
+    return 0;
+  } catch (const std::exception& found) {
+    snprintf(error, static_cast<size_t>(size), "%s", found.what());
+    return 1;
+  }
+}
 
 }  // namespace simulator

@@ -6,6 +6,7 @@ test_conv_sm90_code.py looks at what nvcc makes of it.
 """
 
 import ctypes
+import itertools
 import shutil
 import subprocess
 import types
@@ -16,8 +17,16 @@ import torch
 import torch.nn.functional as F
 
 import vovnet_fast
-from vovnet_fast import specs, tuning
-from vovnet_fast.backends import _cuda_conv, conv_sm90, conv_sm90_tiles, cuda, reference
+from vovnet_fast import selfcheck, specs, tuning
+from vovnet_fast.backends import (
+    _cuda_conv,
+    conv_sm90,
+    conv_sm90_tiles,
+    conv_sm90_trial,
+    conv_sm90_verdict,
+    cuda,
+    reference,
+)
 
 ROOT = Path(vovnet_fast.__file__).parent.parent
 SOURCES = ROOT / "csrc" / "cuda" / "conv_sm90"
@@ -52,7 +61,7 @@ class Params(ctypes.Structure):
         ),
         *((name, ctypes.c_int32) for name in ("kernel", "tile_h", "tile_w", "block_out")),
         *((name, ctypes.c_int32) for name in ("cluster_pixels", "cluster_channels", "parts")),
-        *((name, ctypes.c_int32) for name in ("relu", "dtype")),
+        *((name, ctypes.c_int32) for name in ("turns", "relu", "dtype")),
     ]
 
 
@@ -66,22 +75,31 @@ class Simulator:
     def __init__(self, path):
         self.library = ctypes.CDLL(str(path))
 
+    def struct(self, fields):
+        return struct(fields)
+
     def call(self, function, *args):
         error = ctypes.create_string_buffer(1000)
         failed = getattr(self.library, function)(*args, error, len(error))
         assert not failed, error.value.decode()
 
-    def run(self, fields, *, ctas=2, late_copies=True, late_products=True, ahead=0, seed=0):
-        """Returns the bytes that copies fetched. `ahead`: of them, those before the first store."""
-        params, fetched = ctypes.byref(struct(fields)), ctypes.c_int64()
-        timing = (int(late_copies), int(late_products), ctypes.c_int64(ahead), seed)
+    def run(
+        self, fields, *, ctas=2, late_copies=True, late_products=True, ahead=0, multiplied=0, seed=0
+    ):
+        """Returns the bytes that copies fetched.
+
+        Before the first store `ahead` of them are asked for, and `multiplied` WGMMAs issued.
+        """
+        params, fetched = ctypes.byref(self.struct(fields)), ctypes.c_int64()
+        before = (ctypes.c_int64(ahead), ctypes.c_int64(multiplied))
+        timing = (int(late_copies), int(late_products), *before, seed)
         self.call("conv_sm90_simulate", params, ctas, *timing, ctypes.byref(fetched))
         return fetched.value
 
     def plan(self, fields):
         """Stages of strips and of weights, and bytes of shared memory."""
         numbers = (ctypes.c_int * 3)()
-        self.call("conv_sm90_plan", ctypes.byref(struct(fields)), numbers)
+        self.call("conv_sm90_plan", ctypes.byref(self.struct(fields)), numbers)
         return tuple(numbers)
 
 
@@ -432,6 +450,71 @@ def test_a_cluster_shares_weights_that_stay(simulator):
 
 
 # --------------------------------------------------------------------------------------
+# Warpgroups that take turns, on the simulator
+# --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("late_copies", [False, True])
+@pytest.mark.parametrize("late_products", [False, True])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_turns_hold_whatever_the_timing(late_copies, late_products, kernel, simulator):
+    """Six tiles for one CTA, with more stages than the rings, and, of few channels, with fewer."""
+    for c_in in (136, 24) if kernel == 3 else (712, 24):
+        simulate(
+            simulator, Layer(1, 17, 24, c_in, 96, kernel=kernel),
+            conv_sm90.Config(128, 96, turns=True), pool=True, ctas=1, seed=c_in,
+            late_copies=late_copies, late_products=late_products,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 3, 5])
+def test_any_number_of_tiles_in_turns(tiles, simulator):
+    """Of a single one the second warpgroup has nothing, of an odd number one less."""
+    for kernel in (1, 3):
+        layer = Layer(tiles, 7, 11, 72, 64, kernel=kernel)
+        simulate(simulator, layer, conv_sm90.Config(128, 64, turns=True), pool=True, ctas=1)
+
+
+def test_weights_stay_for_both_that_take_turns(simulator):
+    config = conv_sm90.Config(128, 64, turns=True)
+    shape = conv_sm90_tiles.Shape(2, 17, 40, 64, 64, 3)
+    assert conv_sm90_tiles.work(config, shape, 3).resident
+    for late in (False, True):
+        simulate(simulator, Layer(2, 17, 40, 64, 64), config, ctas=3, late_copies=late)
+
+
+@pytest.mark.parametrize("cluster", CLUSTERS[:4])
+def test_clusters_whose_warpgroups_take_turns(cluster, simulator):
+    """What CTAs share is read by whichever warpgroup of each; at any timing, and beyond the map."""
+    config = conv_sm90.Config(128, 64, cluster, turns=True)
+    for kernel, late in ((1, True), (3, False)):
+        layer = Layer(3, 20, 17, 136, 192, kernel=kernel)
+        simulate(
+            simulator, layer, config, pool=True, ctas=4, seed=kernel, late_copies=late,
+            late_products=not late,
+        )  # fmt: skip
+    add, mask = layer.beside(192), layer.beside(192)
+    simulate_gradient(simulator, layer, config, add, mask, ctas=4)
+
+
+def test_the_next_tile_is_multiplied_under_an_epilogue(simulator):
+    """All of it, while nothing of the first is stored, in turns; where both share it nothing."""
+    layer = Layer(1, 16, 24, 136, 96)
+    each = 9 * (4 + 4 + 1) * 2  # Taps, steps of three chunks, and blocks of 64 pixels.
+    for config, most in [
+        (conv_sm90.Config(128, 96, turns=True), 2 * each),
+        (conv_sm90.Config(128, 96), each),
+    ]:
+        fields = dict(layer.plan(config).fields, pool_partials=None)
+        for late in (False, True):
+            layer.out.fill_(float("nan"))
+            simulator.run(fields, ctas=1, multiplied=most, late_products=late)
+            layer.check()
+            with pytest.raises(AssertionError, match="products under an epilogue"):
+                simulator.run(fields, ctas=1, multiplied=most + 1, late_products=late)
+
+
+# --------------------------------------------------------------------------------------
 # Tiles whose sum CTAs of a cluster share, on the simulator
 # --------------------------------------------------------------------------------------
 
@@ -555,7 +638,7 @@ def test_24_tiles_in_five_parts_are_120_ctas():
     # Of 36 taps of chunks a part has 7 or 8, and those of the last chunk are half as long.
     assert found.even == pytest.approx(126 / (5 * 28))
     without = max(conv_sm90_tiles.work(c, shape, 132).busy for c in conv_sm90.configs(224))
-    assert without == pytest.approx(12 / 132)
+    assert without == pytest.approx(24 / 132)
 
 
 def test_splits_are_on_offer_for_small_maps_alone(simulator):
@@ -617,12 +700,16 @@ def test_every_tile_fits_into_shared_memory_with_room_to_run_ahead(simulator):
         (dict(block_out=128, parts=2, cluster_channels=3), "no parts of 3 tiles of channels"),
         (dict(block_out=128, kernel=1, parts=2), "2 parts of 1 taps and chunks"),
         (dict(block_out=160, tile_h=32, parts=2), "no parts of tiles of 32 x 8 pixels by 160"),
+        (dict(block_out=112, parts=2, turns=1), "no parts of tiles of .* 112 channels in turns"),
+        (dict(turns=1), "no tiles of 16 x 8 pixels by 256 channels in turns"),
+        (dict(block_out=64, tile_h=32, turns=1), "no tiles of 32 x 8 pixels .* in turns"),
         (dict(c_out=204), "multiple of 8 channels, got 204"),
         (dict(add_c=12), "multiples of 8 channels, got 12 and 0"),
         (dict(add=(40, 4096, 512, 16), add_c=8), "multiples of 16 bytes"),
         (dict(mask=(32, 4096, 512, 12), mask_c=8), "multiples of 16 bytes"),
         (dict(x=(32, 4096, 512, 20)), "multiples of 16 bytes"),
         (dict(out=(40, 4096, 512, 16)), "multiples of 16 bytes"),
+        (dict(out=(0, 0, 0, 0)), "multiples of 16 bytes"),
         (dict(n=1 << 25), "2\\^30 tiles"),
     ],
 )
@@ -632,7 +719,7 @@ def test_what_cannot_be_is_said(wrong, words, simulator):
         weight=32, scale=32, shift=32, pool_partials=None, n=1, height=100, width=100, c_in=64,
         c_out=256, add_c=0, mask_c=0, kernel=3,
         tile_h=16, tile_w=8, block_out=256, cluster_pixels=1, cluster_channels=1, parts=1,
-        relu=1, dtype=0,
+        turns=0, relu=1, dtype=0,
     )  # fmt: skip
     simulator.plan(fields)
     with pytest.raises(AssertionError, match=words):
@@ -654,6 +741,7 @@ def test_channels_are_padded_only_where_nothing_wide_divides_them():
     assert names == [
         "256x112", "256x112 cluster 2x1", "256x112 cluster 2x2",
         "128x224", "128x224 cluster 2x1", "128x224 cluster 4x1",
+        "turns 128x112", "turns 128x112 cluster 2x1", "turns 128x112 cluster 4x2",
     ]  # fmt: skip
     for c_out in (1472, 1888, 2144):  # Concat buffers.
         for config in conv_sm90.configs(c_out):
@@ -685,13 +773,117 @@ def test_refusals_name_what_is_wrong():
     assert "x has strides" in conv_sm90.refusal(expanded, layer.weight, layer.out)
 
 
-def test_it_is_off_unless_asked_for(monkeypatch):
-    layer = Layer(1, 5, 5, 16, 80)
-    monkeypatch.delenv(conv_sm90.ENVIRONMENT, raising=False)
-    assert "not verified" in conv_sm90.why_not(torch.device("cuda"))
-    assert conv_sm90.engines(layer.x, layer.weight, layer.out) == []
-    monkeypatch.setenv(conv_sm90.ENVIRONMENT, "1")
-    assert "needs tensors on an NVIDIA GPU" in conv_sm90.why_not(torch.device("cpu"))
+# --------------------------------------------------------------------------------------
+# The trials that it has to pass on a GPU, on the simulator
+# --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def simulated(monkeypatch, simulator):
+    """Launches run on the simulator; returns the configurations that ran."""
+    ran = []
+
+    def run(config, x, weight, scale, shift, out, *, relu=True, pool=False, **beside):
+        launch = conv_sm90.plan(config, x, weight, scale, shift, out, relu=relu, **beside)
+        shape = (x.shape[0], launch.tiles, weight.shape[0])
+        partials = torch.full(shape, float("nan")) if pool else None
+        pointer = None if partials is None else partials.data_ptr()
+        simulator.run(dict(launch.fields, pool_partials=pointer), ctas=config.size, seed=len(ran))
+        ran.append(config)
+        return partials
+
+    monkeypatch.setattr(conv_sm90, "run_config", run)
+    return ran
+
+
+TRIED = conv_sm90_trial.Map((1, 9, 21), {3: 24, 1: 456}, across=2, times=1)
+
+
+def of_tiles(block=64):
+    return conv_sm90_trial.of_tiles(torch.device("cpu"), torch.float16, TRIED, block)
+
+
+def test_what_is_right_passes_its_trials(simulated):
+    trials = list(of_tiles())
+    assert len(trials) > 60
+    for words, trial in trials[::7]:
+        assert trial() is None, words
+    ran = {(config.turns, config.parts > 1, config.cluster != (1, 1)) for config in simulated}
+    assert len(ran) > 4, ran
+
+
+@pytest.mark.parametrize("spoil", ["a number", "a sum", "beside"])
+def test_what_is_wrong_does_not(spoil, simulated, monkeypatch):
+    run = conv_sm90.run_config
+
+    def spoilt(config, x, weight, scale, shift, out, **options):
+        partials = run(config, x, weight, scale, shift, out, **options)
+        if spoil == "a number":
+            out[0, 8, 20, -1] += 8
+        elif spoil == "beside":
+            out.as_strided((1,), (1,), out.storage_offset() + out.shape[3]).zero_()
+        elif partials is not None:
+            partials[0, -1, 5] += 100
+        return partials
+
+    monkeypatch.setattr(conv_sm90, "run_config", spoilt)
+    words, trial = next(of_tiles())
+    assert "128x64, 1x1 forward" in words
+    assert ("outside its slot" if spoil == "beside" else "error") in trial()
+
+
+def test_clusters_that_a_gpu_has_no_room_for_are_no_failure(simulated, monkeypatch):
+    """But for those of one CTA, and where the error is an earlier launch's."""
+    words = "conv_sm90: cannot launch 1 clusters of 8: cudaErrorInvalidClusterSize"
+    assert '"cannot launch "' in (SOURCES / "launch.cu").read_text()
+
+    def refused(config, *tensors, **options):
+        raise RuntimeError(words)
+
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(conv_sm90, "run_config", refused)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    trials = dict(itertools.islice(of_tiles(), 5))
+    [alone], others = [list(trials.values())[i] for i in (slice(1), slice(1, None))]
+    assert [trial() for trial in others] == [None] * 4
+    with pytest.raises(RuntimeError, match="cannot launch"):
+        alone()
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        others[0]()
+    words = "CUDA error: an illegal memory access was encountered"
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    with pytest.raises(RuntimeError, match="illegal memory"):
+        others[0]()
+
+
+def test_every_kernel_has_trials_that_it_can_run(simulator):
+    """On the large map the CTAs of any H100 have several tiles each, also of both warpgroups."""
+    shared = set()
+    for pixels in (conv_sm90_trial.SMALL, conv_sm90_trial.large(132)):
+        for block in conv_sm90_tiles.WIDTHS:
+            for kernel in (1, 3):
+                forms = list(conv_sm90_trial.forms(pixels, block, kernel))
+                assert len({config.name for config in forms}) == len(forms)
+                alone = {config for config in forms if config.size == 1}
+                assert alone == set(conv_sm90_tiles.kernels(block))
+                shared |= {block for config in forms if config.parts > 1}
+                c_in, c_out = pixels.c_in[kernel], pixels.across * block
+                n, h, w = pixels.size
+                layer = Layer(1, h, w, c_in, c_out, kernel=kernel)
+                for config in forms:
+                    fields = layer.plan(config).fields
+                    simulator.plan(dict(fields, n=n, pool_partials=1))
+                    shape = conv_sm90_tiles.Shape(
+                        n, fields["height"], fields["width"], c_in, c_out, kernel
+                    )
+                    if pixels.times > 1:
+                        work = conv_sm90_tiles.work(config, shape, 132)
+                        assert work.tiles * config.parts >= 2 * 132, config
+    # What parts of the widest would hand over takes the room of the rings.
+    assert shared == {*conv_sm90_tiles.WIDTHS} - {256, 224}
 
 
 def test_the_cuda_backend_measures_it_against_aten(monkeypatch, tmp_path):
@@ -751,6 +943,18 @@ def test_the_cuda_backend_offers_it_for_gradients_of_inputs(monkeypatch):
 # --------------------------------------------------------------------------------------
 # On a GPU
 # --------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_gpu_it_passes_its_trials_in_a_process_of_its_own(gpu, monkeypatch, tmp_path):
+    monkeypatch.setenv("VOVNET_FAST_CACHE", str(tmp_path))
+    monkeypatch.delenv(conv_sm90.ENVIRONMENT)
+    selfcheck.trust._table.cache_clear()
+    monkeypatch.setattr(conv_sm90_verdict, "_known", {})
+    assert conv_sm90.why_not(gpu) is None
+    assert "conv-sm90" in (tmp_path / "verified.json").read_text()
+    selfcheck.trust._table.cache_clear()
 
 
 @pytest.fixture

@@ -78,7 +78,7 @@ def assert_same_conv(t, config, x, layer, *, out=True, feature=True, pool=True, 
         else:
             sums = t.ops.conv(x, layer, target, levels=levels, feature=value, pool=pools)
         pair = [view.clone() for view in (target, value) if view is not None]
-        found.append(pair if sums is None else [*pair, sums.sum(1, dtype=sums.dtype)])
+        found.append(pair if sums is None else [*pair, check.pooled(sums, target)])
     for theirs, mine in zip(*found, strict=True):
         assert_right(mine, theirs, t.form)
     assert len(found[0][0].to(torch.float32).unique()) > 2, "nothing was compared"

@@ -67,20 +67,26 @@ def test_json_says_the_same(capsys):
         assert said == ("usable" if reason is None else f"not usable: {reason}")
     engines = _cuda_conv.offered(torch.device("cuda"))
     for name, reason in engines.items():
-        beside = "separate passes" if name == "depthwise-conv" else "cuDNN"
+        others = {"depthwise-conv": "separate passes", "conv-sm90 in fp8": "Triton's"}
+        beside = others.get(name, "cuDNN")
         expected = f"considered beside {beside}" if reason is None else f"not considered: {reason}"
         assert found["engines"][name] == expected
-    assert set(found["engines"]) == {"conv-sm80", "conv-sm90", "depthwise-conv"}
+    assert set(found["engines"]) == {
+        "conv-sm80", "conv-sm90", "conv-sm90 in fp8", "depthwise-conv",
+    }  # fmt: skip
 
 
 def test_engines_that_are_considered_are_named(monkeypatch):
     """With what each is measured beside."""
     monkeypatch.setattr(
-        _cuda_conv, "offered", lambda device: dict.fromkeys(("conv-sm80", "depthwise-conv"))
+        _cuda_conv,
+        "offered",
+        lambda device: dict.fromkeys(("conv-sm80", "depthwise-conv", "conv-sm90 in fp8")),
     )
     assert dict(doctor._engines()) == {
         "conv-sm80": "considered beside cuDNN",
         "depthwise-conv": "considered beside separate passes",
+        "conv-sm90 in fp8": "considered beside Triton's",
     }
 
 

@@ -16,7 +16,7 @@ import torch
 pytest.importorskip("triton", minversion="3.6", reason="predictions are of Triton's configurations")
 
 from vovnet_fast import specs, tuning
-from vovnet_fast.backends import _predict
+from vovnet_fast.backends import _predict, conv_sm90
 from vovnet_fast.compat import zip
 from vovnet_fast.kernels import cost, device, resources
 from vovnet_fast.kernels.conv_config import ConvConfig
@@ -415,6 +415,53 @@ def test_parts_of_small_maps_are_predicted_to_be_faster():
     large = [f"conv-sm90{parts} 256x128" for parts in ("", " split 2")]
     found = _predict.predict(large, LAYER, H200)
     assert found[large[0]].seconds < found[large[1]].seconds
+
+
+def test_the_hopper_convolution_in_fp8():
+    """Tiles of e4m3, half the bytes, twice the products, and sums that are added beside them."""
+    half = _predict.predict(OWN, LAYER, H200)[OWN[0]]
+    layer = dataclasses.replace(LAYER, dtype=torch.float8_e4m3fn)
+    found = _predict.predict((*OWN, "conv-sm90 256x192", "conv-sm90 128x256"), layer, H200)
+    assert list(found) == list(OWN)
+    eight = found[OWN[0]]
+    assert eight.compute == pytest.approx(half.compute / 2, rel=0.01)
+    assert eight.l2 == pytest.approx(half.l2 / 2, rel=0.01)
+    assert half.issue == 0 < eight.issue < eight.compute
+    # Of 192 channels, in chunks of 128, only those that there are.
+    wide = dataclasses.replace(layer, c_in=192)
+    more = _predict.predict(OWN, wide, H200)[OWN[0]]
+    assert more.compute == pytest.approx(1.5 * eight.compute, rel=0.01)
+    # A feature that is written beside takes longer, and one in its place nearly as long.
+    both, alone = (
+        _predict.predict(OWN, dataclasses.replace(layer, **beside), H200)[OWN[0]].seconds
+        for beside in (dict(added=4 * 128), dict(masked=3 * 128))
+    )
+    assert eight.seconds < alone < both
+    names = ("conv-sm90 split 2 128x128", *OWN)
+    likely = _predict._candidates(layer, H200, names).likely
+    assert [_predict.family(name) for name in likely][:2] == ["conv-sm90 split", "conv-sm90"]
+
+
+def test_an_epilogue_under_the_next_tile_is_predicted_to_cost_less():
+    """Where a CTA has several tiles. Both kinds are measured, each by its best."""
+    alike = [f"conv-sm90{turns} 128x128 cluster 2x1" for turns in ("", " turns")]
+    found = _predict.predict(alike, LAYER, H200)
+    together, turns = (found[name] for name in alike)
+    assert turns.waves > 2
+    assert turns.seconds < together.seconds
+    # Products of all tiles but for those of the last round: nothing is faster than they are.
+    assert turns.seconds > turns.compute
+    assert set(alike) <= set(_predict._candidates(LAYER, H200, tuple(alike)).likely)
+    assert _predict.family(alike[1]) == "conv-sm90 turns"
+    # A single tile of a CTA has no next one.
+    small = dataclasses.replace(LAYER, height=50, width=84, c_in=192, c_out=192)
+    found = _predict.predict(["conv-sm90 128x192", "conv-sm90 turns 128x192"], small, H200)
+    assert len({one.seconds for one in found.values()}) == 1
+    # And larger tiles, which fetch less, are for both together.
+    wide = dataclasses.replace(LAYER, height=100, width=168, c_in=160, c_out=160)
+    names = [config.name for config in conv_sm90.configs(160)]
+    found = _predict.predict(names, wide, H200)
+    assert min(found, key=lambda name: found[name].seconds) == "conv-sm90 256x160"
 
 
 def test_the_likely_ones_are_few():

@@ -24,6 +24,7 @@ from . import (
     conv_sm80_grad,
     conv_sm80_input_grad,
     conv_sm90,
+    conv_sm90_fp8,
     depthwise_conv,
 )
 from ._engines import (
@@ -50,10 +51,12 @@ def cudnn() -> bool:
 
 
 def offered(device: torch.device) -> dict[str, str | None]:
-    """Our own engines by name, with None if they are considered, or the reason why not."""
-    return {
+    """Our own engines by name, with None if they are considered, or the reason why not. That of
+    networks in fp8 is one of :mod:`.triton`'s."""
+    found = {
         engine.NAME: engine.why_not(device) for engine in (conv_sm80, conv_sm90, depthwise_conv)
     }
+    return {**found, conv_sm90_fp8.IN_FP8: conv_sm90_fp8.why_not(device)}
 
 
 def _choose(

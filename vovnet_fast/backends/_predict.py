@@ -27,7 +27,9 @@ MEASURED = 3
 WORTH = 1.25
 """And no other one that is predicted to take longer than the best by more than this factor."""
 
-LIBRARIES = (ATEN, cudnn_graph.NAME, conv_sm80.NAME, conv_sm90.SPLIT, conv_sm90.NAME)
+_SM90 = (conv_sm90.SPLIT, conv_sm90.TURNS, conv_sm90.NAME)
+
+LIBRARIES = (ATEN, cudnn_graph.NAME, conv_sm80.NAME, *_SM90)
 """How names of engines that are not Triton's begin. One of each kind is measured, its best."""
 
 _DEPTHWISE = (depthwise_conv.NAME, depthwise_conv.SEPARATE)
@@ -108,11 +110,13 @@ def _sm90(name: str, layer: Layer, device: Device) -> Prediction:
     from ..kernels.cost import Work, predict_work, through_shared
     from ..kernels.resources import Resources
 
-    config = conv_sm90.config_of(name, layer.c_out, layer.kernel)
+    itemsize = layer.dtype.itemsize
+    config = conv_sm90.config_of(name, layer.c_out, layer.kernel, itemsize)
     assert config is not None, name
     tile_h, tile_w = config.tile(layer.height, layer.width, layer.kernel)
     across = cdiv(layer.height, tile_h) * cdiv(layer.width, tile_w)
-    chunk, itemsize = conv_sm90.CHUNK, layer.dtype.itemsize
+    chunks = cdiv(layer.c_in, conv_sm90.chunk(itemsize))
+    chunk = cdiv(layer.c_in, chunks)  # In the mean: of the last one there may be less.
     strip = (tile_h + layer.kernel - 1) * tile_w * chunk * itemsize
     weight = layer.kernel * config.block_out * chunk * itemsize
     # CTAs of a cluster each fetch a part of what they share.
@@ -120,21 +124,24 @@ def _sm90(name: str, layer: Layer, device: Device) -> Prediction:
     sums = config.pixels * config.block_out
     read = through_shared(config.pixels, config.block_out, chunk * itemsize, 8, warpgroups=True)
     weights = layer.weight_elements * itemsize
-    parts, terms = config.parts, layer.kernel**2 * cdiv(layer.c_in, chunk)
+    parts, terms = config.parts, layer.kernel**2 * chunks
     # Every sum is written to shared memory once, and read once, by one of the CTAs that share it.
     handed = 2 * 4 * sums if parts > 1 else 0
+    feature = (layer.added + layer.masked) / layer.c_out if itemsize == 1 else 0
     work = Work(
         programs=layer.batch * across * cdiv(layer.c_out, config.block_out) * parts,
         steps=cdiv(terms, parts) / layer.kernel,
         flop=2 * sums * chunk * layer.kernel,
         copied=copied,
         shared=strip + weight + layer.kernel * read,
-        instructions=0,  # A warpgroup of its own copies.
+        # A warpgroup of its own copies. In fp8 products of a tap are added to sums by instructions.
+        instructions=sums * layer.kernel if itemsize == 1 else 0,
         last_instructions=sums * 4 if parts == 1 else sums * (3 + 4 / parts),
-        last_bytes=sums * itemsize / parts + handed,
+        last_bytes=sums * (itemsize + feature) / parts + handed,
         stages=_STRIP_STAGES,
         compulsory=layer.activation_bytes + weights,
         persistent=True,
+        turns=config.turns,
     )
     # Its shared memory is all that a processor has.
     whole = Resources(warps=12, registers=168, shared=227 << 10)
@@ -235,10 +242,7 @@ def library(name: str, layer: Layer, device: Device) -> Prediction:
     """Time of an engine that is not a configuration of Triton's."""
     if name == ATEN:
         return _aten(layer, device)
-    kinds = {
-        cudnn_graph.NAME: _graph, conv_sm80.NAME: _sm80, conv_sm90.SPLIT: _sm90,
-        conv_sm90.NAME: _sm90,
-    }  # fmt: skip
+    kinds = {cudnn_graph.NAME: _graph, conv_sm80.NAME: _sm80, **dict.fromkeys(_SM90, _sm90)}
     return kinds[family(name)](name, layer, device)
 
 
@@ -279,8 +283,9 @@ def _has_tiles(name: str, layer: Layer) -> bool:
     kind = family(name)
     if kind == conv_sm80.NAME:
         return name in _sm80_names(layer)
-    if kind in (conv_sm90.NAME, conv_sm90.SPLIT):
-        return conv_sm90.config_of(name, layer.c_out, layer.kernel) is not None
+    if kind in _SM90:
+        itemsize = layer.dtype.itemsize
+        return conv_sm90.config_of(name, layer.c_out, layer.kernel, itemsize) is not None
     return True
 
 

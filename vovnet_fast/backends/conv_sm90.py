@@ -7,9 +7,10 @@ of pixels once for the three taps of a column, and once for the CTAs of a cluste
 kernel has all epilogues: scale, shift and ReLU with pool partials, or what is added to a gradient
 and masks it.
 
-It is not verified on a GPU yet, and so not on offer unless the environment variable
-``VOVNET_FAST_CONV_SM90`` is 1. An engine that is wrong is never chosen
-(:mod:`vovnet_fast.tuning`); one that hangs would hang.
+An engine that is wrong is never chosen (:mod:`vovnet_fast.tuning`); one that hangs would hang. So
+it is on offer where all of its kernels have passed trials in a process of their own
+(:mod:`.conv_sm90_verdict`), once, before the first convolution on such a GPU. The environment
+variable ``VOVNET_FAST_CONV_SM90`` says otherwise: 1 takes it untried, 0 does without it.
 """
 
 from __future__ import annotations
@@ -22,14 +23,15 @@ from torch import Tensor
 
 from .. import _environment
 from ..compat import zip
-from . import _extension
+from . import _extension, conv_sm90_verdict
 from ._extension.fields import new_high, pointer
 from .conv_sm90_tiles import (
-    CHUNK,
     NAME,
     SPLIT,
+    TURNS,
     Config,
     Shape,
+    chunk,
     config_of,
     configs,
     splits,
@@ -37,10 +39,11 @@ from .conv_sm90_tiles import (
 )
 
 __all__ = [
-    "CHUNK",
     "NAME",
     "SPLIT",
+    "TURNS",
     "Config",
+    "chunk",
     "config_of",
     "configs",
     "engines",
@@ -63,10 +66,16 @@ _DTYPES = {torch.float16: 0, torch.bfloat16: 1}  # Codes of csrc/params.h.
 # --------------------------------------------------------------------------------------
 
 
-def why_not(device: torch.device) -> str | None:
-    """The reason why nothing at all is offered on ``device``, or None."""
-    if not _environment.flag("CONV_SM90"):
-        return f"it is not verified on a GPU yet: {ENVIRONMENT}=1 offers it all the same"
+def why_not(device: torch.device, engine: str = NAME, function: str = "conv_sm90") -> str | None:
+    """The reason why nothing at all is offered on ``device``, or None.
+
+    Args:
+        device: of the tensors.
+        engine: whose trials have to have passed.
+        function: of the extension, that it calls.
+    """
+    if _environment.given("CONV_SM90") == "0":
+        return f"{ENVIRONMENT} is 0"
     if device.type != "cuda":
         return f"it needs tensors on an NVIDIA GPU, these are on {device}"
     if not torch.cuda.is_available() or torch.version.hip is not None:
@@ -74,13 +83,16 @@ def why_not(device: torch.device) -> str | None:
     found = torch.cuda.get_device_capability(device)
     if found != CAPABILITY:
         return f"compute capability {found[0]}.{found[1]} is not 9.0 (Hopper)"
-    return _missing()
+    reason = missing(function)
+    if reason is not None or _environment.given("CONV_SM90") == "1":
+        return reason
+    return conv_sm90_verdict.why_not(device, engine)
 
 
-def _missing() -> str | None:
+def missing(function: str = "conv_sm90") -> str | None:
     """What is wrong with the extension."""
     reason = _extension.why_not("cuda")
-    if reason is None and not hasattr(_extension.load("cuda"), "conv_sm90"):
+    if reason is None and not hasattr(_extension.load("cuda"), function):
         return "the extension was built without sm_90a: VOVNET_FAST_CUDA_ARCHS must name 90a"
     return reason
 
@@ -133,7 +145,7 @@ def engines(
     add: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> list[str]:
-    """Names of what is on offer for these arguments of :func:`run`, largest tile first.
+    """Names of what is on offer for these arguments of :func:`run`, as :func:`configs` has them.
 
     Those whose CTAs share a tile come last, where the map is too small for the GPU.
     """
@@ -229,7 +241,7 @@ def plan(
         mask_c=channels["mask"], kernel=kernel,
         tile_h=tile[0], tile_w=tile[1], block_out=config.block_out,
         cluster_pixels=config.cluster[0], cluster_channels=config.cluster[1], parts=config.parts,
-        relu=int(relu and scale is not None), dtype=_DTYPES[x.dtype],
+        turns=int(config.turns), relu=int(relu and scale is not None), dtype=_DTYPES[x.dtype],
     )  # fmt: skip
     return Launch(fields, tiles_of(height, width, tile) * config.parts)
 
@@ -265,6 +277,25 @@ def run(
     """
     config = config_of(engine, weight.shape[0], weight.shape[1])
     assert config is not None, f"no engine {engine} for {weight.shape[0]} output channels"
+    return run_config(
+        config, x, weight, scale, shift, out, relu=relu, pool=pool, add=add, mask=mask
+    )
+
+
+def run_config(
+    config: Config,
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    out: Tensor,
+    *,
+    relu: bool = True,
+    pool: bool = False,
+    add: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Tensor | None:
+    """:func:`run` with tiles that need not be on offer for these arguments."""
     launch = plan(config, x, weight, scale, shift, out, relu=relu, add=add, mask=mask)
     shape = (x.shape[0], launch.tiles, weight.shape[0])
     partials = new_high(x, *shape) if pool else None

@@ -1,20 +1,17 @@
 """Processes that compile side by side, beside the one that asks.
 
-The asking process may hold a GPU, be a daemon, or be a script that cannot be imported twice:
-``multiprocessing`` would trip over each. So it starts one fresh interpreter, which imports
-Triton once and forks as often as there are workers.
+The asking process starts one fresh interpreter (:mod:`.._processes`), which imports Triton once and
+forks as often as there are workers.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
 import contextlib
-import ctypes
 import json
 import multiprocessing
 import os
 import pickle
-import signal
 import subprocess
 import sys
 import tempfile
@@ -22,6 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+from .. import _processes
 from ..kernels._compile_log import ENVIRONMENT as LOG_ENVIRONMENT
 from ..kernels._triton import AHEAD, cache_folder
 from . import launchers
@@ -119,12 +117,9 @@ def _started(printed: Any) -> Iterator[subprocess.Popen]:
     }
     for name in ("TRITON_INTERPRET", LOG_ENVIRONMENT):  # What is logged are surprises.
         environment.pop(name, None)
-    # It must find what this one has found.
-    places = json.dumps([place or os.getcwd() for place in sys.path])
-    code = f"import json, sys; sys.path[:] = json.loads(sys.argv.pop()); import {__name__} as w"
     try:
         process = subprocess.Popen(
-            [sys.executable, "-c", f"{code}; w.serve()", places],
+            _processes.command(__name__, "serve"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=printed,
@@ -147,8 +142,7 @@ def _started(printed: Any) -> Iterator[subprocess.Popen]:
 
 def serve() -> None:
     """Read jobs from stdin, and write a line for each result to stdout."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The process that asked decides.
-    _end_with_parent()
+    _processes.begin()
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # Compilers print.
     jobs, workers = pickle.load(sys.stdin.buffer)
@@ -161,7 +155,7 @@ def _results(jobs: Sequence[Job], workers: int) -> Iterator[Result]:
     """Of kernels, and of the modules that launch them, each once."""
     context = multiprocessing.get_context("fork")
     with concurrent.futures.ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_end_with_parent
+        workers, mp_context=context, initializer=_processes.end_with_parent
     ) as pool:
         launching = {launchers.utilities()}
         pending = {pool.submit(_module, *module) for module in launching}
@@ -176,13 +170,6 @@ def _results(jobs: Sequence[Job], workers: int) -> Iterator[Result]:
                 if module is not None and module not in launching:
                     launching.add(module)
                     pending.add(pool.submit(_module, *module))
-
-
-def _end_with_parent() -> None:
-    """Let the system end this process when the one that started it ends."""
-    if sys.platform == "linux":
-        set_signal_at_end_of_parent = 1
-        ctypes.CDLL(None).prctl(set_signal_at_end_of_parent, signal.SIGKILL)
 
 
 def _timed(key: str, name: str, work: Callable[[], Any]) -> tuple[Result, Any]:

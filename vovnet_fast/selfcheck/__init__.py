@@ -20,18 +20,21 @@ is not: the next process checks it again.
 
 from .cases import CASES
 from .runner import DTYPES, Row, run
+from .sources import digest
 from .tensors import Slot, disagreement, few_images
-from .trust import launches, remembered, trusted
+from .trust import launches, remembered, trusted, verdicts
 
 __all__ = [
     "CASES",
     "DTYPES",
     "Row",
     "Slot",
+    "digest",
     "disagreement",
     "few_images",
     "launches",
     "remembered",
     "run",
     "trusted",
+    "verdicts",
 ]

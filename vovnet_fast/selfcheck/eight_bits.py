@@ -29,6 +29,7 @@ from .eight_bit_calls import (
     depthwise,
     gates,
     max_pool,
+    pooled,
     quantize_image,
 )
 from .runner import Row, run_apart
@@ -36,7 +37,18 @@ from .runner import Row, run_apart
 if TYPE_CHECKING:
     from ..kernels._common import Launch
 
-__all__ = ["CASES", "FORMS", "SLACK", "ByteSlot", "Numbers", "distance", "launches", "rank", "run"]
+__all__ = [
+    "CASES",
+    "FORMS",
+    "SLACK",
+    "ByteSlot",
+    "Numbers",
+    "distance",
+    "launches",
+    "pooled",
+    "rank",
+    "run",
+]
 
 SLACK = 2.0**-10
 """Of the largest value: by as much any number of fp8 may be wrong."""

@@ -74,7 +74,7 @@ def trusted(
 
 def _known(key: _Key) -> bool | None:
     verdict = _verdicts.get(key)
-    if verdict is None and _file().get(*key) == _PASSED:
+    if verdict is None and verdicts().get(*key) == _PASSED:
         verdict = _verdicts[key] = True
     return verdict
 
@@ -159,7 +159,7 @@ def _keep(keys: Iterable[_Key]) -> None:
     passed: tuning.Choices = {}
     for machine, subject in keys:
         passed.setdefault(machine, {})[subject] = tuning.Choice(_PASSED)
-    _file().keep(passed, "verdicts")
+    verdicts().keep(passed, "verdicts")
 
 
 def _key(backend: str, device: torch.device, dtype: torch.dtype, function: str) -> _Key:
@@ -173,7 +173,8 @@ def _key(backend: str, device: torch.device, dtype: torch.dtype, function: str) 
     return _Key(tuning.machine(device), " ".join(words))
 
 
-def _file() -> tuning.Table:
+def verdicts() -> tuning.Table:
+    """What has passed on which machine, in memory and in ``verified.json``."""
     return _table(tuning.kept_in("verified.json"))
 
 

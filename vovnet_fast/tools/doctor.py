@@ -25,7 +25,7 @@ import torch
 
 from .. import _optional, backends, compat, selfcheck, tuning
 from .._version import __version__
-from ..backends import _cuda_conv, _extension, depthwise_conv
+from ..backends import _cuda_conv, _extension, conv_sm90_fp8, depthwise_conv
 from ..integrations import installed
 from .config import examine as examine_config
 
@@ -278,7 +278,8 @@ def _usable() -> _Found:
 def _engines() -> _Found:
     """The convolutions of the extension's CUDA half, which are chosen by measurement."""
     for name, reason in _cuda_conv.offered(torch.device("cuda")).items():
-        beside = "separate passes" if name == depthwise_conv.NAME else "cuDNN"
+        others = {depthwise_conv.NAME: "separate passes", conv_sm90_fp8.IN_FP8: "Triton's"}
+        beside = others.get(name, "cuDNN")
         yield name, f"not considered: {reason}" if reason else f"considered beside {beside}"
 
 

@@ -30,6 +30,10 @@ class Sm90 {
     asm volatile("mov.u32 %0, %%tid.x;" : "=r"(found));
     return found;
   }
+  // A value that is the same in all threads of a warp, so that the compiler knows, too.
+  __device__ __forceinline__ int uniform(int value) const {
+    return __shfl_sync(0xffffffffu, value, 0);
+  }
   __device__ __forceinline__ int cluster() const {
     int found;
     asm("mov.u32 %0, %%clusterid.x;" : "=r"(found));
@@ -49,8 +53,11 @@ class Sm90 {
   __device__ __forceinline__ void synchronise_cluster() {
     asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
   }
-  __device__ __forceinline__ void synchronise_consumers() {
-    asm volatile("bar.sync 1, %0;" ::"n"(kConsumers * kWarpgroup) : "memory");
+  // `count` of those that multiply: all of them, which are group 0, or a warpgroup, which is 1
+  // or 2.
+  __device__ __forceinline__ void synchronise_consumers(int group = 0,
+                                                        int count = kConsumers * kWarpgroup) {
+    asm volatile("bar.sync %0, %1;" ::"r"(1 + group), "r"(count) : "memory");
   }
   __device__ __forceinline__ void shrink_registers() {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kFetchRegisters));
@@ -104,22 +111,35 @@ class Sm90 {
                  "r"(bytes)
                  : "memory");
   }
-  // Once for a warp, all of whose threads waited for their products, at the
-  // barriers of `count` CTAs, lane i at that of the CTA with rank `to`.
+  // Once for a warp, at the barriers of `count` CTAs, lane i at that of the CTA with rank `to`: it
+  // has written, or read, what they wait for.
   __device__ __forceinline__ void arrive(uint32_t barrier, int count, int to) {
     __syncwarp();
     const int lane = threadIdx.x % kWarp;
     if (count == 1) {
-      if (lane == 0) {
-        asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_ + barrier)
-                     : "memory");
-      }
+      if (lane == 0) arrive_here(barrier);
     } else if (lane < count) {
       asm volatile(
           "{\n.reg .b32 there;\n"
           "mapa.shared::cluster.u32 there, %0, %1;\n"
           "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];\n}\n" ::"r"(shared_ +
                                                                                        barrier),
+          "r"(to)
+          : "memory");
+    }
+  }
+  // The same for what products have read, which all of its threads waited for: of that nothing is
+  // to be released to the cluster, for which a thread would fence all memory.
+  __device__ __forceinline__ void free(uint32_t barrier, int count, int to) {
+    __syncwarp();
+    const int lane = threadIdx.x % kWarp;
+    if (count == 1) {
+      if (lane == 0) arrive_here(barrier);
+    } else if (lane < count) {
+      asm volatile(
+          "{\n.reg .b32 there;\n"
+          "mapa.shared::cluster.u32 there, %0, %1;\n"
+          "mbarrier.arrive.shared::cluster.b64 _, [there];\n}\n" ::"r"(shared_ + barrier),
           "r"(to)
           : "memory");
     }
@@ -209,6 +229,31 @@ class Sm90 {
     memcpy(&word, pair, sizeof word);
     return word;
   }
+  // Of e4m3, the first in the low byte. What is beyond 448 becomes that.
+  __device__ __forceinline__ uint32_t narrow_e4m3(float a, float b) {
+    uint16_t pair;
+    asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(b), "f"(a));
+    return pair;
+  }
+  __device__ __forceinline__ void widen_e4m3(uint32_t pair, float& a, float& b) {
+    uint32_t halves;
+    asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(static_cast<uint16_t>(pair)));
+    __half found[2];
+    memcpy(found, &halves, sizeof found);
+    a = __half2float(found[0]), b = __half2float(found[1]);
+  }
+  __device__ __forceinline__ uint32_t low_halves(uint32_t a, uint32_t b) {
+    return __byte_perm(a, b, 0x5410);
+  }
+  __device__ __forceinline__ uint32_t high_halves(uint32_t a, uint32_t b) {
+    return __byte_perm(a, b, 0x7632);
+  }
+  // Sums that were waited for are read after that.
+  template <int COUNT>
+  __device__ __forceinline__ void settle(float (&sums)[COUNT]) {
+#pragma unroll
+    for (int i = 0; i < COUNT; ++i) asm volatile("" : "+f"(sums[i])::"memory");
+  }
   template <class T>
   __device__ __forceinline__ void load(const T* from, uint32_t (&words)[4]) {
     const uint4 found = *reinterpret_cast<const uint4*>(from);
@@ -218,8 +263,18 @@ class Sm90 {
   __device__ __forceinline__ void store(T* to, const uint32_t (&words)[4]) {
     *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
   }
+  __device__ __forceinline__ void store_words(uint8_t* to, const uint32_t (&words)[2]) {
+    *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+  }
+  __device__ __forceinline__ void store_pair(float* to, float a, float b) {
+    *reinterpret_cast<float2*>(to) = make_float2(a, b);
+  }
 
  private:
+  __device__ __forceinline__ void arrive_here(uint32_t barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_ + barrier) : "memory");
+  }
+
   uint32_t shared_;
   char* generic_;
   const CUtensorMap* x_;

@@ -52,12 +52,28 @@ VF_THREAD void scale_and_shift(const Problem& p, const Tile& tile, int thread,
   }
 }
 
+// What this thread is of those that multiply its tile, which count from kWarpgroup on: where a tile
+// is one warpgroup's, the same as in the first.
+template <class Machine>
+VF_THREAD int thread_of_tile(Machine& m, const Problem& p) {
+  const int thread = m.thread_again();
+  return p.turns != 0 ? kWarpgroup + thread % kWarpgroup : thread;
+}
+
+// Those that multiply the tile meet.
+template <class Machine>
+VF_THREAD void synchronise_tile(Machine& m, const Problem& p) {
+  m.synchronise_consumers(p.turns != 0 ? m.thread_again() / kWarpgroup : 0,
+                          warps_of_tile(p) * kWarp);
+}
+
 // Leave the sums over the pixels of this warp in shared memory.
 template <int N, int BLOCKS, class Machine>
 VF_THREAD void leave_sums(Machine& m, const Problem& p, int thread, unsigned inside,
                           const float (&sums)[BLOCKS][N / 2]) {
-  thread -= kWarpgroup;
-  float* row = m.floats(sums_at(p)) + thread / kWarp * N + column_of(thread);
+  // Those that take turns leave them beside each other.
+  const int warp = m.thread_again() / kWarp - kWarpgroup / kWarp;
+  float* row = m.floats(sums_at(p)) + warp * N + column_of(thread);
   VF_UNROLL
   for (int j = 0; j < N / 8; ++j) {
     VF_UNROLL
@@ -77,14 +93,16 @@ VF_THREAD void leave_sums(Machine& m, const Problem& p, int thread, unsigned ins
 // Add up what the warps left, in order.
 template <int N, class Machine>
 VF_THREAD void store_partials(Machine& m, const Problem& p, const Tile& tile) {
-  m.synchronise_consumers();
-  const float* sums = m.floats(sums_at(p));
-  for (int c = m.thread() - kWarpgroup; c < channels_of(p, tile); c += kConsumers * kWarpgroup) {
+  synchronise_tile(m, p);
+  const int warps = warps_of_tile(p);
+  const int first = p.turns != 0 ? (m.thread_again() / kWarpgroup - 1) * warps : 0;
+  const float* left = m.floats(sums_at(p)) + first * N;
+  for (int c = thread_of_tile(m, p) - kWarpgroup; c < channels_of(p, tile); c += warps * kWarp) {
     float sum = 0;
-    for (int warp = 0; warp < kConsumerWarps; ++warp) sum += sums[warp * N + c];
+    for (int warp = 0; warp < warps; ++warp) sum += left[warp * N + c];
     if (exists(p, tile)) p.pool_partials[tile.partial * p.c_out + tile.first + c] = sum;
   }
-  m.synchronise_consumers();  // Before the next tile's sums take their place.
+  synchronise_tile(m, p);  // Before the next tile's sums take their place.
 }
 
 // words[i] of lane q of four goes to words[q] of lane i.
@@ -192,16 +210,18 @@ VF_THREAD void store_tile(Machine& m, const Problem& p, const Tile& tile, int th
 template <class T, int N, int BLOCKS, class Machine>
 VF_THREAD void finish(Machine& m, const Problem& p, const Tile& tile,
                       float (&sums)[BLOCKS][N / 2]) {
-  // Nothing of it is kept in registers while the next tile is multiplied.
-  const int thread = m.thread_again();
-  const unsigned inside = pixels_inside<BLOCKS>(p, tile, thread);
-  if (p.scale != nullptr) scale_and_shift<N, BLOCKS>(p, tile, thread, sums);
-  if (p.add_c != 0 || p.mask_c != 0) add_and_mask<T, N, BLOCKS>(m, p, tile, thread, inside, sums);
+  // Every pass asks anew which thread this is, so that none keeps addresses for the next one, and
+  // nothing is kept while the next tile is multiplied.
+  const unsigned inside = pixels_inside<BLOCKS>(p, tile, thread_of_tile(m, p));
+  if (p.scale != nullptr) scale_and_shift<N, BLOCKS>(p, tile, thread_of_tile(m, p), sums);
+  if (p.add_c != 0 || p.mask_c != 0) {
+    add_and_mask<T, N, BLOCKS>(m, p, tile, thread_of_tile(m, p), inside, sums);
+  }
   if (p.pool_partials != nullptr) {
-    leave_sums<N, BLOCKS>(m, p, thread, inside, sums);
+    leave_sums<N, BLOCKS>(m, p, thread_of_tile(m, p), inside, sums);
     store_partials<N>(m, p, tile);
   }
-  store_tile<T, N, BLOCKS>(m, p, tile, thread, inside, sums);
+  store_tile<T, N, BLOCKS>(m, p, tile, thread_of_tile(m, p), inside, sums);
 }
 
 }  // namespace conv_sm90

@@ -3,8 +3,9 @@
 // Two threads fetch: one the strips of pixels, one the weights of the taps, each into a ring of
 // stages, which other CTAs of its cluster may fill as well. Two warpgroups multiply: each holds 64
 // or 128 pixels of the tile by all of its output channels, in fp32. CTAs loop over tiles, so that
-// the next tile is fetched under the epilogue, as far as the rings have room. CTAs of a cluster may
-// share a tile: each then loops over a part of its terms.
+// the next tile is fetched under the epilogue, as far as the rings have room. Where the warpgroups
+// take turns, each has a tile of its own: the next tile is multiplied under the epilogue as well.
+// CTAs of a cluster may share a tile: each then loops over a part of its terms.
 //
 // The machine is a class: that of device.cuh issues the instructions of sm_90a, that of the tests
 // simulates them.
@@ -12,6 +13,7 @@
 
 #include "../../math.h"
 #include "epilogue.h"
+#include "epilogue_e4m3.h"
 #include "layout.h"
 #include "parts.h"
 #include "thread.h"
@@ -23,15 +25,18 @@ template <class Machine>
 VF_THREAD void initialise_barriers(Machine& m, const Problem& p) {
   for (int i = 0; i < p.x_stages; ++i) {
     m.initialise(strip_full(p, i), 1);
-    m.initialise(strip_free(p, i), kConsumerWarps * p.cluster_channels);
+    m.initialise(strip_free(p, i), warps_of_tile(p) * p.cluster_channels);
   }
   for (int i = 0; i < p.w_stages; ++i) {
     m.initialise(weights_full(p, i), 1);
-    m.initialise(weights_free(p, i), kConsumerWarps * p.cluster_pixels);
+    m.initialise(weights_free(p, i), warps_of_tile(p) * p.cluster_pixels);
   }
   if (p.parts > 1) {
     m.initialise(handed_full(p), kConsumerWarps * p.parts);
     m.initialise(handed_free(p), kConsumerWarps * p.parts);
+  }
+  if (p.turns != 0) {
+    for (int i = 0; i < kConsumers; ++i) m.initialise(turn_of(p, i), warps_of_tile(p));
   }
 }
 
@@ -64,7 +69,7 @@ VF_THREAD void fetch_strips(Machine& m, const Problem& p) {
       m.expect(full, strip_bytes(p));
       // What lies outside the image, or beyond the last channel, arrives as zeros.
       if (turn.take(own_of_strips(p, m.rank()), p.cluster_channels)) {
-        m.copy_strip(strip_at(p, ring.stage), full, chunk * kChunk, tile.w + tap_column - pad,
+        m.copy_strip(strip_at(p, ring.stage), full, chunk * p.chunk, tile.w + tap_column - pad,
                      tile.h - pad, tile.n, p.cluster_channels,
                      p.strip_sharers << first_of_strips(p, m.rank()));
       }
@@ -92,7 +97,7 @@ VF_THREAD void fetch_weights(Machine& m, const Problem& p) {
         m.wait_free(weights_free(p, ring.stage), ring.parity ^ 1);
         m.expect(full, weight_bytes(p));
         if (turn.take(own_of_weights(p, m.rank()), p.cluster_pixels)) {
-          m.copy_weights(weights_at(p, ring.stage), full, chunk * kChunk,
+          m.copy_weights(weights_at(p, ring.stage), full, chunk * p.chunk,
                          tap_row * p.kernel + tap_column, tile.first, p.cluster_pixels,
                          p.weight_sharers << first_of_weights(p, m.rank()));
         }
@@ -113,22 +118,22 @@ struct Readers {
 
 template <class Machine>
 VF_THREAD void free_strip(Machine& m, const Problem& p, const Readers& readers, int stage) {
-  m.arrive(strip_free(p, stage), p.cluster_channels, readers.strips);
+  m.free(strip_free(p, stage), p.cluster_channels, readers.strips);
 }
 
 template <class Machine>
 VF_THREAD void free_weights(Machine& m, const Problem& p, const Readers& readers, int stage) {
-  if (!p.resident) m.arrive(weights_free(p, stage), p.cluster_pixels, readers.weights);
+  if (!p.resident) m.free(weights_free(p, stage), p.cluster_pixels, readers.weights);
 }
 
-// Issue the products of a tap and STEPS * 16 input channels.
+// Issue the products of a tap and STEPS * 32 bytes of input channels.
 template <class T, int N, int BLOCKS, int STEPS, class Machine>
 VF_THREAD void multiply_add(Machine& m, float (&sums)[BLOCKS][N / 2], uint64_t a, uint64_t b,
                             bool started) {
   m.begin_products();
   VF_UNROLL
   for (int step = 0; step < STEPS; ++step) {
-    const uint64_t along = step * descriptor_offset(kStep * kElementBytes);
+    const uint64_t along = step * descriptor_offset(kStepBytes);
     VF_UNROLL
     for (int block = 0; block < BLOCKS; ++block) {
       const uint64_t down = block * descriptor_offset(kBlockRows * kRowBytes);
@@ -143,7 +148,7 @@ VF_THREAD void multiply_add(Machine& m, float (&sums)[BLOCKS][N / 2], uint64_t a
 template <class T, int N, int BLOCKS, class Machine>
 VF_THREAD void multiply(Machine& m, const Problem& p, const Readers& readers, Ring& strips,
                         Ring& weights, float (&sums)[BLOCKS][N / 2]) {
-  const int consumer = m.thread() / kWarpgroup - 1;
+  const int consumer = p.turns != 0 ? 0 : m.thread() / kWarpgroup - 1;
   constexpr bool kParts = has_parts(N, BLOCKS);
   const Terms all = {0, p.chunks * p.kernel * p.kernel};
   const Terms terms = kParts ? terms_of(p, m.rank()) : all;
@@ -179,9 +184,70 @@ VF_THREAD void multiply(Machine& m, const Problem& p, const Readers& readers, Ri
     }
     strips.advance();
   }
+  // The other's products follow those that are under way. Whatever was waited for here had arrived:
+  // the other meets every stage in the phase that it counts.
+  if (p.turns != 0) m.free(turn_of(p, kConsumers - m.thread_again() / kWarpgroup), 1, 0);
   m.template wait_products<0>();
   free_weights(m, p, readers, weights.previous());
   free_strip(m, p, readers, strips.previous());
+}
+
+// The same in e4m3, of whose products Hopper's tensor cores keep some 14 bits while they add them
+// up (DeepSeek-V3 Technical Report, arXiv:2412.19437, sections 3.3.2 and 3.5.2). So what one tap
+// and one chunk of 128 channels contribute is summed from zero, by at most four WGMMAs, and added
+// to fp32 sums in registers; CUTLASS does so after as many by default (mma_promotion_interval of
+// its GmmaFP8Accumulation). Blocks take turns with the registers of the products: while a warpgroup
+// adds, it is the other one that multiplies.
+template <int N, int BLOCKS, class Machine>
+VF_THREAD void multiply_e4m3(Machine& m, const Problem& p, Ring& strips, Ring& weights,
+                             float (&sums)[BLOCKS][N / 2]) {
+  const int consumer = m.thread() / kWarpgroup - 1;
+  const Terms all = {0, p.chunks * p.kernel * p.kernel};
+  const Terms terms = has_parts_e4m3(N, BLOCKS) ? terms_of(p, m.rank()) : all;
+  VF_UNROLL
+  for (int block = 0; block < BLOCKS; ++block) {
+    VF_UNROLL
+    for (int i = 0; i < N / 2; ++i) sums[block][i] = 0;
+  }
+  VF_NO_UNROLL
+  for (int term = terms.first; term < terms.end; ++term) {
+    const int column = over_kernel(p, term), tap_row = term - column * p.kernel;
+    m.wait(strip_full(p, strips.stage), strips.parity);
+    m.wait(weights_full(p, weights.stage), weights.parity);
+    const uint64_t a = m.operand(pixels_at(p, strips.stage, consumer, BLOCKS, tap_row));
+    const uint64_t b = m.operand(weights_at(p, weights.stage));
+    const int steps = steps_of(p, over_kernel(p, column));
+    VF_UNROLL
+    for (int block = 0; block < BLOCKS; ++block) {
+      float products[1][N / 2];
+      const uint64_t down = block * descriptor_offset(kBlockRows * kRowBytes);
+      switch (steps) {
+        case 4:
+          multiply_add<Float8, N, 1, 4>(m, products, a + down, b, false);
+          break;
+        case 3:
+          multiply_add<Float8, N, 1, 3>(m, products, a + down, b, false);
+          break;
+        case 2:
+          multiply_add<Float8, N, 1, 2>(m, products, a + down, b, false);
+          break;
+        default:
+          multiply_add<Float8, N, 1, 1>(m, products, a + down, b, false);
+      }
+      m.template wait_products<0>();
+      m.settle(products[0]);
+      VF_UNROLL
+      for (int i = 0; i < N / 2; ++i) sums[block][i] += products[0][i];
+    }
+    // Which others read the same is found out again: nothing is kept in registers for it.
+    const Readers readers(p, m.rank(), m.thread_again() % kWarp);
+    free_weights(m, p, readers, weights.stage);
+    weights.advance();
+    if (tap_row + 1 == p.kernel || term + 1 == terms.end) {
+      free_strip(m, p, readers, strips.stage);
+      strips.advance();
+    }
+  }
 }
 
 // One thread of the kernel. BLOCKS: of 64 pixels, that a warpgroup multiplies.
@@ -206,16 +272,37 @@ VF_THREAD void run_thread(Machine& m, const Problem& p) {
     const Readers readers(p, m.rank(), m.thread() % kWarp);
     Ring strips(p.x_stages), weights(p.w_stages, p.resident);
     [[maybe_unused]] uint32_t parity = 0;  // Of the rows that parts hand over.
-    for (int index = m.cluster(); index < p.tiles; index += m.clusters()) {
+    int number = 0;
+    for (int index = m.cluster(); index < p.tiles; index += m.clusters(), ++number) {
+      if (p.turns != 0) {
+        // Both pass all tiles: which it is does not depend on the thread, but for what is uniform.
+        const int warpgroup = m.uniform(m.thread_again() / kWarpgroup - 1);
+        if (number % kConsumers != warpgroup) {
+          strips.skip(p.chunks * p.kernel);
+          weights.skip(p.chunks * p.kernel * p.kernel);
+          continue;
+        }
+        // The very first turn is nobody's to give.
+        m.wait(turn_of(p, warpgroup), (number / kConsumers + warpgroup + 1) & 1);
+      }
       float sums[BLOCKS][N / 2];
-      multiply<T, N, BLOCKS>(m, p, readers, strips, weights, sums);
-      if constexpr (has_parts(N, BLOCKS)) {
+      if constexpr (kIsE4m3<T>) {
+        multiply_e4m3<N, BLOCKS>(m, p, strips, weights, sums);
+      } else {
+        multiply<T, N, BLOCKS>(m, p, readers, strips, weights, sums);
+      }
+      if constexpr (kIsE4m3<T> ? has_parts_e4m3(N, BLOCKS) : has_parts(N, BLOCKS)) {
         if (p.parts > 1) {
           finish_part<T, N, BLOCKS>(m, p, tile_at(p, index, m.rank()), sums, parity);
           continue;
         }
       }
-      finish<T, N, BLOCKS>(m, p, tile_at(p, index, m.rank()), sums);
+      const Tile tile = tile_at(p, index, m.rank());
+      if constexpr (kIsE4m3<T>) {
+        finish_e4m3<N, BLOCKS>(m, p, tile, sums);
+      } else {
+        finish<T, N, BLOCKS>(m, p, tile, sums);
+      }
     }
   }
   // Others of the cluster still arrive at barriers of this CTA.

@@ -15,6 +15,7 @@ using Kernel = void (*)(CUtensorMap, CUtensorMap, Problem);
 // The kernel of tiles that plan() has checked. `blocks`: of 64 pixels, of a warpgroup.
 Kernel float16_kernel(int block_out, int blocks);
 Kernel bfloat16_kernel(int block_out, int blocks);
+Kernel e4m3_kernel(int block_out, int blocks);
 
 template <class T, int N, int BLOCKS>
 __global__ void __launch_bounds__(kThreads, 1)

@@ -23,9 +23,12 @@
 // become 128 or 256. All of this is arithmetic: nothing was measured yet.
 //
 // CTAs are persistent: one fills a processor's shared memory, so that only a CTA which goes on to
-// the next tile can fetch it under the epilogue. It fetches as much of it as the rings hold: the
-// products of the next tile start after the epilogue, as both warpgroups work on one tile. Where
-// the last wave is short, smaller tiles help.
+// the next tile can fetch it under the epilogue. It fetches as much of it as the rings hold. Where
+// both warpgroups work on one tile, the products of the next one start after the epilogue. Where
+// they take turns, with a tile of 128 pixels each, one multiplies while the other stores: a
+// barrier hands the tensor cores on when the last products of a tile are issued. That leaves
+// nothing idle but fetches more, as half the pixels share the weights: 90 FLOP a byte at 128
+// channels, 140 in pairs of CTAs. Where the last wave is short, smaller tiles help.
 //
 // Small maps have fewer tiles than there are processors. There up to eight CTAs of a cluster share
 // a tile, each with a part of its taps and input channels: 24 tiles of 128 pixels by 112 channels,
@@ -38,6 +41,12 @@
 // everything lies, kernel.h what a thread does, epilogue.h and parts.h what becomes of its sums.
 // device.cuh and wgmma.cuh are the instructions that it does it with; kernels.cuh makes kernels of
 // that, which float16.cu and bfloat16.cu compile.
+//
+// In e4m3 (e4m3.cu) a row of 128 bytes is 128 channels, a WGMMA multiplies 32 of them, and as fast:
+// per byte that is twice the FLOP, asked for at twice the rate, so that the table above holds with
+// half its time. Two things differ: products are added to sums in fp32 registers for every tap and
+// chunk (multiply_e4m3() of kernel.h), and the epilogue is that of networks in fp8
+// (epilogue_e4m3.h). Of 64 channels half a row is filled with zeros, which nothing multiplies.
 #include <cuda.h>
 #include <cuda_runtime.h>
 
@@ -100,6 +109,39 @@ int processors() {
   return count;
 }
 
+// Runs a kernel on what was planned of `params`.
+void launch(Kernel kernel, const ConvSm90Params& params, const Problem& p, CUtensorMapDataType type,
+            void* stream) {
+  using cuda::check;
+  const CUtensorMap x = encode(strip_box(params), type, "x");
+  const CUtensorMap weight = encode(weight_box(params), type, "weight");
+  const int bytes = static_cast<int>(shared_bytes(p)) + kAtomBytes;
+  check(kOp, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
+        "no kernel for this device (it is for compute capability 9.0), or none with " +
+            std::to_string(bytes) + " bytes of shared memory");
+  const int size = cluster_size(p);
+  cudaLaunchAttribute cluster = {};
+  cluster.id = cudaLaunchAttributeClusterDimension;
+  cluster.val.clusterDim.x = size;
+  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = processors() / size * size;
+  config.blockDim = kThreads;
+  config.dynamicSmemBytes = bytes;
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &cluster;
+  config.numAttrs = size > 1 ? 1 : 0;
+  int together = processors();
+  if (size > 1) {  // Of those that start at once, every cluster lies within one part of the GPU.
+    check(kOp, cudaOccupancyMaxActiveClusters(&together, kernel, &config),
+          "cannot ask for clusters of " + std::to_string(size));
+  }
+  const int clusters = std::min(p.tiles, std::max(together, 1));
+  config.gridDim = clusters * size;
+  check(kOp, cudaLaunchKernelEx(&config, kernel, x, weight, p),
+        "cannot launch " + std::to_string(clusters) + " clusters of " + std::to_string(size));
+}
+
 }  // namespace
 }  // namespace conv_sm90
 
@@ -115,33 +157,17 @@ void conv_sm90(const ConvSm90Params& params, void* stream) {
   const Kernel kernel =
       half ? float16_kernel(p.block_out, blocks) : bfloat16_kernel(p.block_out, blocks);
   const auto type = half ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16;
-  const CUtensorMap x = encode(strip_box(params), type, "x");
-  const CUtensorMap weight = encode(weight_box(params), type, "weight");
-  const int bytes = static_cast<int>(shared_bytes(p)) + kAtomBytes;
-  check(kOp, cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes),
-        "no kernel for this device (it is for compute capability 9.0), or none with " +
-            std::to_string(bytes) + " bytes of shared memory");
-  const int size = cluster_size(p);
-  cudaLaunchAttribute cluster = {};
-  cluster.id = cudaLaunchAttributeClusterDimension;
-  cluster.val.clusterDim.x = size;
-  cluster.val.clusterDim.y = cluster.val.clusterDim.z = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = processors() / size * size;
-  config.blockDim = conv_sm90::kThreads;
-  config.dynamicSmemBytes = bytes;
-  config.stream = static_cast<cudaStream_t>(stream);
-  config.attrs = &cluster;
-  config.numAttrs = size > 1 ? 1 : 0;
-  int together = processors();
-  if (size > 1) {  // Of those that start at once, every cluster lies within one part of the GPU.
-    check(kOp, cudaOccupancyMaxActiveClusters(&together, kernel, &config),
-          "cannot ask for clusters of " + std::to_string(size));
-  }
-  const int clusters = std::min(p.tiles, std::max(together, 1));
-  config.gridDim = clusters * size;
-  check(kOp, cudaLaunchKernelEx(&config, kernel, x, weight, p),
-        "cannot launch " + std::to_string(clusters) + " clusters of " + std::to_string(size));
+  conv_sm90::launch(kernel, params, p, type, stream);
+}
+
+void conv_sm90_fp8(const ConvSm90Fp8Params& params, void* stream) {
+  using namespace vovnet_fast::conv_sm90;
+  if (params.n == 0 || params.height == 0 || params.width == 0 || params.c_out == 0) return;
+  const Problem p = plan(params);
+  check_device(kOp, params.out.data != nullptr ? params.out.data : params.feature.data);
+  const ConvSm90Params like = common(params);
+  const Kernel kernel = e4m3_kernel(p.block_out, blocks_of(like));
+  conv_sm90::launch(kernel, like, p, CU_TENSOR_MAP_DATA_TYPE_UINT8, stream);
 }
 
 }  // namespace cuda

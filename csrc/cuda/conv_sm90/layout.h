@@ -3,10 +3,11 @@
 // Plain arithmetic for host and device. The kernel computes with it, and so does the simulator that
 // the tests run the kernel on.
 //
-// Shared memory holds rows of 128 bytes: kChunk input channels of one pixel, or of one tap of one
-// output channel. Eight rows, 1024 bytes, make an atom of the 128-byte swizzle, in which bits 4-6
-// of an address are XORed with its bits 7-9. Bulk copies write that pattern and WGMMA reads it,
-// both by the address itself, so that operands which start at an atom need no base offset.
+// Shared memory holds rows of 128 bytes: a chunk of the input channels of one pixel, or of one tap
+// of one output channel. Those are 64 in fp16 and bf16, and 128 in e4m3. Eight rows, 1024 bytes,
+// make an atom of the 128-byte swizzle, in which bits 4-6 of an address are XORed with its bits
+// 7-9. Bulk copies write that pattern and WGMMA reads it, both by the address itself, so that
+// operands which start at an atom need no base offset.
 //
 // A strip is what the three taps of a column read: tile_h + 2 rows of tile_w pixels, copied once
 // for each of the three columns. The taps of one column start tile_w rows of 128 bytes apart, which
@@ -21,10 +22,8 @@
 namespace vovnet_fast {
 namespace conv_sm90 {
 
-constexpr int kChunk = 64;        // input channels of a step of the pipeline
-constexpr int kStep = 16;         // input channels of one WGMMA
-constexpr int kElementBytes = 2;  // fp16 and bf16
-constexpr int kRowBytes = kChunk * kElementBytes;
+constexpr int kRowBytes = 128;  // of a chunk: input channels of a step of the pipeline
+constexpr int kStepBytes = 32;  // of the input channels of one WGMMA
 constexpr int kAtomRows = 8;
 constexpr int kAtomBytes = kAtomRows * kRowBytes;
 constexpr int kBlockRows = 64;  // pixels of one WGMMA
@@ -45,26 +44,31 @@ struct Pitch {
 
 // All that the kernel is told, besides where to copy from.
 struct Problem {
-  const float* scale;    // [C_out], or null
-  const float* shift;    // [C_out]
+  const float* scale;    // [C_out], or null; in e4m3 the multiplier
+  const float* shift;    // [C_out]; in e4m3 the bias
   float* pool_partials;  // [N, down * across, C_out], or null
-  void* out;             // [N, H, W, C_out]
+  void* out;             // [N, H, W, C_out]; in e4m3 it may be null
   const void* add;       // [N, H, W, add_c], of the first channels; may be out
   const void* mask;      // [N, H, W, mask_c], of the last channels
   Pitch out_pitch, add_pitch, mask_pitch;
-  int32_t height, width, c_in, c_out, kernel, relu;
+  float* feature;     // [N, H, W, C_out], or null; this and what follows in e4m3 alone
+  const float* unit;  // [C_out]
+  Pitch feature_pitch;
+  int32_t height, width, c_out, kernel, relu;
   int32_t add_c, mask_c;  // 0: nothing is added, or masks
   int32_t tile_h, tile_w, block_out;
   int32_t down, across;                      // tiles of an image: of rows, of columns
   int32_t rectangles;                        // of all images
   int32_t cluster_pixels, cluster_channels;  // tiles of a cluster
   int32_t parts;                             // CTAs of each of them
+  int32_t turns;                             // a tile is one warpgroup's, not both's
   int32_t cluster_shift;                     // cluster_pixels is 2 to its power
   int32_t part_shift;                        // of a part, CTAs are at most 2 to its power
   int32_t strip_sharers, weight_sharers;     // of the first of a cluster, by bits
   int32_t groups;                            // clusters' steps along the output channels
   int32_t tiles;                             // of clusters, over all images
-  int32_t chunks;                            // of input channels
+  int32_t in_bytes;                          // of all input channels of a pixel
+  int32_t chunk, chunks;                     // input channels of one, and how many there are
   int32_t x_stages, w_stages;                // depth of the rings of strips and of weights of a tap
   int32_t resident;  // weights stay where they are: their ring has room for all
 };
@@ -118,6 +122,11 @@ VF_HD Tile tile_at(const Problem& p, int index, int rank) {
           of_image % p.across * p.tile_w, group * p.block_out, rectangle};
 }
 
+// Warps that multiply a tile together.
+VF_HD int warps_of_tile(const Problem& p) {
+  return p.turns != 0 ? kWarpgroup / kWarp : kConsumerWarps;
+}
+
 VF_HD bool exists(const Problem& p, const Tile& tile) { return tile.partial < p.rectangles; }
 
 // Pixel `row` of a tile, which are in raster order.
@@ -168,8 +177,8 @@ VF_HD Terms rows_of(const Problem& p, const Terms& terms, int column) {
 
 // WGMMAs along the input channels of a chunk: the last chunk may have fewer.
 VF_HD int steps_of(const Problem& p, int chunk) {
-  const int left = p.c_in - chunk * kChunk;
-  return left >= kChunk ? kChunk / kStep : (left + kStep - 1) / kStep;
+  const int left = p.in_bytes - chunk * kRowBytes;
+  return left >= kRowBytes ? kRowBytes / kStepBytes : (left + kStepBytes - 1) / kStepBytes;
 }
 
 // ---- Shared memory -----------------------------------------------------------------------------
@@ -200,6 +209,10 @@ VF_HD uint32_t sums_bytes(const Problem& p) {
 
 // Tiles that can have parts: their sums leave registers, and shared memory, for what adds them up.
 constexpr VF_HD bool has_parts(int block_out, int blocks) { return block_out * blocks <= 256; }
+// In e4m3 the products of a block are in registers beside them.
+constexpr VF_HD bool has_parts_e4m3(int block_out, int blocks) {
+  return block_out * (blocks + 1) < 384;
+}
 
 // Rows of fp32 that parts hand over at once, one block of each warpgroup, with a pitch at which the
 // eight rows that a warp writes do not meet in a bank: block_out is a multiple of 16.
@@ -235,8 +248,13 @@ VF_HD uint32_t handed_free(const Problem& p) {
   return barrier_at(p, 2 * (p.x_stages + p.w_stages) + 1);
 }
 
+// In their place, where tiles have no parts: one for each warpgroup that takes turns.
+VF_HD uint32_t turn_of(const Problem& p, int consumer) {
+  return barrier_at(p, 2 * (p.x_stages + p.w_stages) + consumer);
+}
+
 VF_HD uint32_t shared_bytes(const Problem& p) {
-  return barrier_at(p, 2 * (p.x_stages + p.w_stages) + (p.parts > 1 ? 2 : 0));
+  return barrier_at(p, 2 * (p.x_stages + p.w_stages) + (p.parts > 1 || p.turns != 0 ? 2 : 0));
 }
 
 // Where a thread is in a ring of stages. A barrier's phase has a parity: that of the pass. What is
@@ -254,6 +272,12 @@ struct Ring {
       stage = 0;
       parity ^= flip;
     }
+  }
+  // Past what another warpgroup reads.
+  VF_HD void skip(int count) {
+    const int to = stage + count, passes = to / depth;
+    stage = to - passes * depth;
+    parity ^= flip & passes;
   }
 };
 

@@ -12,6 +12,7 @@
 #include "../../dtypes.h"
 #include "../../math.h"
 #include "epilogue.h"
+#include "epilogue_e4m3.h"
 #include "layout.h"
 #include "thread.h"
 
@@ -160,7 +161,11 @@ VF_THREAD void finish_part(Machine& m, const Problem& p, const Tile& tile,
         if (!inside(p, pixel)) continue;
         float y[kUnit];
         add_parts<N>(m, p, row, unit, y);
-        finish_unit<T>(m, p, tile, pixel, tile.first + unit, y);
+        if constexpr (kIsE4m3<T>) {
+          finish_unit_e4m3(m, p, tile, pixel, tile.first + unit, y);
+        } else {
+          finish_unit<T>(m, p, tile, pixel, tile.first + unit, y);
+        }
         VF_UNROLL
         for (int k = 0; k < kUnit; ++k) pool[k] += y[k];
       }

@@ -1,4 +1,5 @@
-// wgmma.mma_async.m64nNk16 for fp16 and bf16, both operands in shared memory, K-major.
+// wgmma.mma_async, both operands in shared memory, K-major: m64nNk16 for fp16 and bf16, m64nNk32
+// for e4m3.
 //
 // Wgmma<T, N>::run adds the product of two operands, which are given by their descriptors, to the
 // N / 2 sums that a thread of the warpgroup holds; without `add` it puts it in their place.
@@ -8,6 +9,8 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+
+#include "epilogue_e4m3.h"
 
 namespace vovnet_fast {
 namespace conv_sm90 {
@@ -53,22 +56,24 @@ struct Wgmma;
 #define VF_SUMS_15 VF_SUMS_14, VF_EIGHT(112)
 #define VF_SUMS_16 VF_SUMS_15, VF_EIGHT(120)
 
-// EIGHTS: N / 16. A, B, ADD: the numbers of the operands that follow the N / 2 sums.
-#define VF_WGMMA_OF(T, TYPE, N, EIGHTS, A, B, ADD)                                        \
-  template <>                                                                             \
-  struct Wgmma<T, N> {                                                                    \
-    static __device__ __forceinline__ void run(float (&d)[N / 2], uint64_t a, uint64_t b, \
-                                               bool add) {                                \
-      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #ADD                              \
-                   ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k16.f32." TYPE "." TYPE  \
-                   " {" VF_NAMES_##EIGHTS "}, %" #A ", %" #B ", p, 1, 1, 0, 0;\n}\n"      \
-                   : VF_SUMS_##EIGHTS                                                     \
-                   : "l"(a), "l"(b), "r"(static_cast<int>(add)));                         \
-    }                                                                                     \
+// AS_IS: that neither operand is transposed, for which types of one byte have no argument. EIGHTS:
+// N / 16. A, B, ADD: the numbers of the operands that follow the N / 2 sums.
+#define VF_WGMMA_OF(T, TYPE, DEPTH, AS_IS, N, EIGHTS, A, B, ADD)                                \
+  template <>                                                                                   \
+  struct Wgmma<T, N> {                                                                          \
+    static __device__ __forceinline__ void run(float (&d)[N / 2], uint64_t a, uint64_t b,       \
+                                               bool add) {                                      \
+      asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %" #ADD                                    \
+                   ", 0;\nwgmma.mma_async.sync.aligned.m64n" #N "k" DEPTH ".f32." TYPE "." TYPE \
+                   " {" VF_NAMES_##EIGHTS "}, %" #A ", %" #B ", p, 1, 1" AS_IS ";\n}\n"         \
+                   : VF_SUMS_##EIGHTS                                                           \
+                   : "l"(a), "l"(b), "r"(static_cast<int>(add)));                               \
+    }                                                                                           \
   };
-#define VF_WGMMA(...)                     \
-  VF_WGMMA_OF(__half, "f16", __VA_ARGS__) \
-  VF_WGMMA_OF(__nv_bfloat16, "bf16", __VA_ARGS__)
+#define VF_WGMMA(...)                                             \
+  VF_WGMMA_OF(__half, "f16", "16", ", 0, 0", __VA_ARGS__)         \
+  VF_WGMMA_OF(__nv_bfloat16, "bf16", "16", ", 0, 0", __VA_ARGS__) \
+  VF_WGMMA_OF(Float8, "e4m3", "32", "", __VA_ARGS__)
 
 VF_WGMMA(64, 4, 32, 33, 34)
 VF_WGMMA(80, 5, 40, 41, 42)

@@ -22,7 +22,7 @@ from ...arithmetic.layers import QuantizedConv, QuantizedDepthwise, QuantizedGat
 from ...compat import zip
 from ...selfcheck import eight_bits as check
 from ...specs import Pool
-from .. import cudnn_graph
+from .. import conv_sm90_fp8, cudnn_graph
 from .._engines import problem
 from .choosing import choose, load_kernels
 
@@ -88,7 +88,8 @@ def choose_engine(
         "feature": feature is not None,
         f"{levels} levels": x.dtype == int8.ACTIVATION,
         "tma": found.tma,
-        f"and {cudnn_graph.NAME}": bool(others),
+        f"and {cudnn_graph.NAME}": any(name.startswith(cudnn_graph.NAME) for name in others),
+        f"and {conv_sm90_fp8.NAME}": any(name.startswith(conv_sm90_fp8.NAME) for name in others),
     }
     chosen = [word for word, said in words.items() if said]
     key = problem("conv", x, weight.shape, _stride(layer), *chosen)
@@ -125,10 +126,12 @@ def libraries(
     feature: Tensor | None,
     pool: bool,
 ) -> list[str]:
-    """Those of them that are not Triton's: plans of cuDNN."""
+    """Those of them that are not Triton's: the extension's for Hopper, and plans of cuDNN."""
+    own = conv_sm90_fp8.engines(x, layer.weight, out, feature, stride=_stride(layer))
     if _why_no_graph(x, layer, out, levels, feature, pool) is not None or out is None:
-        return []
-    return cudnn_graph.engines(*_of_graph(x, layer, out), stride=_stride(layer), levels=levels)
+        return own
+    graph = _of_graph(x, layer, out)
+    return [*own, *cudnn_graph.engines(*graph, stride=_stride(layer), levels=levels)]
 
 
 def _why_no_graph(
@@ -179,6 +182,8 @@ def run_engine(
     pool: bool,
 ) -> Tensor | None:
     """Run :func:`conv` on one of :func:`engines`."""
+    if engine.startswith(conv_sm90_fp8.NAME):
+        return conv_sm90_fp8.run(engine, x, layer, out, feature=feature, pool=pool)
     kernel, stride = load_kernels().conv_eight_bits, _stride(layer)
     if engine.startswith(cudnn_graph.NAME):
         assert out is not None, "graphs write activations"
@@ -221,7 +226,7 @@ def _trial(
         out, feature = (None if slot is None else slot.view for slot in slots.values())
         sums = conv(source, layer, out, levels=levels, feature=feature, pool=pool)
         found = [view.clone() for view in (out, feature) if view is not None]
-        return found if sums is None else [*found, sums.sum(1, dtype=sums.dtype)]
+        return found if sums is None or out is None else [*found, check.pooled(sums, out)]
 
     expected = run(reference.conv)
 
