@@ -274,7 +274,7 @@ VF_THREAD void run_thread(Machine& m, const Problem& p) {
     [[maybe_unused]] uint32_t parity = 0;  // Of the rows that parts hand over.
     int number = 0;
     for (int index = m.cluster(); index < p.tiles; index += m.clusters(), ++number) {
-      if (p.turns != 0) {
+      if (!kIsE4m3<T> && p.turns != 0) {
         // Both pass all tiles: which it is does not depend on the thread, but for what is uniform.
         const int warpgroup = m.uniform(m.thread_again() / kWarpgroup - 1);
         if (number % kConsumers != warpgroup) {

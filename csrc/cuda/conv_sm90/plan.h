@@ -171,6 +171,7 @@ inline void check(const ConvSm90Params& params) {
               params.tile_w <= 256 && (pixels == 128 || pixels == 256) &&
               blocks_of(params) <= most_blocks(params.block_out, params.dtype == kE4m3),
           "no tiles of " + detail::words(params));
+  require(params.turns == 0 || params.dtype != kE4m3, "no turns in e4m3");
   require(params.parts == 1 || params.turns == 0, "no parts of tiles of " + detail::words(params));
   const int blocks = blocks_of(params);
   require(params.parts == 1 || (params.dtype == kE4m3 ? has_parts_e4m3(params.block_out, blocks)
