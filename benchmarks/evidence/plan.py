@@ -112,6 +112,11 @@ def _engines(make: Maker) -> list[Step]:
             ],
         ),
         make.benchmark(
+            "layer gradients", "the same for gradients of inputs and of weights", 100, 160, *layers,
+            "--engines=forms", "-k", f"ceiling or ((triton or cuda) and gradient and ({MAPS}))",
+            rehearsed="the layers are rehearsed above, forward",
+        ),
+        make.benchmark(
             "hopper layers", "all candidates of the convolution for Hopper, forward and of inputs",
             120, 200, *layers, "--engines=conv-sm90",
             "-k", f"cuda and not weight and ({MAPS})",

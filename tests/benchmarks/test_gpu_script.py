@@ -26,9 +26,9 @@ from vovnet_fast.backends.cpu import int8
 NAMES = [
     "carried kernels", "first look", "numerics", "extension", "cuda", "headline inference",
     "headline training", "headline compiled", "headline eight bits", "hopper", "layers",
-    "hopper layers", "eight-bit layers", "memcheck", "racecheck", "initcheck", "synccheck",
-    "tuning", "headline tuned", "compiled V-99", "architectures", "blocks", "all engines",
-    "other inference", "other training", "detectors", "trainings", "report",
+    "layer gradients", "hopper layers", "eight-bit layers", "memcheck", "racecheck", "initcheck",
+    "synccheck", "tuning", "headline tuned", "compiled V-99", "architectures", "blocks",
+    "all engines", "other inference", "other training", "detectors", "trainings", "report",
 ]  # fmt: skip
 
 REHEARSED = {
