@@ -7,7 +7,6 @@ import platform
 import statistics
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from vovnet_fast import BackendError
 from vovnet_fast import _provenance as provenance
 from vovnet_fast.compat import zip
 from vovnet_fast.tools import cli
-from vovnet_fast.tools.bench import command, quick, rows
+from vovnet_fast.tools.bench import command, quick, rows, stopwatch
 from vovnet_fast.tools.bench.stopwatch import (
     CONFIDENCE,
     Interval,
@@ -84,28 +83,22 @@ def test_seconds_end_the_rounds_but_not_before_the_fewest():
         interleaved({}, 5, watch=Watch())
 
 
-def test_a_cold_call_waits_for_threads_that_spin():
-    import time
+@pytest.mark.parametrize(("busy", "naps"), [(0, 1), (3, 4), (10**6, 50)])
+def test_a_call_waits_for_threads_that_spin(monkeypatch, busy, naps):
+    """As long as the process takes a processor's time while it sleeps; of those that never rest
+    nobody waits for the end."""
+    clock, slept = [0.0], []
 
-    until = time.perf_counter() + 0.1
+    def sleep(seconds):
+        clock[0] += 2 * seconds if len(slept) < busy else seconds / 100
+        slept.append(seconds)
 
-    def spin():
-        while time.perf_counter() < until:
-            sum(range(1000))
-
-    thread = threading.Thread(target=spin)
-    thread.start()
-    Stopwatch(CPU).chill()
-    assert time.perf_counter() >= until
-    thread.join()
-    until = time.perf_counter() + 60  # Of those that never rest nobody waits for the end.
-    begin = time.perf_counter()
-    thread = threading.Thread(target=spin)
-    thread.start()
-    Stopwatch(CPU).chill()
-    assert 0.1 <= time.perf_counter() - begin < 30
-    until = 0
-    thread.join()
+    monkeypatch.setattr(stopwatch.time, "process_time", lambda: clock[0])
+    monkeypatch.setattr(stopwatch.time, "sleep", sleep)
+    for wait in (Stopwatch(CPU).chill, Stopwatch(CPU).rest):
+        slept.clear()
+        wait()
+        assert len(slept) == naps
 
 
 def test_a_stopwatch_on_this_cpu():
