@@ -148,7 +148,8 @@ def _measure(case: Case, names: Sequence[str], rounds: int) -> list[Row]:
         features = {name: work()[-1].float() for name, work in works.items()}
         running = bar.add_task(f"running, {case}", total=len(works) * (rounds + 2))
         # After a call of another runtime, with threads of its own, the system takes milliseconds
-        # to find a core for each of those that were asleep: eager's took six times as long.
+        # to find a core for each of those that were asleep: eager's took six times as long on two
+        # cores of a Zen 4.
         times = interleaved(
             works, rounds, watch=Stopwatch(CPU), cold=False, each=lambda _: bar.advance(running)
         )

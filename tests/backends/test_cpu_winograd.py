@@ -272,6 +272,27 @@ def test_the_fastest_is_measured_once_for_sizes_that_are_alike(monkeypatch, chos
     assert chosen == [fast] * 5 + ["fma"]
 
 
+def test_a_verdict_on_small_tiles_says_nothing_of_large_ones(monkeypatch, chosen):
+    """Who looks for what is accurate and then lifts the limit is not left with what it allowed."""
+    monkeypatch.setenv("VOVNET_FAST_TUNE", "1")
+    asked = []
+
+    def choose(problem, names, *_, **__):
+        asked.append((problem, names))
+        return names[0]
+
+    monkeypatch.setattr(processor, "choose", choose)
+    for side in ("2", "4"):
+        monkeypatch.setenv("VOVNET_FAST_WINOGRAD", side)
+        layer(1024)
+    assert [names for _, names in asked] == [
+        ("winograd2", "fma"),
+        ("winograd4", "winograd2", "fma"),
+    ]
+    assert asked[0][0] != asked[1][0]
+    assert chosen == ["winograd2", "winograd4"]
+
+
 @pytest.mark.parametrize("pixels", [64, 128, 8192])
 def test_a_trial_is_of_a_layer_as_it_was_asked_for(monkeypatch, pixels):
     """Of so many pixels, with weights that take turns."""

@@ -151,5 +151,6 @@ def engines(weight: Tensor, stride: int, dtype: torch.dtype, otherwise: str) -> 
 @functools.cache
 def _fastest(layer: Layer, names: tuple[str, ...], static: str, trial: Trial) -> str:
     """Measured once in a process at most."""
-    prepare = functools.partial(trial, layer)
-    return processor.choose(layer.problem, names, static, prepare)
+    # What was found among fewer says nothing of all.
+    problem = f"{layer.problem}: {', '.join(names[:-1])}"
+    return processor.choose(problem, names, static, functools.partial(trial, layer))

@@ -4,7 +4,7 @@ A cold call begins on an idle device whose L2 cache has just been overwritten. O
 is between two events around the call: without the wait for it, but with whatever gaps the host
 leaves between launches. On a CPU there are no events and no flush, but a call waits as well:
 threads of ONNX Runtime, OpenVINO and OpenMP spin for milliseconds after a call, and who came next
-took up to three times as long on the cores that were left.
+took up to three times as long on the cores that were left (two of a Zen 4).
 """
 
 from __future__ import annotations
