@@ -1,9 +1,15 @@
 // Convolutions in eight bits of the CPU half, by engine. All compute the same integers.
 //
-//   amx       bytes, by the matrix unit (tdpbusd)                        AMX
-//   vnni      bytes, four products at once (vpdpbusd)                    AVX512-VNNI, AVX-VNNI
-//   maddubs   bytes, pairs in 16 bits (vpmaddubsw), which hold them      AVX2, AVX-512
-//   words     images and their weights, pairs of 16 bits (vpmaddwd)      AVX2, AVX-512
+//   amx            bytes, by the matrix unit (tdpbusd)                     AMX
+//   vnni           bytes, four products at once (vpdpbusd)                 AVX512-VNNI, AVX-VNNI
+//   maddubs        bytes, pairs in 16 bits (vpmaddubsw), which hold them   AVX2, AVX-512
+//   words          images and their weights, pairs of 16 bits (vpmaddwd)   AVX2, AVX-512
+//
+// 3x3 with a stride of 1 takes a quarter of the products in tiles of 4x4 outputs, in 16 bits
+// (int8_conv_winograd.h), without pool partials:
+//
+//   winograd_vnni  by vpdpwssd                                             AVX512-VNNI, AVX-VNNI
+//   winograd       by vpmaddwd                                             AVX2, AVX-512
 #pragma once
 
 #include <cstdint>
@@ -18,7 +24,7 @@ namespace cpu {
 // What can run here, on the instruction set that is in use, the fastest first.
 std::vector<std::string> int8_conv_engines();
 
-// On `threads` threads.
+// On `threads` threads. Throw std::invalid_argument of what an engine does not take.
 void int8_conv(const Int8ConvParams& params, const std::string& engine, int threads);
 void int8_conv_pack(const Int8ConvPackParams& params, const std::string& engine, int threads);
 
@@ -26,7 +32,7 @@ void int8_conv_pack(const Int8ConvPackParams& params, const std::string& engine,
 int64_t int8_conv_pack_bytes(const std::string& engine, int64_t c_out, int64_t kernel,
                              int64_t c_in);
 
-// Number of pool partials of an image.
+// Number of pool partials of an image; 0 of an engine that has none.
 int64_t int8_conv_parts(const std::string& engine, int64_t out_height, int64_t out_width,
                         int64_t c_in, int64_t c_out, int64_t kernel, int64_t stride);
 

@@ -1,10 +1,13 @@
 """The extension's ops in eight bits: the integers of :mod:`vovnet_fast.arithmetic.int8`, all."""
 
+import time
+
 import pytest
 import torch
 
 from tests.backends.cpu_engines import engine_combinations, instruction_set
 from tests.extension_cases import require
+from vovnet_fast import tuning
 from vovnet_fast.arithmetic import LEVELS
 from vovnet_fast.arithmetic import int8 as wanted
 from vovnet_fast.arithmetic.layers import (
@@ -14,11 +17,12 @@ from vovnet_fast.arithmetic.layers import (
     QuantizedSum,
 )
 from vovnet_fast.backends import _extension
-from vovnet_fast.backends.cpu import int8
+from vovnet_fast.backends.cpu import int8, int8_winograd, winograd
 from vovnet_fast.ops.max_pool import output_size
 
 ENGINES = engine_combinations("int8_conv_engines")
-BYTES = [pair for pair in ENGINES if pair[0] != int8.WORDS]
+WINOGRAD = [pair for pair in ENGINES if pair[0] in int8_winograd.NAMES]
+BYTES = [pair for pair in ENGINES if pair[0] != int8.WORDS and pair not in WINOGRAD]
 WORDS = [pair for pair in ENGINES if pair[0] == int8.WORDS]
 ISAS = ["baseline"] if _extension.why_not("cpu") else _extension.load("cpu").isas()
 
@@ -83,17 +87,17 @@ def conv_layer(c_out, kernel, c_in, stride, *, limit=127, dtype=torch.int8):
     )  # fmt: skip
 
 
-def assert_same_conv(run, x, layer, levels):
+def assert_same_conv(run, x, layer, levels, pool=True):
     n, h, w, _ = x.shape
     size = n, (h - 1) // layer.stride + 1, (w - 1) // layer.stride + 1, layer.weight.shape[0]
     found = []
     for conv in (wanted.conv, run):
         buffer, out = poisoned(*size)
         feature = torch.full(size, float("nan"))
-        sums = conv(x, layer, out, levels=levels, feature=feature, pool=True)
+        sums = conv(x, layer, out, levels=levels, feature=feature, pool=pool)
         alone = torch.full(size, float("nan"))
         conv(x, layer, None, levels=levels, feature=alone)
-        found.append((buffer, feature, alone, sums.sum(1)))
+        found.append((buffer, feature, alone, sums.sum(1) if pool else alone))
     for theirs, ours in zip(*found):
         assert torch.equal(theirs, ours)
     assert len(found[0][0].unique()) > 2, "nothing was compared"
@@ -132,6 +136,167 @@ def test_nothing_saturates(engine, isa, sign, levels):
         features.append(feature)
     assert torch.equal(*features)
     assert features[0].max() > 0.99 * 9 * 128 * 127 * levels
+
+
+WINOGRAD_SHAPES = [
+    # n, h, w, c_in, c_out
+    (1, 8, 12, 64, 32),
+    (2, 13, 5, 80, 48),  # tiles that reach over the edges
+    (1, 1, 1, 17, 16),
+    (3, 2, 3, 5, 7),
+    (1, 6, 4, 448, 33),
+    (2, 33, 30, 40, 72),  # several tasks
+    (1, 40, 41, 256, 24),  # an input that no cache holds
+]
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize(("engine", "isa"), WINOGRAD)
+def test_winograd_is_exact(engine, isa, levels):
+    def run(*args, **options):
+        return int8.run_engine(engine, *args, **options)
+
+    with instruction_set(isa):
+        for n, h, w, c_in, c_out in WINOGRAD_SHAPES:
+            layer = conv_layer(c_out, 3, c_in, 1, limit=127 if c_in <= 256 else 60)
+            x = slot(integers(0, levels, n, h, w, c_in, dtype=torch.uint8))
+            assert_same_conv(run, x, layer, levels, pool=False)
+
+
+def chequered(sign, kernel_row, count):
+    """A weight of the largest numbers, with signs that make sums of tiles the largest."""
+    row = torch.tensor(kernel_row)
+    return sign * (127 * row[:, None] * row[None, :])[None, :, :, None].expand(16, 3, 3, count)
+
+
+@pytest.mark.parametrize("levels", LEVELS)
+@pytest.mark.parametrize(("engine", "isa"), WINOGRAD)
+@pytest.mark.parametrize("row", [(1, 1, 1), (1, -1, 1)])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_no_sum_of_a_tile_is_too_large(engine, isa, sign, row, levels):
+    """Weights, and steps of tiles, at the ends of their ranges, of as many channels as there may
+    be: the sums of products pass over 32 bits."""
+    of_one = chequered(sign, row, 1)[0].int()
+    of_one = max(int(of_one.clamp(min=0).sum()), -int(of_one.clamp(max=0).sum()))
+    c_in = (int8_winograd.LARGEST_OUTPUT - 1) // (of_one * levels)
+    layer = conv_layer(16, 3, c_in, 1)
+    layer = layer._replace(weight=chequered(sign, row, c_in).to(torch.int8).contiguous())
+    signs = torch.tensor([1.0, -1.0]).repeat(8)  # One of them is not cut off by the ReLU.
+    layer = layer._replace(multiplier=torch.full((16,), 1e-6), unit=signs)
+    assert int8_winograd.fits(layer.weight, levels)
+    h, w = torch.meshgrid(torch.arange(9), torch.arange(11), indexing="ij")
+    patterns = [h * 0 + 1, (h + w) % 2, h % 2, w % 2, (h % 4 < 2) * 1, torch.rand(9, 11).round()]
+    x = torch.stack(patterns).to(torch.uint8)[..., None] * levels
+    features = []
+    for conv in (wanted.conv, int8.conv):
+        feature = torch.empty(len(x), 9, 11, 16)
+        with instruction_set(isa):
+            full = x.expand(-1, -1, -1, c_in).contiguous()
+            if conv is int8.conv:
+                int8.run_engine(engine, full, layer, None, levels=levels, feature=feature)
+            else:
+                conv(full, layer, None, levels=levels, feature=feature)
+        features.append(feature)
+    assert torch.equal(*features)
+
+
+def largest_outputs(most):
+    """A weight of one output channel whose outputs are `most` at most, a level."""
+    taps = -(-most // 127)
+    weight = torch.zeros(9 * -(-taps // 9), dtype=torch.int8)
+    weight[: most // 127], weight[most // 127] = 127, most % 127
+    return weight.view(-1, 3, 3).permute(1, 2, 0)[None].contiguous()
+
+
+@pytest.mark.parametrize(("engine", "isa"), WINOGRAD)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_winograd_is_exact_up_to_the_limit(engine, isa, sign):
+    levels = 127
+    most = (int8_winograd.LARGEST_OUTPUT - 1) // levels
+    with instruction_set(isa):
+        for sum_of_weights in (most, most + 1):
+            weight = sign * largest_outputs(sum_of_weights)
+            c_in = weight.shape[3]
+            layer = conv_layer(1, 3, c_in, 1)
+            layer = layer._replace(weight=weight, unit=torch.full((1,), float(sign)))
+            x = torch.full((1, 4, 4, c_in), levels, dtype=torch.uint8)
+            feature, theirs = torch.empty(1, 4, 4, 1), torch.empty(1, 4, 4, 1)
+            options = dict(levels=levels, feature=feature)
+            assert int8_winograd.fits(weight, levels) == (sum_of_weights == most)
+            if sum_of_weights > most:
+                with pytest.raises(ValueError, match="outputs that are less than 2\\^25"):
+                    int8.run_engine(engine, x, layer, None, **options)
+                continue
+            int8.run_engine(engine, x, layer, None, **options)
+            wanted.conv(x, layer, None, levels=levels, feature=theirs)
+            assert torch.equal(feature, theirs)
+            assert feature.abs().max() > 0.99 * int8_winograd.LARGEST_OUTPUT
+
+
+@pytest.mark.parametrize(("engine", "isa"), WINOGRAD)
+def test_winograd_says_what_it_takes(engine, isa):
+    x, out = torch.zeros(1, 4, 4, 16, dtype=torch.uint8), torch.zeros(1, 4, 4, 16).byte()
+    with instruction_set(isa):
+        with pytest.raises(ValueError, match="needs a kernel of 3"):
+            int8.run_engine(engine, x, conv_layer(16, 1, 16, 1), out, levels=127)
+        half = out[:, :2, :2]
+        with pytest.raises(ValueError, match="needs a kernel of 3 and a stride of 1"):
+            int8.run_engine(engine, x, conv_layer(16, 3, 16, 2), half, levels=127)
+        with pytest.raises(ValueError, match="is for steps, not for images"):
+            int8.run_engine(engine, x.view(torch.int8), conv_layer(16, 3, 16, 1), out, levels=127)
+
+
+@pytest.fixture
+def nothing_measured(monkeypatch, tmp_path):
+    monkeypatch.setenv("VOVNET_FAST_CACHE", str(tmp_path))
+    for cached in (tuning._table, winograd.fastest):
+        cached.cache_clear()
+    yield
+    for cached in (tuning._table, winograd.fastest):
+        cached.cache_clear()
+
+
+@pytest.mark.parametrize("slow", ["winograd", "otherwise"])
+def test_what_is_faster_is_taken(monkeypatch, nothing_measured, slow):
+    """A time that is made long is avoided, whosever it is; the bits are the same."""
+    found = [pair for pair in WINOGRAD if pair[1] == _extension.load("cpu").isa()]
+    if not found or int8.engines()[0] == "amx":
+        pytest.skip("this processor has no such convolutions, or faster ones")
+    name, run_engine, run = found[0][0], int8.run_engine, []
+
+    def counted(engine, x, *args, **options):
+        run.append(engine)
+        if (engine == name) == (slow == "winograd"):
+            time.sleep(0.02)
+        return run_engine(engine, x, *args, **options)
+
+    monkeypatch.setenv("VOVNET_FAST_TUNE", "1")
+    monkeypatch.setattr(int8, "run_engine", counted)
+    layer = conv_layer(48, 3, 40, 1)
+    x = integers(0, 127, 1, 20, 21, 40, dtype=torch.uint8)
+    assert_same_conv(int8.conv, x, layer, 127, pool=False)
+    otherwise = int8.engines()[0]
+    assert {*run} == {name, otherwise}
+    assert {*run[-2:]} == {otherwise if slow == "winograd" else name}
+
+
+def test_winograd_can_be_turned_off(monkeypatch, nothing_measured):
+    monkeypatch.setenv("VOVNET_FAST_TUNE", "0")
+    chosen = []
+    monkeypatch.setattr(int8, "run_engine", lambda engine, *_, **__: chosen.append(engine))
+    layer, x = conv_layer(48, 3, 40, 1), torch.zeros(1, 40, 40, 40, dtype=torch.uint8)
+    for isa in ("avx2", "avx512"):
+        if isa not in ISAS:
+            continue
+        with instruction_set(isa):
+            for side in ("4", "0"):
+                monkeypatch.setenv("VOVNET_FAST_WINOGRAD", side)
+                int8.conv(x, layer, x, levels=127)
+            int8.conv(x[:, :3, :3], layer, x, levels=127)
+            otherwise = int8.engines()[0]
+        first = "winograd" if otherwise == "maddubs" else otherwise
+        assert chosen == [first, otherwise, otherwise]
+        chosen.clear()
 
 
 @pytest.mark.parametrize(("engine", "isa"), WORDS)

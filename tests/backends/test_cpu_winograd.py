@@ -173,7 +173,7 @@ def chosen(monkeypatch, tmp_path):
     if not _extension.load("cpu").conv_winograd_runs():
         pytest.skip("no Winograd convolution on this processor")
     monkeypatch.setenv("VOVNET_FAST_CACHE", str(tmp_path))
-    for cached in (tuning._table, winograd._fastest):
+    for cached in (tuning._table, winograd.fastest):
         cached.cache_clear()
     found, run_engine = [], convolution.run_engine
 
@@ -183,7 +183,7 @@ def chosen(monkeypatch, tmp_path):
 
     monkeypatch.setattr(convolution, "run_engine", note)
     yield found
-    for cached in (tuning._table, winograd._fastest):
+    for cached in (tuning._table, winograd.fastest):
         cached.cache_clear()
 
 

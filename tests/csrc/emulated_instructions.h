@@ -1,6 +1,6 @@
 // Instructions of processors that this machine is not, in plain vectors: force-included into files
 // of csrc/cpu, whose engines then run anywhere, slowly. After the manual of Intel's instruction
-// sets: AMX's tdpbusd, and vpdpbusd of AVX-VNNI and AVX512-VNNI. Neither saturates.
+// sets: AMX's tdpbusd, and vpdpbusd and vpdpwssd of AVX-VNNI and AVX512-VNNI. None saturates.
 #pragma once
 
 #include <immintrin.h>
@@ -28,7 +28,15 @@ inline __m256i dpbusd(__m256i sums, __m256i bytes, __m256i signs) {
   return _mm256_add_epi32(sums, _mm256_madd_epi16(odd, odd_signs));
 }
 
+inline __m256i dpwssd(__m256i sums, __m256i x, __m256i y) {
+  return _mm256_add_epi32(sums, _mm256_madd_epi16(x, y));
+}
+
 #ifdef __AVX512BW__
+inline __m512i dpwssd(__m512i sums, __m512i x, __m512i y) {
+  return _mm512_add_epi32(sums, _mm512_madd_epi16(x, y));
+}
+
 inline __m512i dpbusd(__m512i sums, __m512i bytes, __m512i signs) {
   const __m512i even = _mm512_and_si512(bytes, _mm512_set1_epi16(0xff));
   const __m512i odd = _mm512_srli_epi16(bytes, 8);
@@ -106,6 +114,8 @@ inline void tile_dpbusd(int to, int a, int b) {
 #undef _tile_dpbf16ps
 #undef _mm256_dpbusd_avx_epi32
 #undef _mm512_dpbusd_epi32
+#undef _mm256_dpwssd_avx_epi32
+#undef _mm512_dpwssd_epi32
 #define _tile_release() (emulated::tiles().configured = false)
 #define _tile_zero(to) emulated::zero(to)
 #define _tile_loadd(to, from, step) emulated::load(to, from, step)
@@ -114,3 +124,5 @@ inline void tile_dpbusd(int to, int a, int b) {
 #define _tile_dpbf16ps(to, a, b) emulated::require(false, "bf16 is not emulated")
 #define _mm256_dpbusd_avx_epi32(sums, a, b) emulated::dpbusd(sums, a, b)
 #define _mm512_dpbusd_epi32(sums, a, b) emulated::dpbusd(sums, a, b)
+#define _mm256_dpwssd_avx_epi32(sums, a, b) emulated::dpwssd(sums, a, b)
+#define _mm512_dpwssd_epi32(sums, a, b) emulated::dpwssd(sums, a, b)

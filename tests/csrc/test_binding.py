@@ -24,7 +24,15 @@ from vovnet_fast.arithmetic.layers import (
 )
 from vovnet_fast.backends import _extension
 from vovnet_fast.backends._extension import halves
-from vovnet_fast.backends.cpu import convolution, int8, packing, unpacked, weight_grad, winograd
+from vovnet_fast.backends.cpu import (
+    convolution,
+    int8,
+    int8_winograd,
+    packing,
+    unpacked,
+    weight_grad,
+    winograd,
+)
 
 CPU = torch.device("cpu")
 REFUSALS = (TypeError, ValueError, OverflowError)
@@ -247,7 +255,7 @@ def eight_bits(spoiling):
             images = engine == int8.WORDS
             steps = x.view(torch.int8) if images else x
             layer = QuantizedConv(weight.clone(), *rest)
-            options = dict(levels=127, feature=feature, pool=True)
+            options = dict(levels=127, feature=feature, pool=engine not in int8_winograd.NAMES)
             int8.run_engine(engine, steps, layer, out, **options)
         sums = torch.ones(1, 2, 16, dtype=torch.int32)
         table = torch.ones(2048, dtype=torch.int32)

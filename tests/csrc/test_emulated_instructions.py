@@ -28,6 +28,8 @@ EMULATED = {
     "int8_conv_amx_kernels.amx.o": "amx",
     "int8_conv_vnni_kernels.avx512vnni.o": "vnni",
     "int8_conv_vnni_kernels.avxvnni.o": "vnni",
+    "int8_conv_winograd_vnni_kernels.avx512vnni.o": "winograd_vnni",
+    "int8_conv_winograd_vnni_kernels.avxvnni.o": "winograd_vnni",
 }
 """Objects, and the engine that is in them."""
 
@@ -35,6 +37,9 @@ INSTRUCTIONS = {
     "int8_conv_amx_kernels.amx.o": ("tdpbusd", "tilezero", "ldtilecfg", "tilerelease"),
     "int8_conv_vnni_kernels.avx512vnni.o": ("vpdpbusd .*zmm",),
     "int8_conv_vnni_kernels.avxvnni.o": ("{vex} vpdpbusd .*ymm|vpdpbusd .*ymm",),
+    "int8_conv_winograd_vnni_kernels.avx512vnni.o": ("vpdpwssd .*zmm",),
+    "int8_conv_winograd_vnni_kernels.avxvnni.o": ("{vex} vpdpwssd .*ymm|vpdpwssd .*ymm",),
+    "int8_conv_winograd_kernels.avx2.o": ("vpmaddwd", "vpmulld"),
     "int8_conv_kernels.avx2.o": ("vpmaddubsw", "vpmaddwd"),
 }
 

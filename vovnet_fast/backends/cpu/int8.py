@@ -1,13 +1,16 @@
 """The ops of :mod:`vovnet_fast.arithmetic.int8` by the extension: the same integers, bit for bit.
 
 Which instructions multiply makes no difference to any of them, so that the fastest engine there is
-is taken: AMX, VNNI, or pairs of products in 16 bits (csrc/cpu/int8_conv_engines.h). Images, which
-have signs, and the weights of their layer are multiplied in 16 bits.
+is taken: AMX, VNNI, or pairs of products in 16 bits (csrc/cpu/int8_conv_engines.h), and where that
+is faster Winograd's (:mod:`.int8_winograd`). Images, which have signs, and the weights of their
+layer are multiplied in 16 bits.
 """
 
 from __future__ import annotations
 
 import ctypes
+from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +27,7 @@ from ...arithmetic.layers import QuantizedConv, QuantizedDepthwise, QuantizedGat
 from ...specs import Pool
 from .. import _extension
 from .._extension.fields import image, packed, pointer, view, windows
-from . import packing
+from . import int8_winograd, packing, winograd
 
 __all__ = [
     "ACTIVATION", "apply_gates", "conv", "depthwise", "engines", "gates", "image_dtype",
@@ -33,6 +36,10 @@ __all__ = [
 
 WORDS = "words"
 """The engine of images."""
+
+_TRIAL_FORMS, _TRIAL_BYTES = 8, 32 << 20
+"""Of the weights that take turns in a trial of one layer: in a network, one is not found in a near
+cache."""
 
 _KINDS = {torch.uint8: 0, torch.int8: 1, torch.int16: 2}
 
@@ -49,9 +56,9 @@ def why_not(device: torch.device) -> str | None:
 
 
 def engines() -> tuple[str, ...]:
-    """Engines of convolutions of steps, the fastest first."""
+    """Engines of all convolutions of steps, the fastest first."""
     found = _extension.load("cpu").int8_conv_engines()
-    return tuple(name for name in found if name != WORDS)
+    return tuple(name for name in found if name not in (WORDS, *int8_winograd.NAMES))
 
 
 def quantize_image(x: Tensor, scale: float, out: Tensor, *, wide: bool = False) -> None:
@@ -82,6 +89,9 @@ def conv(
 ) -> Tensor | None:
     """See :func:`vovnet_fast.arithmetic.int8.conv`."""
     engine = engines()[0] if x.dtype == ACTIVATION else WORDS
+    c_out, kernel, _, c_in = layer.weight.shape
+    if engine != WORDS and kernel == 3 and layer.stride == 1 and not pool and c_out and c_in:
+        engine = int8_winograd.choose(x, layer.weight, levels, _trial, engine)
     return run_engine(engine, x, layer, out, levels=levels, feature=feature, pool=pool)
 
 
@@ -130,6 +140,33 @@ def run_engine(
         levels=levels,
     )
     return partials
+
+
+@torch.inference_mode(False)
+def _trial(layer: winograd.Layer) -> Callable[[str], None]:
+    """What runs a layer by an engine's name, with weights that are in no near cache."""
+    height = 1 << (layer.pixels.bit_length() - 1) // 2
+    sizes = 1, height, layer.pixels // height
+    x = torch.ones(*sizes, layer.c_in, dtype=ACTIVATION)
+    out = torch.empty(*sizes, layer.c_out, dtype=ACTIVATION)
+    c_out, c_in = layer.c_out, layer.c_in
+    number = max(1, min(_TRIAL_FORMS, _TRIAL_BYTES // (c_out * 9 * c_in)))
+    ones, none = torch.ones(c_out), torch.zeros(c_out, dtype=torch.int32)
+    convs = [
+        QuantizedConv(
+            torch.ones(c_out, 3, 3, c_in, dtype=torch.int8), none, ones, ones, 1, None,
+            torch.ones(c_in), None, 1.0,
+        )
+        for _ in range(number)
+    ]  # fmt: skip
+    turns: Counter[str] = Counter()
+
+    def run(engine: str) -> None:
+        assert layer.levels is not None
+        turns[engine] += 1
+        run_engine(engine, x, convs[turns[engine] % number], out, levels=layer.levels)
+
+    return run
 
 
 def depthwise(

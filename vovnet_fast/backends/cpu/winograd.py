@@ -75,6 +75,7 @@ class Layer(NamedTuple):
         otherwise: the engine where Winograd's does not pay.
         isa: the instruction set that is in use.
         threads: of torch.
+        levels: of activations in eight bits.
     """
 
     pixels: int
@@ -84,13 +85,15 @@ class Layer(NamedTuple):
     otherwise: str
     isa: str
     threads: int
+    levels: int | None = None
 
     @property
     def problem(self) -> str:
         """As measurements are remembered by."""
+        levels = "" if self.levels is None else f" of {self.levels} levels"
         return (
             f"Winograd's convolution of {self.c_in}>{self.c_out}, about {self.pixels} pixels in "
-            f"{self.dtype}, or {self.otherwise}, {self.isa}"
+            f"{self.dtype}{levels}, or {self.otherwise}, {self.isa}"
         )
 
 
@@ -120,11 +123,15 @@ def choose(x: Tensor, weight: Tensor, stride: int, trial: Trial, otherwise: str)
     static = next((name for name in names if STATIC_PIXELS[name] <= pixels), otherwise)
     if torch.are_deterministic_algorithms_enabled():
         return static
+    return fastest(layer_of(pixels, weight, x.dtype, otherwise), (*names, otherwise), static, trial)
+
+
+def layer_of(pixels: int, weight: Tensor, dtype: torch.dtype, otherwise: str) -> Layer:
+    """What stands for a layer of so many pixels with a weight ``[C_out, K, K, C_in]``."""
     about = min(1 << (pixels * pixels).bit_length() // 2, MOST_PIXELS)
     c_out, _, _, c_in = weight.shape
     isa, threads = _extension.load("cpu").isa(), torch.get_num_threads()
-    layer = Layer(about, c_in, c_out, x.dtype, otherwise, isa, threads)
-    return _fastest(layer, (*names, otherwise), static, trial)
+    return Layer(about, c_in, c_out, dtype, otherwise, isa, threads)
 
 
 def engines(weight: Tensor, stride: int, dtype: torch.dtype, otherwise: str) -> tuple[str, ...]:
@@ -149,8 +156,8 @@ def engines(weight: Tensor, stride: int, dtype: torch.dtype, otherwise: str) -> 
 
 
 @functools.cache
-def _fastest(layer: Layer, names: tuple[str, ...], static: str, trial: Trial) -> str:
-    """Measured once in a process at most."""
+def fastest(layer: Layer, names: tuple[str, ...], static: str, trial: Trial) -> str:
+    """Which of these is, ``static`` where nothing is measured: once in a process at most."""
     # What was found among fewer says nothing of all.
     problem = f"{layer.problem}: {', '.join(names[:-1])}"
     return processor.choose(problem, names, static, functools.partial(trial, layer))
