@@ -5,8 +5,13 @@
 //   Sum       fp32, or int32
 //   kTrim     whether units of a last chunk that no channel fills are left out
 //   multiply  (pixel, weights, sums): sums plus the products, by lanes of four bytes
+//
+// One that has kOwnChunks multiplies chunks of a block by itself:
+//
+//   multiply_chunk<pixels, vectors>  (block, pixels, weight, units, sums)
 #pragma once
 
+#include <type_traits>
 #include <utility>
 
 #include "conv_strips.h"
@@ -92,6 +97,11 @@ VF_HD void multiply_chunk(const float* pixels, const char* weight, int64_t tile_
 
 #endif
 
+template <class Unit, class = void>
+constexpr bool kOwnChunks = false;
+template <class Unit>
+constexpr bool kOwnChunks<Unit, std::enable_if_t<Unit::kOwnChunks>> = true;
+
 // All sums are in registers, which takes the loops over them unrolled.
 template <class Unit, int kPixels, int kTiles>
 void multiply_pixels(const Block& block, typename Unit::Sum* sums, bool add) {
@@ -108,7 +118,11 @@ void multiply_pixels(const Block& block, typename Unit::Sum* sums, bool add) {
     const int units = chunk + 1 == block.chunks ? block.last_units : kUnits;
     for (int tap = 0; tap < block.taps; ++tap, weight += kTileBytes) {
       const auto* pixels = reinterpret_cast<const float*>(input + block.offsets[tap]);
-      multiply_chunk<Unit, kPixels, kVectors>(pixels, weight, block.tile_step, units, sum);
+      if constexpr (kOwnChunks<Unit>) {
+        Unit::template multiply_chunk<kPixels, kVectors>(block, pixels, weight, units, sum);
+      } else {
+        multiply_chunk<Unit, kPixels, kVectors>(pixels, weight, block.tile_step, units, sum);
+      }
     }
   }
 #pragma GCC unroll 16

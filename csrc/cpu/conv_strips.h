@@ -35,6 +35,7 @@ struct Block {
   int64_t pixel_step, chunk_step;
   const int64_t* offsets;  // of the taps, from the first one
   const char* weight;
+  const char* weights;  // the first tile of all
   int64_t tile_step;
   int64_t chunks;
   int taps, pixels, tiles;
@@ -159,6 +160,7 @@ void run_task(const Params& p, const Plan& plan, const Task& task, const int64_t
               kChunkBytes,
               plan.pixels * kChunkBytes,
               offsets,
+              static_cast<const char*>(p.tiles),
               static_cast<const char*>(p.tiles),
               tile_step(plan),
               plan.chunks,

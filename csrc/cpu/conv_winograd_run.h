@@ -125,9 +125,15 @@ VF_HD void multiply(const Division& d, const char* input, const char* weight, in
                     int tiles, int64_t chunks_at_once, char* sums) {
   using Sum = typename Engine::Sum;
   const int64_t offsets[] = {0}, size = Engine::block_pixels(count);
-  Block block{
-      nullptr, kChunkBytes, d.size * kChunkBytes, offsets, nullptr, d.chunks * kTileBytes, 0, 1,
-      0,       tiles,       conv::kUnits};
+  Block block{};
+  block.pixel_step = kChunkBytes;
+  block.chunk_step = d.size * kChunkBytes;
+  block.offsets = offsets;
+  block.weights = weight;
+  block.tile_step = d.chunks * kTileBytes;
+  block.taps = 1;
+  block.tiles = tiles;
+  block.last_units = conv::kUnits;
   for (int64_t i = 0; i < count; i += size) {
     block.pixels = static_cast<int>(least(size, count - i));
     auto* to = reinterpret_cast<Sum*>(sums + i * tiles * kChunkBytes);

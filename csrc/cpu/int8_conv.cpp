@@ -5,6 +5,7 @@
 #include "conv_plan.h"
 #include "dispatch.h"
 #include "int8_conv_engines.h"
+#include "int8_conv_notes.h"
 #include "int8_conv_winograd_limits.h"
 #include "processor.h"
 
@@ -42,8 +43,9 @@ namespace cpu {
 
 namespace {
 
-// What an engine takes.
-enum class Takes { kBytes, kImages, kTiles };  // the last: bytes, for 3x3 with a stride of 1
+// What an engine takes: bytes; bytes, and weights with notes; images as well; bytes, of 3x3 with a
+// stride of 1.
+enum class Takes { kBytes, kNoted, kAll, kTiles };
 
 struct Engine {
   const char* name;
@@ -70,18 +72,18 @@ constexpr Engine kEngines[] = {
      Takes::kTiles},
 #endif
 #ifdef VF_WITH_AVX512
-    {"maddubs", "avx512", always, VF_FUNCTIONS(avx512, maddubs), Takes::kBytes},
+    {"maddubs", "avx512", always, VF_FUNCTIONS(avx512, maddubs), Takes::kNoted},
     {"winograd", "avx512", always, VF_FUNCTIONS(avx512, winograd), Takes::kTiles},
-    {"words", "avx512", always, VF_FUNCTIONS(avx512, words), Takes::kImages},
+    {"words", "avx512", always, VF_FUNCTIONS(avx512, words), Takes::kAll},
 #endif
 #ifdef VF_WITH_AVXVNNI
     {"vnni", "avx2", has_avxvnni, VF_FUNCTIONS(avxvnni, vnni), Takes::kBytes},
     {"winograd_vnni", "avx2", has_avxvnni, VF_FUNCTIONS(avxvnni, winograd_vnni), Takes::kTiles},
 #endif
 #ifdef VF_WITH_AVX2
-    {"maddubs", "avx2", always, VF_FUNCTIONS(avx2, maddubs), Takes::kBytes},
+    {"maddubs", "avx2", always, VF_FUNCTIONS(avx2, maddubs), Takes::kNoted},
     {"winograd", "avx2", always, VF_FUNCTIONS(avx2, winograd), Takes::kTiles},
-    {"words", "avx2", always, VF_FUNCTIONS(avx2, words), Takes::kImages},
+    {"words", "avx2", always, VF_FUNCTIONS(avx2, words), Takes::kAll},
 #endif
     {"", "", nullptr, nullptr, nullptr, Takes::kBytes},  // No array is empty.
 };
@@ -99,15 +101,16 @@ const Engine& find(const std::string& name) {
 
 const Engine& find(const std::string& name, bool images) {
   const Engine& engine = find(name);
-  if ((engine.takes == Takes::kImages) != images) {
-    throw std::invalid_argument("convolution engine \"" + name + "\" is for " +
-                                (images ? "steps, not for images" : "images, not for steps"));
+  if (images && engine.takes != Takes::kAll) {
+    throw std::invalid_argument("convolution engine \"" + name + "\" is for steps, not for images");
   }
   return engine;
 }
 
 // Channels that make 64 bytes.
-int64_t chunk_of(const Engine& engine) { return engine.takes == Takes::kBytes ? 64 : 32; }
+int64_t chunk_of(const Engine& engine) {
+  return engine.takes == Takes::kBytes || engine.takes == Takes::kNoted ? 64 : 32;
+}
 
 void require(bool holds, const char* what) {
   if (!holds) throw std::invalid_argument(std::string("Winograd's convolution needs ") + what);
@@ -149,7 +152,7 @@ void int8_conv(const Int8ConvParams& params, const std::string& engine, int thre
 
 void int8_conv_pack(const Int8ConvPackParams& params, const std::string& engine, int threads) {
   const Engine& found = find(engine);
-  if (params.kind == kWords && found.takes != Takes::kImages) {
+  if (params.kind == kWords && found.takes != Takes::kAll) {
     throw std::invalid_argument("convolution engine \"" + engine + "\" is for weights in 8 bits");
   }
   require_kernel(found, params.kernel);
@@ -162,7 +165,8 @@ int64_t int8_conv_pack_bytes(const std::string& engine, int64_t c_out, int64_t k
   require_kernel(found, kernel);
   if (found.takes == Takes::kTiles) return kWinogradHeaderBytes + winograd_tiles_bytes(c_out, c_in);
   const auto plan = conv::divide({1, 1, c_in, c_out, kernel, 1}, chunk_of(found));
-  return plan.tiles * conv::tile_step(plan);
+  const int64_t notes = found.takes == Takes::kNoted ? notes_bytes(c_out, kernel, c_in) : 0;
+  return notes + plan.tiles * conv::tile_step(plan);
 }
 
 int64_t int8_conv_parts(const std::string& engine, int64_t out_height, int64_t out_width,

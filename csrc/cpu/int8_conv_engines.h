@@ -2,8 +2,9 @@
 //
 //   amx            bytes, by the matrix unit (tdpbusd)                     AMX
 //   vnni           bytes, four products at once (vpdpbusd)                 AVX512-VNNI, AVX-VNNI
-//   maddubs        bytes, pairs in 16 bits (vpmaddubsw), which hold them   AVX2, AVX-512
-//   words          images and their weights, pairs of 16 bits (vpmaddwd)   AVX2, AVX-512
+//   maddubs        bytes, sums in 16 bits (vpmaddubsw) of as many as they  AVX2, AVX-512
+//                  hold (int8_conv_notes.h)
+//   words          images, and bytes, pairs of 16 bits (vpmaddwd)          AVX2, AVX-512
 //
 // 3x3 with a stride of 1 takes a quarter of the products in tiles of 4x4 outputs, in 16 bits
 // (int8_conv_winograd.h), without pool partials:

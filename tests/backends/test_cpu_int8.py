@@ -22,7 +22,7 @@ from vovnet_fast.ops.max_pool import output_size
 
 ENGINES = engine_combinations("int8_conv_engines")
 WINOGRAD = [pair for pair in ENGINES if pair[0] in int8_winograd.NAMES]
-BYTES = [pair for pair in ENGINES if pair[0] != int8.WORDS and pair not in WINOGRAD]
+BYTES = [pair for pair in ENGINES if pair not in WINOGRAD]
 WORDS = [pair for pair in ENGINES if pair[0] == int8.WORDS]
 ISAS = ["baseline"] if _extension.why_not("cpu") else _extension.load("cpu").isas()
 
@@ -119,23 +119,34 @@ def test_conv(engine, isa, levels):
 @pytest.mark.parametrize("levels", LEVELS)
 @pytest.mark.parametrize(("engine", "isa"), BYTES)
 @pytest.mark.parametrize("sign", [1, -1])
-def test_nothing_saturates(engine, isa, sign, levels):
-    """Every product the largest there is, or the least."""
+@pytest.mark.parametrize("size", [127, 65, 64, 33, 32, "some"])
+def test_nothing_saturates(engine, isa, sign, size, levels):
+    """Every product the largest there is, or the least. Of weights of 32 and 64, 16 bits hold the
+    sums of 8 and 4 products of 127 levels; of those that are larger they do not."""
     layer = conv_layer(16, 3, 128, 1)
-    layer = layer._replace(weight=torch.full_like(layer.weight, sign * 127))
-    layer = layer._replace(multiplier=torch.full((16,), 1e-6), unit=torch.full((16,), float(sign)))
+    if size == "some":  # One tile has other weights than the next one.
+        layer = conv_layer(32, 3, 128, 1)
+        layer.weight[:16] = 32
+        layer.weight[16:, :2] = 127
+        layer.weight[16:, 2] = 33
+        layer = layer._replace(weight=sign * layer.weight)
+    else:
+        layer = layer._replace(weight=torch.full_like(layer.weight, sign * size))
+    unit = torch.full((len(layer.weight),), float(sign))
+    layer = layer._replace(multiplier=unit.abs() * 1e-6, unit=unit)
     x = torch.full((1, 5, 5, 128), levels, dtype=torch.uint8)
     features = []
     for conv in (wanted.conv, int8.conv):
         with instruction_set(isa):
-            feature = torch.empty(1, 5, 5, 16)
+            feature = torch.empty(1, 5, 5, len(unit))
             if conv is int8.conv:
                 int8.run_engine(engine, x, layer, None, levels=levels, feature=feature)
             else:
                 conv(x, layer, None, levels=levels, feature=feature)
         features.append(feature)
     assert torch.equal(*features)
-    assert features[0].max() > 0.99 * 9 * 128 * 127 * levels
+    largest = 9 * 128 * levels * (size if size != "some" else 33)
+    assert features[0].max() > 0.99 * largest
 
 
 WINOGRAD_SHAPES = [
@@ -429,8 +440,8 @@ def test_engines_say_what_they_take():
         pytest.skip("this processor has no convolutions in eight bits")
     layer = conv_layer(16, 3, 16, 1)
     x, out = torch.zeros(1, 4, 4, 16, dtype=torch.uint8), torch.zeros(1, 4, 4, 16).byte()
-    with pytest.raises(ValueError, match='"words" is for images, not for steps'):
-        int8.run_engine(int8.WORDS, x, layer, out, levels=127)
+    with pytest.raises(ValueError, match=f'"{int8.engines()[0]}" is for steps, not for images'):
+        int8.run_engine(int8.engines()[0], x.view(torch.int8), layer, out, levels=127)
     with pytest.raises(ValueError, match='no convolution engine in eight bits "tensor" runs on'):
         int8.run_engine("tensor", x, layer, out, levels=127)
     with pytest.raises(ValueError, match="levels must be from 1 to 255, got 256"):

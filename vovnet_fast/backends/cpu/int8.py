@@ -1,7 +1,7 @@
 """The ops of :mod:`vovnet_fast.arithmetic.int8` by the extension: the same integers, bit for bit.
 
 Which instructions multiply makes no difference to any of them, so that the fastest engine there is
-is taken: AMX, VNNI, or pairs of products in 16 bits (csrc/cpu/int8_conv_engines.h), and where that
+is taken: AMX, VNNI, or sums of products in 16 bits (csrc/cpu/int8_conv_engines.h), and where that
 is faster Winograd's (:mod:`.int8_winograd`). Images, which have signs, and the weights of their
 layer are multiplied in 16 bits.
 """
@@ -35,7 +35,9 @@ __all__ = [
 ]  # fmt: skip
 
 WORDS = "words"
-"""The engine of images."""
+"""The engine of images, and of more steps than ``maddubs`` multiplies two at a time."""
+
+_MADDUBS_LEVELS = 127
 
 _TRIAL_FORMS, _TRIAL_BYTES = 8, 32 << 20
 """Of the weights that take turns in a trial of one layer: in a network, one is not found in a near
@@ -89,8 +91,10 @@ def conv(
 ) -> Tensor | None:
     """See :func:`vovnet_fast.arithmetic.int8.conv`."""
     engine = engines()[0] if x.dtype == ACTIVATION else WORDS
+    if engine == "maddubs" and levels > _MADDUBS_LEVELS:
+        engine = WORDS
     c_out, kernel, _, c_in = layer.weight.shape
-    if engine != WORDS and kernel == 3 and layer.stride == 1 and not pool and c_out and c_in:
+    if x.dtype == ACTIVATION and kernel == 3 and layer.stride == 1 and not pool and c_out and c_in:
         engine = int8_winograd.choose(x, layer.weight, levels, _trial, engine)
     return run_engine(engine, x, layer, out, levels=levels, feature=feature, pool=pool)
 

@@ -25,7 +25,7 @@ LEAST_PIXELS = 16
 """Of all maps. With fewer nobody asks: a tile has as many."""
 
 STATIC_PIXELS = 256
-"""From which it is taken in place of ``maddubs`` where nothing is measured."""
+"""From which it is taken where nothing is measured, unless VNNI is there."""
 
 LARGEST_OUTPUT = 1 << 25
 """Outputs must be less, without their bias: sums are made modulo 2^32, and hold 576 times that."""
@@ -51,7 +51,7 @@ def choose(x: Tensor, weight: Tensor, levels: int, trial: winograd.Trial, otherw
     name = next((name for name in NAMES if name in there), None)
     if name is None or not fits(weight, levels):
         return otherwise
-    static = name if otherwise == "maddubs" and pixels >= STATIC_PIXELS else otherwise
+    static = name if otherwise != "vnni" and pixels >= STATIC_PIXELS else otherwise
     layer = winograd.layer_of(pixels, weight, x.dtype, otherwise)._replace(levels=levels)
     return winograd.fastest(layer, (name, otherwise), static, trial)
 
