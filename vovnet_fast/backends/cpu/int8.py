@@ -167,6 +167,9 @@ def _trial(layer: winograd.Layer) -> Callable[[str], None]:
 
     def run(engine: str) -> None:
         assert layer.levels is not None
+        if engine not in turns:  # A turn that does not count.
+            for conv in convs:
+                packing.kept_tiles(engine, conv.weight, _pack)
         turns[engine] += 1
         run_engine(engine, x, convs[turns[engine] % number], out, levels=layer.levels)
 
