@@ -1,7 +1,7 @@
 // Convolution in fp32, and by fp32 in half precision.
 #if defined(__AVX2__) || defined(__aarch64__)
 
-#include "conv_registers.h"
+#include "conv_pointwise.h"
 
 namespace vovnet_fast {
 inline namespace VF_ISA {
@@ -12,6 +12,19 @@ struct Fma : conv::Registers<conv::Fp32> {
   template <class T, class Span>
   static VF_HD void store(T* to, Vector<float> y, Span span) {
     VF_ISA::store(to, y, span);
+  }
+
+  static constexpr bool kAlone = conv::kPointwise;
+  template <class T>
+  static bool alone(const ConvParams& p, const conv::Plan& plan, const conv::Task& task,
+                    float* kept, float* pool) {
+    if constexpr (std::is_same_v<T, float>) {
+      if (conv::is_pointwise(p)) {
+        conv::run_pointwise<Fma>(p, plan, task, kept, pool);
+        return true;
+      }
+    }
+    return false;
   }
 };
 

@@ -13,11 +13,14 @@
 //   kSteps                    chunks times taps whose weights stay in its L1 cache; sums of so many
 //                             are complete before they are added to others, which keeps them exact
 //   multiply(Block, sums, add)  sums, [pixel][channel], added to those that are there or not
+// and, where it has kAlone, alone<T>(params, plan, task, sums, pool), which does a task by itself,
+// or returns false.
 //   store(T*, Vector, span)   rounds a vector into the output
 #pragma once
 
 #include <cstdlib>
 #include <new>
+#include <type_traits>
 
 #include "conv_gather.h"
 #include "conv_pack.h"
@@ -41,6 +44,11 @@ struct Block {
   int taps, pixels, tiles;
   int last_units;  // of four bytes, that channels of the last chunk fill; the rest are zeros
 };
+
+template <class Engine, class = void>
+constexpr bool kAlone = false;
+template <class Engine>
+constexpr bool kAlone<Engine, std::enable_if_t<Engine::kAlone>> = true;
 
 // Memory of a thread, kept for its next convolution.
 class Workspace {
@@ -156,6 +164,15 @@ void run_task(const Params& p, const Plan& plan, const Task& task, const int64_t
   using Packed = typename Engine::Packed;
   using Sum = typename Engine::Sum;
   constexpr int64_t kChunk = kChunkBytes / static_cast<int64_t>(sizeof(Packed));
+  Sum* pool = nullptr;
+  if (p.pool_partials != nullptr) {
+    const int64_t first = task.first_tile * kTileChannels;
+    pool = static_cast<Sum*>(p.pool_partials) + (task.image * plan.strips + task.strip) * p.c_out;
+    zero(pool + first, least(task.last_tile * kTileChannels, p.c_out) - first);
+  }
+  if constexpr (kAlone<Engine>) {
+    if (Engine::template alone<T>(p, plan, task, kept, pool)) return;
+  }
   Block block{gathered,
               kChunkBytes,
               plan.pixels * kChunkBytes,
@@ -179,12 +196,6 @@ void run_task(const Params& p, const Plan& plan, const Task& task, const int64_t
     block.chunk_step = kChunkBytes;
   } else {
     gather<T, Packed>(p, plan, task.image, task.row, task.rows, gathered);
-  }
-  Sum* pool = nullptr;
-  if (p.pool_partials != nullptr) {
-    const int64_t first = task.first_tile * kTileChannels;
-    pool = static_cast<Sum*>(p.pool_partials) + (task.image * plan.strips + task.strip) * p.c_out;
-    zero(pool + first, least(task.last_tile * kTileChannels, p.c_out) - first);
   }
   multiply<Engine, T>(p, plan, task, block, !direct, kept, pool);
 }
