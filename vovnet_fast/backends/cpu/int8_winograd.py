@@ -24,7 +24,7 @@ SIDE = 4
 LEAST_PIXELS = 16
 """Of all maps. With fewer nobody asks: a tile has as many."""
 
-STATIC_PIXELS = 256
+STATIC_PIXELS = 64
 """From which it is taken where nothing is measured, unless VNNI is there."""
 
 LARGEST_OUTPUT = 1 << 25
