@@ -60,14 +60,16 @@ void run_image(const Int8ImageParams& p, int threads) {
 // ---- Depthwise ---------------------------------------------------------------------------------
 
 // Some channels of a row of the output. A column of the window is loaded once for all pixels that
-// have it in their windows.
+// have it in their windows, its upper two taps as pairs.
 template <class Span>
 VF_HD void depthwise_row(const Int8DepthwiseParams& p, int64_t image, int64_t row, int64_t c,
                          Span span) {
   const auto* weight = static_cast<const int8_t*>(p.weight) + c;
-  Ints weights[3][3];
-  for (int i = 0; i < 3; ++i) {
-    for (int j = 0; j < 3; ++j) weights[i][j] = load_signed(weight + (3 * i + j) * p.c, span);
+  Ints weights[3][2];
+  for (int j = 0; j < 3; ++j) {
+    const auto tap = [&](int i) VF_LAMBDA { return load_signed(weight + (3 * i + j) * p.c, span); };
+    weights[j][0] = in_pairs(tap(0), tap(1));
+    weights[j][1] = tap(2);
   }
   const Floats multiplier = load(static_cast<const float*>(p.multiplier) + c, span);
   const Ints zero = load_bytes<float>(static_cast<const uint8_t*>(p.zero) + c, span);
@@ -78,15 +80,16 @@ VF_HD void depthwise_row(const Int8DepthwiseParams& p, int64_t image, int64_t ro
     const int64_t h = first + i;
     rows[i] = h < 0 || h >= p.height ? nullptr : at<const uint8_t>(p.x, image, Pixel{h, 0}) + c;
   }
-  const auto column = [&](int64_t w, Ints(&to)[3]) VF_LAMBDA {
-    for (int i = 0; i < 3; ++i) {
-      to[i] = Ints{};
-      if (rows[i] != nullptr && w >= 0 && w < p.width) {
-        to[i] = load_bytes<float>(rows[i] + w * p.x.stride_w, span);
-      }
-    }
+  const auto column = [&](int64_t w, Ints(&to)[2]) VF_LAMBDA {
+    const bool inside = w >= 0 && w < p.width;
+    const auto tap = [&](int i) VF_LAMBDA {
+      if (!inside || rows[i] == nullptr) return Ints{};
+      return load_bytes<float>(rows[i] + w * p.x.stride_w, span);
+    };
+    to[0] = in_pairs(tap(0), tap(1));
+    to[1] = tap(2);
   };
-  Ints left[3], middle[3], right[3];
+  Ints left[2], middle[2], right[2];
   uint8_t* out = at<uint8_t>(p.out, image, Pixel{row, 0}) + c;
   for (int64_t w = 0; w < p.out_width; ++w, out += p.out.stride_w) {
     const int64_t start = window_start(w, p.stride, 1);
@@ -96,9 +99,9 @@ VF_HD void depthwise_row(const Int8DepthwiseParams& p, int64_t image, int64_t ro
     }
     column(start + 2, right);
     Ints acc{};
-    for (int i = 0; i < 3; ++i) {
-      acc += small_product(left[i], weights[i][0]) + small_product(middle[i], weights[i][1]) +
-             small_product(right[i], weights[i][2]);
+    for (int i = 0; i < 2; ++i) {
+      acc += sums_of_pairs(left[i], weights[0][i]) + sums_of_pairs(middle[i], weights[1][i]) +
+             sums_of_pairs(right[i], weights[2][i]);
       left[i] = p.stride == 1 ? middle[i] : right[i];
       middle[i] = right[i];
     }
@@ -190,7 +193,8 @@ void apply_share(const Int8ApplyGatesParams& p, const Share& share) {
     for_channels<float>(p.c, [&](int64_t c, auto span) VF_LAMBDA {
       const Ints x = identity == nullptr ? Ints{} : load_bytes<float>(identity + c, span);
       const Ints y = gates == nullptr ? gate : load(gates + c, span);
-      const Ints acc = two_products(load_bytes<float>(z + c, span), x, y, factor);
+      const Ints pairs = in_pairs(load_bytes<float>(z + c, span), x);
+      const Ints acc = sums_of_pairs(pairs, in_pairs(y, factor));
       if (out != nullptr) store_bytes<float>(out + c, requantized(acc, rescale, low, high), span);
       if (feature != nullptr) store(feature + c, to_floats(acc) * step, span);
     });

@@ -80,24 +80,11 @@ VF_HD void store_two(uint8_t* const* to, const Ints (&first)[2], const Ints (&se
 
 #endif
 
-// x * y + x_high * y_high, each of them in 16 bits with a sign.
-VF_HD Ints two_products(Ints x, Ints x_high, Ints y, Ints y_high) {
-#ifdef __x86_64__
-  const Ints first = (x & 0xffff) | (x_high << 16), second = (y & 0xffff) | (y_high << 16);
-#if defined(__AVX512F__)
-  return (Ints)_mm512_madd_epi16((__m512i)first, (__m512i)second);
-#elif defined(__AVX2__)
-  return (Ints)_mm256_madd_epi16((__m256i)first, (__m256i)second);
-#else
-  return (Ints)_mm_madd_epi16((__m128i)first, (__m128i)second);
-#endif
-#else
-  return x * y + x_high * y_high;
-#endif
-}
+// Two numbers of 16 bits with a sign in each lane.
+VF_HD Ints in_pairs(Ints low, Ints high) { return (low & 0xffff) | (high << 16); }
 
-// x * y, where x is not negative, and both are in 16 bits with a sign.
-VF_HD Ints small_product(Ints x, Ints y) {
+// The sums of both products of such lanes.
+VF_HD Ints sums_of_pairs(Ints x, Ints y) {
 #if defined(__AVX512F__)
   return (Ints)_mm512_madd_epi16((__m512i)x, (__m512i)y);
 #elif defined(__AVX2__)
@@ -105,7 +92,7 @@ VF_HD Ints small_product(Ints x, Ints y) {
 #elif defined(__x86_64__)
   return (Ints)_mm_madd_epi16((__m128i)x, (__m128i)y);
 #else
-  return x * y;
+  return ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
 #endif
 }
 
