@@ -4,14 +4,14 @@ Who takes part, with which settings, says :mod:`benchmarks.peers`. All are built
 run one after the other in every round, so that what slows the machine down meets all alike;
 what counts are the ratios to eager, of the times of one round. ``--not-frozen`` and ``--train``
 measure instead what users have who freeze nothing (:mod:`benchmarks.unfrozen`). ``--out results``
-writes ``results.json``, with versions, processor and commit, and ``results.md``.
+writes ``results.json``, with versions, processor and commit, and ``results.md``, after every kind
+of network.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -34,6 +34,7 @@ from vovnet_fast.tools.bench.stopwatch import (
 
 from . import unfrozen
 from .peers import EAGER, PEERS, Case, Missing, Peer
+from .writing import write
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -45,24 +46,23 @@ def main() -> None:
     options = _parser().parse_args()
     torch.set_num_threads(options.threads)
     sizes = options.sizes or ([64, 224] if options.not_frozen or options.train else [320])
+    about = {**provenance.collect(CPU), "threads": options.threads, "rounds": options.rounds}
+    rows: list[Row] = []
+    text = ""
     if options.not_frozen or options.train:
-        rows = _not_frozen(options, sizes)
-        text = "\n".join(unfrozen.table(rows))
+        for found in _not_frozen(options, sizes):
+            rows += found
+            text = "\n".join([*unfrozen.table(rows), "", *_about_run(about)])
+            write(options.out, about, rows, text)
     else:
-        rows, texts = [], []
+        texts: list[str] = []
         for spec, size in itertools.product(options.spec, sizes):
             found = _frozen(options, spec, size)
             rows += found
             texts += _table(spec, size, found)
-        text = "\n".join(texts)
-    about = {**provenance.collect(CPU), "threads": options.threads, "rounds": options.rounds}
-    text = "\n".join([text, "", *_about_run(about)])
+            text = "\n".join([*texts, "", *_about_run(about)])
+            write(options.out, about, rows, text)
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        content = json.dumps({"provenance": about, "rows": rows}, indent=1)
-        options.out.with_suffix(".json").write_text(content + "\n", encoding="utf-8")
-        options.out.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
 
 
 def _frozen(options: argparse.Namespace, spec: str, size: int) -> list[Row]:
@@ -79,21 +79,19 @@ def _frozen(options: argparse.Namespace, spec: str, size: int) -> list[Row]:
     return rows
 
 
-def _not_frozen(options: argparse.Namespace, sizes: Sequence[int]) -> list[Row]:
-    """Rows of networks that are not frozen."""
+def _not_frozen(options: argparse.Namespace, sizes: Sequence[int]) -> Iterator[list[Row]]:
+    """Rows of networks that are not frozen, kind by kind."""
     dtypes = [DTYPES[name] for name in options.dtypes]
     modes = [train for train in (False, True) if (options.train if train else options.not_frozen)]
     found = [
         kind for train in modes for kind in unfrozen.kinds(options.spec, sizes, dtypes, train=train)
     ]
-    rows: list[Row] = []
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=len(found))
         for kind in found:
             bar.update(task, description=str(kind))
-            rows += unfrozen.measure(kind, options.rounds, options.seconds, lambda _: None)
+            yield unfrozen.measure(kind, options.rounds, options.seconds, lambda _: None)
             bar.advance(task)
-    return rows
 
 
 def _parser() -> argparse.ArgumentParser:

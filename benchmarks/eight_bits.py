@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -36,6 +35,7 @@ from vovnet_fast.tools.bench.stopwatch import (
 from .int8_peers import PEERS, Int8Peer
 from .networks import build
 from .peer import Missing
+from .writing import write
 
 CPU = torch.device("cpu")
 CALIBRATION = 8
@@ -47,6 +47,8 @@ Row = dict[str, Any]
 def main() -> None:
     options = _parser().parse_args()
     torch.set_num_threads(options.threads)
+    about = {**provenance.collect(CPU), "threads": options.threads, "rounds": options.rounds}
+    ending = ["", "## Where and with what", "", *(f"* {k}: {v}" for k, v in about.items())]
     rows: list[Row] = []
     text: list[str] = []
     with torch.no_grad(), warnings.catch_warnings():
@@ -55,14 +57,8 @@ def main() -> None:
             found = measure(spec, size, options.rounds, options.peers)
             rows += found
             text += _table(spec, size, found)
-    about = {**provenance.collect(CPU), "threads": options.threads, "rounds": options.rounds}
-    text += ["", "## Where and with what", "", *(f"* {k}: {v}" for k, v in about.items())]
-    Console().print("\n".join(text), markup=False, highlight=False, soft_wrap=True)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        content = json.dumps({"provenance": about, "rows": rows}, indent=1)
-        options.out.with_suffix(".json").write_text(content + "\n", encoding="utf-8")
-        options.out.with_suffix(".md").write_text("\n".join(text) + "\n", encoding="utf-8")
+            write(options.out, about, rows, "\n".join([*text, *ending]))
+    Console().print("\n".join([*text, *ending]), markup=False, highlight=False, soft_wrap=True)
 
 
 def smooth(count: int, size: int, seed: int) -> Tensor:

@@ -57,3 +57,26 @@ def test_what_is_better_is_found_by_the_median():
         is behind
     )
     assert unfrozen.least([]) is None
+
+
+def test_what_was_found_is_kept_when_a_run_is_interrupted(monkeypatch, tmp_path):
+    found = iter([[{"what": "one"}], KeyboardInterrupt()])
+
+    def measure(*_):
+        rows = next(found)
+        if isinstance(rows, BaseException):
+            raise rows
+        return rows
+
+    monkeypatch.setattr(unfrozen, "measure", measure)
+    monkeypatch.setattr(unfrozen, "table", lambda rows: [f"{len(rows)} rows"])
+    out = tmp_path / "new" / "torch-2.13"
+    words = ["cpu", "--not-frozen", "--dtypes", "fp32", "--threads", "1", "--out", str(out)]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(KeyboardInterrupt):
+        cpu.main()
+    kept = json.loads((out.parent / "torch-2.13.json").read_text(encoding="utf-8"))
+    assert kept["rows"] == [{"what": "one"}]
+    assert kept["provenance"]["threads"] == 1
+    assert "1 rows" in (out.parent / "torch-2.13.md").read_text(encoding="utf-8")
+    assert len([*out.parent.iterdir()]) == 2
