@@ -151,9 +151,23 @@ def test_what_is_linked_is_there():
         assert (ROOT / target).exists(), target
 
 
-def test_times_in_eight_bits():
+def test_frozen_networks_on_avx2_alone():
+    found = newest("frozen-fp32.json")
+    assert found["provenance"]["dirty"] is False
+    assert f"at commit {found['provenance']['commit'][:8]}" in README
+    for peer in ("fused-cpu", "compiled-folded", "openvino", "onnxruntime"):
+        cells = [
+            "{ratio_to_eager:.2f} ({ratio_low:.2f} to {ratio_high:.2f})".format(**row)
+            for row in found["rows"]
+            if row["peer"] == peer
+        ]
+        assert f"| {' | '.join(cells)} |" in README
+
+
+@pytest.mark.parametrize("name", ["eight-bits.json", "eight-bits-avx2.json"])
+def test_times_in_eight_bits(name):
     """Every cell is the time of a peer over ours as measured, with its signal-to-noise ratio."""
-    found = newest("eight-bits.json")
+    found = newest(name)
     assert found["provenance"]["dirty"] is False
     assert f"at commit {found['provenance']['commit'][:8]}" in README
     rows: dict = {}
