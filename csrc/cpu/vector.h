@@ -140,6 +140,14 @@ VF_HD void narrow_bytes(uint8_t* to, Integers<Number> y) {
                      _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)y));
     return;
   }
+#elif defined(__AVX2__)
+  if constexpr (kLanes<Number> == 8) {
+    const __m256i both = (__m256i)y;
+    const __m128i halves =
+        _mm_packus_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packus_epi16(halves, halves));
+    return;
+  }
 #endif
   const auto bytes = __builtin_convertvector(y, typename VectorTypes<Number>::Bytes);
   memcpy(to, &bytes, sizeof bytes);
