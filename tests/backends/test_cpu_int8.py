@@ -17,8 +17,9 @@ from vovnet_fast.arithmetic.layers import (
     QuantizedSum,
 )
 from vovnet_fast.backends import _extension
-from vovnet_fast.backends.cpu import int8, int8_winograd, winograd
+from vovnet_fast.backends.cpu import int8, int8_winograd, packing, winograd
 from vovnet_fast.ops.max_pool import output_size
+from vovnet_fast.replay import cpu as replay
 
 ENGINES = engine_combinations("int8_conv_engines")
 WINOGRAD = [pair for pair in ENGINES if pair[0] in int8_winograd.NAMES]
@@ -242,6 +243,24 @@ def test_winograd_is_exact_up_to_the_limit(engine, isa, sign):
             wanted.conv(x, layer, None, levels=levels, feature=theirs)
             assert torch.equal(feature, theirs)
             assert feature.abs().max() > 0.99 * int8_winograd.LARGEST_OUTPUT
+
+
+def test_what_an_output_is_at_most_is_known_without_an_op_of_pytorch():
+    """It is asked for while calls are recorded; and again where a weight was written to."""
+    weight = integers(-127, 127, 24, 3, 3, 512, dtype=torch.int8)
+    weight[3] = weight[3].abs()
+    largest = int(weight[3].int().sum())
+    with replay._Watch() as watch:
+        assert int8_winograd._largest_sum(weight) == largest
+        assert not int8_winograd.fits(weight, 127)
+    assert not watch.computed
+    weight.clamp_(-20, 20)
+    assert int8_winograd._largest_sum(-weight) == int(weight[3].int().sum())
+    assert int8_winograd.fits(weight, 127)
+    weight.data.fill_(127)
+    assert int8_winograd.fits(weight, 127)  # Nobody has counted that,
+    packing.forget([weight])
+    assert not int8_winograd.fits(weight, 127)
 
 
 @pytest.mark.parametrize(("engine", "isa"), WINOGRAD)

@@ -72,6 +72,18 @@ def test_calls_are_recorded():
     assert workspace.replay.calls > len(quantized.network.layers)
 
 
+def test_calls_of_wide_layers_are_recorded():
+    """What their weights allow is looked up, not computed: of a recorded call nothing may be."""
+    model = vovnet_fast.VoVNet("V-39-eSE", out_features=("stage5",)).eval()
+    images = torch.randn(1, 3, 64, 64)
+    options = dict(calibrator="minmax", report=False)
+    quantized = vovnet_fast.quantize(model, [images], **options)
+    for _ in range(3):
+        features(quantized, images)
+    workspace = quantized._caches.made.workspaces.take(images.permute(0, 2, 3, 1).shape)
+    assert workspace.replay.calls > len(quantized.network.layers)
+
+
 def test_results_are_kept():
     """What was returned stays as it is while others are made."""
     quantized = copy.deepcopy(cases.quantized())

@@ -9,7 +9,7 @@ such layer, and remembered, as for other dtypes (:mod:`.winograd`).
 
 from __future__ import annotations
 
-import torch
+import numpy as np
 from torch import Tensor
 
 from .. import _extension
@@ -60,12 +60,10 @@ def fits(weight: Tensor, levels: int) -> bool:
     """Whether no output of a weight ``[C_out, 3, 3, C_in]`` is too large, for any steps."""
     if weight[0].numel() * 127 * levels < LARGEST_OUTPUT:
         return True
-    most = packing.kept_tiles("largest sum", weight, _largest_sum)
-    return int(most) * levels < LARGEST_OUTPUT
+    return packing.kept_number(weight, _largest_sum) * levels < LARGEST_OUTPUT
 
 
-def _largest_sum(_: str, weight: Tensor) -> Tensor:
+def _largest_sum(weight: Tensor) -> int:
     """Of the weights of one sign of an output channel, absolutely."""
-    with torch.inference_mode(False), torch.no_grad():
-        rows = weight.flatten(1).int()
-        return torch.maximum(rows.clamp(min=0).sum(1), -rows.clamp(max=0).sum(1)).amax()
+    rows = weight.detach().flatten(1).numpy().astype(np.int32)
+    return int(max(rows.clip(min=0).sum(1).max(), -rows.clip(max=0).sum(1).min()))

@@ -35,6 +35,9 @@ class _Packed(NamedTuple):
 _kept = WeakTensorKeyDictionary()
 """Packed forms by weight and engine, for as long as it lives: a frozen network packs only once."""
 
+_numbers = WeakTensorKeyDictionary()
+"""What was counted of a weight, with the address and the version that it had."""
+
 _lock = threading.Lock()
 
 
@@ -81,6 +84,23 @@ def kept_tiles(engine: str, weight: Tensor, make: Callable[[str, Tensor], Tensor
     return found.tiles
 
 
+def kept_number(weight: Tensor, count: Callable[[Tensor], int]) -> int:
+    """What was counted of a weight, again where it has changed since: one number for each.
+
+    ``count`` must call no op of PyTorch that computes: calls are being recorded, perhaps.
+    """
+    if weight.is_inference():
+        return count(weight)
+    now = weight.data_ptr(), weight._version
+    with _lock:
+        found: tuple[tuple[int, int], int] | None = _numbers.get(weight)
+    if found is None or found[0] != now:
+        found = now, count(weight)
+        with _lock:
+            _numbers[weight] = found
+    return found[1]
+
+
 def stand_in(engine: str, weight: Tensor) -> Tensor:
     """What takes the place of a weight that will not change, and need not be kept.
 
@@ -98,10 +118,11 @@ def stand_in(engine: str, weight: Tensor) -> Tensor:
 
 
 def forget(weights: Iterable[Tensor]) -> None:
-    """Drop the packed forms of weights, which were written to without PyTorch's counting it."""
+    """Drop what is kept of weights, which were written to without PyTorch's counting it."""
     with _lock:
         for weight in weights:
             _kept.pop(weight, None)
+            _numbers.pop(weight, None)
 
 
 def pack(
