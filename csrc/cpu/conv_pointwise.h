@@ -1,5 +1,5 @@
 // 1x1 convolutions in fp32, from where pixels lie to where outputs do: nothing is gathered, and
-// sums leave the registers as outputs. Of few channels that was a third of the time.
+// sums leave the registers as outputs. Of 64 channels these were a quarter of the time on a Zen 1.
 //
 // For AVX2: a block has 6 pixels, whose addresses are a base and multiples of one step. All is
 // summed in the order in which other blocks are (conv_registers.h), and so are pool partials.

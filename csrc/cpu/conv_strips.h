@@ -13,9 +13,9 @@
 //   kSteps                    chunks times taps whose weights stay in its L1 cache; sums of so many
 //                             are complete before they are added to others, which keeps them exact
 //   multiply(Block, sums, add)  sums, [pixel][channel], added to those that are there or not
-// and, where it has kAlone, alone<T>(params, plan, task, sums, pool), which does a task by itself,
-// or returns false.
 //   store(T*, Vector, span)   rounds a vector into the output
+//   kAlone                    or nothing; if true, alone<T>(params, plan, task, sums, pool) does a
+//                             task by itself, or returns false
 #pragma once
 
 #include <cstdlib>

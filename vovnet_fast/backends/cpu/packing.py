@@ -36,7 +36,7 @@ _kept = WeakTensorKeyDictionary()
 """Packed forms by weight and engine, for as long as it lives: a frozen network packs only once."""
 
 _numbers = WeakTensorKeyDictionary()
-"""What was counted of a weight, with the address and the version that it had."""
+"""What was counted of a weight last, with the address and the version that it had, and by whom."""
 
 _lock = threading.Lock()
 
@@ -85,15 +85,15 @@ def kept_tiles(engine: str, weight: Tensor, make: Callable[[str, Tensor], Tensor
 
 
 def kept_number(weight: Tensor, count: Callable[[Tensor], int]) -> int:
-    """What was counted of a weight, again where it has changed since: one number for each.
+    """What was counted of a weight, again where it has changed since.
 
     ``count`` must call no op of PyTorch that computes: calls are being recorded, perhaps.
     """
     if weight.is_inference():
         return count(weight)
-    now = weight.data_ptr(), weight._version
+    now = weight.data_ptr(), weight._version, count
     with _lock:
-        found: tuple[tuple[int, int], int] | None = _numbers.get(weight)
+        found: tuple[tuple[object, ...], int] | None = _numbers.get(weight)
     if found is None or found[0] != now:
         found = now, count(weight)
         with _lock:
