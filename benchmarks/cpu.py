@@ -47,12 +47,14 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     sizes = options.sizes or ([64, 224] if options.not_frozen or options.train else [320])
     about = {**provenance.collect(CPU), "threads": options.threads, "rounds": options.rounds}
+    if options.not_frozen or options.train:
+        about["processes"] = options.processes
     rows: list[Row] = []
     text = ""
     if options.not_frozen or options.train:
         for found in _not_frozen(options, sizes):
             rows += found
-            text = "\n".join([*unfrozen.table(rows), "", *_about_run(about)])
+            text = "\n".join([*unfrozen.table(rows, options.processes), "", *_about_run(about)])
             write(options.out, about, rows, text)
     else:
         texts: list[str] = []
@@ -90,7 +92,9 @@ def _not_frozen(options: argparse.Namespace, sizes: Sequence[int]) -> Iterator[l
         task = bar.add_task("", total=len(found))
         for kind in found:
             bar.update(task, description=str(kind))
-            yield unfrozen.measure(kind, options.rounds, options.seconds, lambda _: None)
+            yield unfrozen.measure(
+                kind, options.rounds, options.seconds, options.threads, options.processes
+            )
             bar.advance(task)
 
 
@@ -112,7 +116,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--seconds", type=float, default=60.0,
-        help="for each of these, after which no further round begins (%(default)s)",
+        help="for each of these in a process, after which no further round begins (%(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--processes", type=int, default=1,
+        help="in which each of these is measured anew, one after the other: what two networks of "
+        "a process differ by, running the same, is seen by several alone, six for an interval of "
+        "95 %% (%(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--threads", type=int, default=torch.get_num_threads(), help="(%(default)s)"

@@ -1,13 +1,20 @@
 """A network that is not frozen on a CPU, in inference and in training, against plain PyTorch.
 
 ``auto`` is what users get who change nothing but the type of the backbone. It is held against the
-better of plain PyTorch's two layouts, which differs between processors, sizes and networks: all
-that is said is a ratio of times of the same rounds, in one process.
+better of plain PyTorch's two layouts, which differs between processors, sizes and networks.
+
+Two networks of one process that run the very same modules differ by up to a twentieth, for as
+long as it lives: their memory lies elsewhere. More rounds do not show that. So every process
+builds its own, in an order of its own, and gives one ratio of times of the same rounds; what is
+said is the median of several processes, with the interval that they span. Beside it stands the
+control, a second plain network, whose ratio to the first is 1 but for what cannot be told apart.
 """
 
 from __future__ import annotations
 
 import itertools
+import multiprocessing
+import random
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +27,7 @@ from vovnet_fast.tools.bench.stopwatch import (
     Interval,
     Stopwatch,
     interleaved,
+    median_interval,
     ratio_interval,
     spread,
 )
@@ -30,8 +38,10 @@ from .networks import build, build_training
 CPU = torch.device("cpu")
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 PLAIN = tuple(f"plain, {layout}" for layout in LAYOUTS)
+CONTROL = "plain again"
 
 Row = dict[str, Any]
+Times = Mapping[str, Sequence[float]]
 
 
 class Kind(NamedTuple):
@@ -66,26 +76,47 @@ def kinds(
     ]
 
 
-def measure(kind: Kind, rounds: int, seconds: float, each: Callable[[str], None]) -> list[Row]:
+def measure(kind: Kind, rounds: int, seconds: float, threads: int, processes: int) -> list[Row]:
     """Rows of what is not frozen, each against the better of plain PyTorch's layouts.
 
     Args:
         kind: what to measure.
         rounds: at most, in each of which everybody has a turn.
-        seconds: no further round begins after so many.
-        each: is told whose turn has just ended.
+        seconds: no further round of a process begins after so many.
+        threads: of every process.
+        processes: one after the other, or 1, which is this one.
     """
-    works = {
-        f"{who}, {layout}": _work(kind, backend, LAYOUTS[layout])
-        for who, backend in (("plain", "reference"), ("auto", "auto"))
-        for layout in LAYOUTS
-    }
+    if processes == 1:
+        found = [times(kind, rounds, seconds, threads, 0)]
+    else:  # Spawned: nothing of a process is left to the next.
+        turns = [(kind, rounds, seconds, threads, order) for order in range(processes)]
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            found = pool.starmap(times, turns, chunksize=1)
+    return [_row(kind, name, found) for name in found[0]]
+
+
+def times(kind: Kind, rounds: int, seconds: float, threads: int, order: int) -> dict[str, Any]:
+    """Seconds by who ran, of networks that are built in this process.
+
+    Args:
+        kind, rounds, seconds: as of :func:`measure`.
+        threads: PyTorch's.
+        order: in which they are built: another for every number.
+    """
+    torch.set_num_threads(threads)
+    who = [("plain", "reference"), ("auto", "auto"), (CONTROL, "reference")]
+    wanted = [(*each, layout) for each, layout in itertools.product(who, LAYOUTS)]
     if kind.train:  # Whatever it takes: what keeps least.
-        works["cpu, channels_last"] = _work(kind, "cpu", torch.channels_last)
+        wanted.append(("cpu", "cpu", "channels_last"))
+    built = random.Random(order).sample(wanted, len(wanted))
+    works = {
+        f"{name}, {layout}": _work(kind, backend, LAYOUTS[layout])
+        for name, backend, layout in built
+    }
     for work in works.values():
         work()  # What is measured once for all, or compiled, or kept, is no part of a time.
-    times = interleaved(works, rounds, watch=Stopwatch(CPU), warm_up=3, seconds=seconds, each=each)
-    return [_row(kind, name, times) for name in works]
+    found = interleaved(works, rounds, watch=Stopwatch(CPU), warm_up=3, seconds=seconds)
+    return {(key := f"{name}, {layout}"): found[key] for name, _, layout in wanted}
 
 
 def _work(kind: Kind, backend: str, layout: torch.memory_format) -> Callable[[], object]:
@@ -116,16 +147,25 @@ def _inference(network: nn.Module, images: Tensor) -> Callable[[], object]:
     return call
 
 
-def _row(kind: Kind, name: str, times: Mapping[str, Sequence[float]]) -> Row:
-    better = min(PLAIN, key=lambda plain: statistics.median(times[plain]))
-    same = f"plain, {name.partition(', ')[2]}"
+def _row(kind: Kind, name: str, processes: Sequence[Times]) -> Row:
+    """One row of the times of all processes."""
+    who, _, layout = name.partition(", ")
+    pooled = {key: [t for times in processes for t in times[key]] for key in processes[0]}
+    better = min(PLAIN, key=lambda plain: statistics.median(pooled[plain]))
+    same = f"plain, {layout}"
+    # A second plain network is compared with the first.
+    against = same if who == CONTROL else better
+    ratios = [ratio_interval(times[against], times[name]) for times in processes]
+    of_same = [ratio_interval(times[same], times[name]).ratio for times in processes]
+    of_all = median_interval([each.ratio for each in ratios]) if len(ratios) > 1 else ratios[0]
     return {
         "what": str(kind),
         "who": name,
         "better": better,
-        **spread(times[name], "ms"),
-        **ratio_interval(times[better], times[name]).fields(),
-        "ratio_to_same_layout": ratio_interval(times[same], times[name]).ratio,
+        **spread(pooled[name], "ms"),
+        **of_all.fields(),
+        "ratio_to_same_layout": statistics.median(of_same),
+        "ratios": [each.ratio for each in ratios],
     }
 
 
@@ -140,13 +180,18 @@ def least(rows: Sequence[Row], ratio: str = "ratio_to_eager") -> Row | None:
     return min(ours, key=lambda row: row[ratio], default=None)
 
 
-def table(rows: Sequence[Row]) -> Iterator[str]:
+def table(rows: Sequence[Row], processes: int) -> Iterator[str]:
     """Lines of Markdown."""
     yield "# Networks that are not frozen, against plain PyTorch"
     yield ""
-    yield "Ratios are the time of the better of plain PyTorch's layouts over that of the row,"
-    yield "medians of rounds run in turn, with intervals of at least 95 %; beside them those to"
-    yield "plain PyTorch with weights and images in the row's own layout."
+    yield "Ratios are the time of the better of plain PyTorch's layouts over that of the row;"
+    yield "beside them those to plain PyTorch with weights and images in the row's own layout. The"
+    yield "ratio of a second plain network is that to the first in the same layout. All ratios are"
+    if processes == 1:
+        yield "medians of rounds run in turn, with intervals of at least 95 %."
+    else:
+        yield f"medians of {processes} processes, with intervals of at least 95 % over these, each"
+        yield "the median of rounds run in turn by networks that were built in that process."
     for what in dict.fromkeys(row["what"] for row in rows):
         yield f"\n## {what}\n"
         yield "| who | ratio to the better plain | to the same layout | median ms | least ms |"
@@ -164,3 +209,7 @@ def table(rows: Sequence[Row]) -> Iterator[str]:
         if worst is not None:
             yield ""
             yield f"{words}: {worst[ratio]:.2f} ({worst['who']}; {worst['what']})."
+    control = [row["ratio_to_eager"] for row in rows if row["who"].startswith(CONTROL)]
+    if control:
+        yield ""
+        yield f"A second plain network to the first: {min(control):.2f} to {max(control):.2f}."

@@ -25,13 +25,15 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     )
     cpu.main()
     rows = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))["rows"]
-    plain_and_auto = {
-        f"{who}, {layout}" for who in ("plain", "auto") for layout in unfrozen.LAYOUTS
+    always = {
+        f"{who}, {layout}"
+        for who in ("plain", "auto", unfrozen.CONTROL)
+        for layout in unfrozen.LAYOUTS
     }
     whats = list(dict.fromkeys(row["what"] for row in rows))
     assert whats == [f"{SPEC}, 1x32x32, inference, float32", f"{SPEC}, 2x32x32, training, float32"]
     for what, more in zip(whats, (set(), {"cpu, channels_last"})):
-        assert {row["who"] for row in rows if row["what"] == what} == plain_and_auto | more
+        assert {row["who"] for row in rows if row["what"] == what} == always | more
     for row in rows:  # The better plain one is compared with itself.
         assert row["better"] in unfrozen.PLAIN
         if row["who"] == row["better"]:
@@ -39,6 +41,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
     text = out.with_suffix(".md").read_text(encoding="utf-8")
     worst = min(row["ratio_to_eager"] for row in rows if row["who"].startswith("auto"))
     assert f"Least ratio over all rows of auto: {worst:.2f}" in text
+    assert "A second plain network to the first: " in text
     worst = min(row["ratio_to_same_layout"] for row in rows if row["who"].startswith("auto"))
     assert f"Least ratio to plain PyTorch in the same layout: {worst:.2f}" in text
     assert text in capsys.readouterr().out + "\n"
@@ -47,7 +50,7 @@ def test_the_command(monkeypatch, tmp_path, capsys):
 def test_what_is_better_is_found_by_the_median():
     kind = unfrozen.Kind(SPEC, (1, 32, 32), torch.float32, False)
     times = {"plain, NCHW": [1, 9, 3], "plain, channels_last": [2, 2, 9], "auto, NCHW": [4, 4, 4]}
-    row = unfrozen._row(kind, "auto, NCHW", times)
+    row = unfrozen._row(kind, "auto, NCHW", [times])
     assert row["better"] == "plain, channels_last"
     assert row["ratio_to_eager"] == 0.5
     assert row["ratio_to_same_layout"] == 0.75
@@ -57,6 +60,35 @@ def test_what_is_better_is_found_by_the_median():
         is behind
     )
     assert unfrozen.least([]) is None
+
+
+def test_several_processes_have_a_ratio_each():
+    kind = unfrozen.Kind(SPEC, (1, 32, 32), torch.float32, False)
+    plain = {"plain, NCHW": [2.0, 2.0], "plain, channels_last": [4.0, 4.0]}
+    control = f"{unfrozen.CONTROL}, channels_last"
+    processes = [
+        {**plain, "auto, NCHW": [2 / ratio, 2 / ratio], control: [4 / ratio, 4 / ratio]}
+        for ratio in (1.5, 0.9, 1.1)
+    ]
+    row = unfrozen._row(kind, "auto, NCHW", processes)
+    assert row["ratios"] == pytest.approx([1.5, 0.9, 1.1])
+    assert [row[f"ratio_{end}"] for end in ("to_eager", "low", "high")] == pytest.approx(
+        [1.1, 0.9, 1.5]
+    )
+    row = unfrozen._row(kind, control, processes)
+    assert row["ratios"] == pytest.approx([1.5, 0.9, 1.1])  # Of the same layout, not the better.
+    text = "\n".join(unfrozen.table([row], 3))
+    assert "medians of 3 processes" in text
+    assert "A second plain network to the first: 1.10 to 1.10." in text
+
+
+def test_processes_build_networks_of_their_own():
+    kind = unfrozen.Kind(SPEC, (1, 32, 32), torch.float32, False)
+    rows = unfrozen.measure(kind, rounds=2, seconds=60, threads=1, processes=2)
+    assert {len(row["ratios"]) for row in rows} == {2}
+    assert not any(
+        row["ratios"][0] == row["ratios"][1] for row in rows if row["who"] != row["better"]
+    )
 
 
 def test_what_was_found_is_kept_when_a_run_is_interrupted(monkeypatch, tmp_path):
@@ -69,7 +101,7 @@ def test_what_was_found_is_kept_when_a_run_is_interrupted(monkeypatch, tmp_path)
         return rows
 
     monkeypatch.setattr(unfrozen, "measure", measure)
-    monkeypatch.setattr(unfrozen, "table", lambda rows: [f"{len(rows)} rows"])
+    monkeypatch.setattr(unfrozen, "table", lambda rows, processes: [f"{len(rows)} rows"])
     out = tmp_path / "new" / "torch-2.13"
     words = ["cpu", "--not-frozen", "--dtypes", "fp32", "--threads", "1", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", words)

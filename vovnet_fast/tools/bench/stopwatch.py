@@ -206,8 +206,6 @@ def ratio_interval(
         ValueError: no pairs, another number of times, or one that is not positive and finite; a
             confidence that is not between 0 and 1.
     """
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
     if len(baseline) != len(times) or not times:
         raise ValueError(
             "a ratio needs as many times of one as of the other, measured in turn; got "
@@ -216,10 +214,22 @@ def ratio_interval(
     pairs = np.array([baseline, times], dtype=float)
     if not (np.isfinite(pairs) & (pairs > 0)).all():
         raise ValueError("times must be positive and finite")
-    ratios = np.sort(pairs[0] / pairs[1])
-    rank, reached = _rank(len(ratios), confidence)
-    low, high = float(ratios[rank - 1]), float(ratios[-rank])
-    return Interval(float(np.median(ratios)), low, high, reached)
+    return median_interval((pairs[0] / pairs[1]).tolist(), confidence=confidence)
+
+
+def median_interval(ratios: Sequence[float], *, confidence: float = CONFIDENCE) -> Interval:
+    """The median of ratios that were found independently, with :func:`ratio_interval`'s interval.
+
+    Raises:
+        ValueError: no ratios, or a confidence that is not between 0 and 1.
+    """
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must be between 0 and 1, got {confidence}")
+    if not ratios:
+        raise ValueError("an interval needs a ratio, got none")
+    found = sorted(ratios)
+    rank, reached = _rank(len(found), confidence)
+    return Interval(statistics.median(found), found[rank - 1], found[-rank], reached)
 
 
 @functools.cache
