@@ -72,6 +72,13 @@ inline void tensors(const ConvParams& p) {
   if (p.c_in < 1) refuse("c_in", "at least 1", std::to_string(p.c_in));
   view("x", p.x, bytes, {p.n, p.height, p.width, p.c_in});
   packed("tiles", p.tiles, bytes, {p.c_out, p.kernel, p.kernel, p.c_in}, false, kTilesAlignment);
+  packed("taps", p.taps, bytes, {3, 3, p.c_in}, kOptional);
+  if (p.taps != nullptr) {
+    if (p.kernel != 1) refuse("kernel", "1 where taps are given", std::to_string(p.kernel));
+    if (p.add.data != nullptr || p.mask.data != nullptr || p.pool_partials != nullptr) {
+      refuse("add, mask and pool_partials", "None where taps are given", "an address");
+    }
+  }
   epilogue(p, bytes);
   packed("pool_partials", p.pool_partials, 4, {p.n, p.out_height, p.out_width, p.c_out}, kOptional);
 }

@@ -29,7 +29,7 @@ struct Fields;
 
 VF_FIELDS(EpilogueParams, z, out, n, height, width, c, scale, shift, pool_partials, statistics,
           relu, dtype)
-VF_FIELDS(ConvParams, x, out, add, mask, tiles, scale, shift, pool_partials, n, height, width,
+VF_FIELDS(ConvParams, x, out, add, mask, taps, tiles, scale, shift, pool_partials, n, height, width,
           out_height, out_width, c_in, c_out, add_c, mask_c, kernel, stride, relu, dtype)
 VF_FIELDS(ConvPackParams, weight, scale, out, c_out, kernel, c_in, stride_o, stride_h, stride_w,
           stride_i, transposed, dtype)

@@ -55,6 +55,9 @@ struct ConvParams {
   View out;             // [N, H', W', C_out], H' = (H - 1) / stride + 1
   View add;             // [N, H', W', add_c], added to the first channels, or absent; may be out
   View mask;            // [N, H', W', mask_c], activations of the last channels, or absent
+  const void* taps;     // [3, 3, C_in] packed, dtype: x goes through this depthwise convolution
+                        // first, padded by one, which has the stride; only with a kernel of 1,
+                        // without add, mask and pool_partials; or null
   const void* tiles;    // the weight as conv_pack leaves it for the same engine
   const void* scale;    // [C_out] fp32, or null together with shift
   const void* shift;    // [C_out] fp32

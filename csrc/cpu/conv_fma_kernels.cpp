@@ -1,7 +1,7 @@
 // Convolution in fp32, and by fp32 in half precision.
 #if defined(__AVX2__) || defined(__aarch64__)
 
-#include "conv_pointwise.h"
+#include "conv_direct.h"
 
 namespace vovnet_fast {
 inline namespace VF_ISA {
@@ -14,17 +14,12 @@ struct Fma : conv::Registers<conv::Fp32> {
     VF_ISA::store(to, y, span);
   }
 
-  static constexpr bool kAlone = conv::kPointwise;
+  static constexpr bool kAlone = conv::kDirectBlocks;
   template <class T>
   static bool alone(const ConvParams& p, const conv::Plan& plan, const conv::Task& task,
-                    float* kept, float* pool) {
-    if constexpr (std::is_same_v<T, float>) {
-      if (conv::is_pointwise(p)) {
-        conv::run_pointwise<Fma>(p, plan, task, kept, pool);
-        return true;
-      }
-    }
-    return false;
+                    char* gathered, float* kept, float* pool) {
+    auto* filled = reinterpret_cast<float*>(gathered);
+    return conv::run_direct<Fma, T>(p, plan, task, filled, kept, pool);
   }
 };
 

@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "conv_plan.h"
+#include "depthwise_rows.h"
 
 namespace vovnet_fast {
 inline namespace VF_ISA {
@@ -114,10 +115,56 @@ VF_HD void unfold_pixel(const Params& p, const T* x, int64_t row, int64_t column
   }
 }
 
+// The depthwise 3x3 that comes before a 1x1, of one image.
+template <class T>
+VF_HD DepthwiseInput<T> depthwise_input(const ConvParams& p, int64_t image) {
+  return {static_cast<const T*>(p.x.data) + image * p.x.stride_n,
+          p.x.stride_h,
+          p.x.stride_w,
+          p.height,
+          p.width,
+          p.c_in,
+          static_cast<const T*>(p.taps),
+          p.stride};
+}
+
+// As if it had been stored between the two.
+template <class T>
+VF_HD Vector<float> rounded(Vector<float> y) {
+  if constexpr (std::is_same_v<T, float>) {
+    return y;
+  } else {
+    T stored[kLanes<float>];
+    store(stored, y, Full{});
+    return load(stored, Full{});
+  }
+}
+
+// Its outputs, in place of pixels that are gathered.
+template <class T, class Packed>
+VF_HD void gather_depthwise(const ConvParams& p, const Plan& plan, int64_t image, int64_t row,
+                            int64_t rows, char* to) {
+  constexpr int64_t kChunk = kChunkBytes / static_cast<int64_t>(sizeof(Packed));
+  const auto in = depthwise_input<T>(p, image);
+  const int64_t step = plan.pixels * kChunkBytes;
+  char* last = to + (plan.chunks - 1) * step;
+  if (p.c_in % kChunk != 0) memset(last, 0, rows * plan.width * kChunkBytes);
+  for (int64_t h = 0; h < rows; ++h, to += plan.width * kChunkBytes) {
+    const Pixel o{row + h, 0};
+    depthwise_row<T>(in, o, p.out_width, [&](int64_t i, int64_t c, auto y, auto span) VF_LAMBDA {
+      char* at = to + c / kChunk * step + i * kChunkBytes;
+      store(reinterpret_cast<Packed*>(at) + c % kChunk, rounded<T>(y), span);
+    });
+  }
+}
+
 // `rows` output rows of one image from `row` on.
 template <class T, class Packed, class Params>
 VF_HD void gather(const Params& p, const Plan& plan, int64_t image, int64_t row, int64_t rows,
                   char* to) {
+  if constexpr (std::is_same_v<Params, ConvParams>) {
+    if (p.taps != nullptr) return gather_depthwise<T, Packed>(p, plan, image, row, rows, to);
+  }
   const T* x = static_cast<const T*>(p.x.data) + image * p.x.stride_n;
   const int64_t pad = p.kernel / 2;
   if (plan.unfolded) {

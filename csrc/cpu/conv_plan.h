@@ -62,6 +62,14 @@ struct Task {
 // Bytes from a tile of output channels to the next one.
 VF_HD int64_t tile_step(const Plan& plan) { return plan.chunks * taps(plan) * kTileBytes; }
 
+// Strips of so many rows.
+VF_HD void set_rows(int64_t out_height, int64_t rows, Plan* plan) {
+  plan->rows = rows;
+  plan->strips = ceil_div(out_height, rows);
+  plan->plane_pixels = (rows + plan->extra) * plan->width;
+  plan->pixels = plan->planes * plan->planes * plan->plane_pixels;
+}
+
 // `chunk`: channels that make 64 bytes.
 VF_HD Plan divide(const Shape& shape, int64_t chunk) {
   Plan plan{};
@@ -85,10 +93,7 @@ VF_HD Plan divide(const Shape& shape, int64_t chunk) {
          ceil_div(shape.out_height, strips) * row_bytes > most) {
     strips *= 2;
   }
-  plan.rows = ceil_div(shape.out_height, strips);
-  plan.strips = ceil_div(shape.out_height, plan.rows);
-  plan.plane_pixels = (plan.rows + plan.extra) * plan.width;
-  plan.pixels = plan.planes * plan.planes * plan.plane_pixels;
+  set_rows(shape.out_height, ceil_div(shape.out_height, strips), &plan);
   return plan;
 }
 

@@ -14,8 +14,8 @@
 //                             are complete before they are added to others, which keeps them exact
 //   multiply(Block, sums, add)  sums, [pixel][channel], added to those that are there or not
 //   store(T*, Vector, span)   rounds a vector into the output
-//   kAlone                    or nothing; if true, alone<T>(params, plan, task, sums, pool) does a
-//                             task by itself, or returns false
+//   kAlone                    or nothing; if true, alone<T>(params, plan, task, gathered, sums,
+//                             pool) does a task by itself, or returns false
 #pragma once
 
 #include <cstdlib>
@@ -158,6 +158,14 @@ VF_HD Plan plan_of(const Params& p) {
                 kChunkBytes / static_cast<int64_t>(sizeof(typename Engine::Packed)));
 }
 
+// A depthwise 3x3 comes first, which parts of the output channels would each make for themselves:
+// then there is a strip for every thread. It has no pool partials, whose number strips are.
+template <class Params>
+VF_HD bool is_depthwise(const Params& p) {
+  if constexpr (std::is_same_v<Params, ConvParams>) return p.taps != nullptr;
+  return false;
+}
+
 template <class Engine, class T, class Params>
 void run_task(const Params& p, const Plan& plan, const Task& task, const int64_t* offsets,
               char* gathered, typename Engine::Sum* kept) {
@@ -171,7 +179,7 @@ void run_task(const Params& p, const Plan& plan, const Task& task, const int64_t
     zero(pool + first, least(task.last_tile * kTileChannels, p.c_out) - first);
   }
   if constexpr (kAlone<Engine>) {
-    if (Engine::template alone<T>(p, plan, task, kept, pool)) return;
+    if (Engine::template alone<T>(p, plan, task, gathered, kept, pool)) return;
   }
   Block block{gathered,
               kChunkBytes,
@@ -185,8 +193,8 @@ void run_task(const Params& p, const Plan& plan, const Task& task, const int64_t
               0,
               0,
               0};
-  const bool direct = Engine::kDirect && p.kernel == 1 && p.stride == 1 && p.c_in % kChunk == 0 &&
-                      p.x.stride_h == p.width * p.x.stride_w &&
+  const bool direct = Engine::kDirect && !is_depthwise(p) && p.kernel == 1 && p.stride == 1 &&
+                      p.c_in % kChunk == 0 && p.x.stride_h == p.width * p.x.stride_w &&
                       task.rows * p.width >= Engine::kPixels;
   if (direct) {
     const T* x =
@@ -204,7 +212,12 @@ template <class Engine, class T, class Params>
 void run(const Params& p, int threads) {
   using Sum = typename Engine::Sum;
   static_assert(sizeof(Sum) == 4, "sums take four bytes");
-  const Plan plan = plan_of<Engine>(p);
+  Plan plan = plan_of<Engine>(p);
+  if (is_depthwise(p)) {
+    while (plan.rows > 1 && p.n * plan.strips < 2 * threads) {
+      set_rows(p.out_height, ceil_div(plan.rows, 2), &plan);
+    }
+  }
   int64_t offsets[kMaxTaps];
   for (int64_t tap = 0; tap < taps(plan); ++tap) {
     const int64_t h = tap / plan.kernel, w = tap % plan.kernel;

@@ -1,106 +1,34 @@
 // Depthwise 3x3 convolution and its gradients.
 #include "../ops.h"
-#include "loops.h"
+#include "depthwise_rows.h"
 
 namespace vovnet_fast {
 inline namespace VF_ISA {
 
 namespace {
 
-constexpr int kTaps = 9;
-
-// The products that a pixel is the sum of: pixels of an input, each with the weights of a tap.
-template <class T>
-struct Products {
-  int count = 0;
-  const T* x[kTaps];
-  const T* weight[kTaps];
-
-  VF_HD void add(const T* pixel, const T* tap) {
-    x[count] = pixel;
-    weight[count++] = tap;
-  }
-
-  template <class Span>
-  VF_HD Vector<T> sum(int64_t c, Span span) const {
-    Vector<T> y{};
-    for (int i = 0; i < count; ++i) y += load(x[i] + c, span) * load(weight[i] + c, span);
-    return y;
-  }
-};
-
-// Outputs that lie side by side and have all their columns: inputs and weights are loaded once for
-// all of them.
-constexpr int kAtOnce = 4;
-
-// Those from `o` on. Every one is summed in the order of its taps, as one alone is.
-template <class T, int kStride>
-VF_HD void run_side_by_side(const DepthwiseParams& p, int64_t image, Pixel o) {
-  constexpr int kColumns = (kAtOnce - 1) * kStride + 3;
-  const int64_t h = window_start(o.h, kStride, 1), w = window_start(o.w, kStride, 1);
-  const Taps rows = taps_inside(h, p.height);
-  const T* x = at<const T>(p.x, image, Pixel{h + rows.first, w});
-  const T* taps = static_cast<const T*>(p.weight) + 3 * rows.first * p.c;
-  const int count = rows.last - rows.first;
-  T* out = at<T>(p.out, image, o);
-  for_channels<T>(p.c, [&](int64_t c, auto span) VF_LAMBDA {
-    Vector<T> sums[kAtOnce] = {};
-    const T *row = x + c, *weight = taps + c;
-    for (int i = 0; i < count; ++i, row += p.x.stride_h, weight += 3 * p.c) {
-      const Vector<T> tap[3] = {load(weight, span), load(weight + p.c, span),
-                                load(weight + 2 * p.c, span)};
-#pragma GCC unroll 16
-      for (int column = 0; column < kColumns; ++column) {
-        const auto value = load(row + column * p.x.stride_w, span);
-#pragma GCC unroll 3
-        for (int j = 0; j < 3; ++j) {
-          const int output = (column - j) / kStride;
-          if (column < j || (column - j) % kStride != 0 || output >= kAtOnce) continue;
-          sums[output] += value * tap[j];
-        }
-      }
-    }
-#pragma GCC unroll 4
-    for (int i = 0; i < kAtOnce; ++i) store(out + i * p.out.stride_w + c, sums[i], span);
-  });
-}
-
-// One output, wherever it lies.
-template <class T>
-VF_HD void run_one(const DepthwiseParams& p, int64_t image, Pixel o) {
-  const auto* weight = static_cast<const T*>(p.weight);
-  const int64_t h = window_start(o.h, p.stride, 1), w = window_start(o.w, p.stride, 1);
-  const Taps rows = taps_inside(h, p.height), columns = taps_inside(w, p.width);
-  Products<T> products;
-  for (int i = rows.first; i < rows.last; ++i) {
-    for (int j = columns.first; j < columns.last; ++j) {
-      const Pixel pixel{h + i, w + j};
-      products.add(at<const T>(p.x, image, pixel), weight + (3 * i + j) * p.c);
-    }
-  }
-  T* out = at<T>(p.out, image, o);
-  for_channels<T>(
-      p.c, [&](int64_t c, auto span) VF_LAMBDA { store(out + c, products.sum(c, span), span); });
-}
+constexpr int kTaps = kDepthwiseTaps;
 
 template <class T>
 void run_depthwise(const DepthwiseParams& p, int threads) {
-  const int64_t columns = (kAtOnce - 1) * p.stride + 3;
   const auto run = [&](const Share& share) {
+    const DepthwiseInput<T> in{at<const T>(p.x, share.image, Pixel{0, 0}),
+                               p.x.stride_h,
+                               p.x.stride_w,
+                               p.height,
+                               p.width,
+                               p.c,
+                               static_cast<const T*>(p.weight),
+                               p.stride};
     Pixel o{share.first / p.out_width, share.first % p.out_width};
     for (int64_t left = share.last - share.first; left > 0;) {
-      const int64_t w = window_start(o.w, p.stride, 1);
-      const bool several = left >= kAtOnce && w >= 0 && w + columns <= p.width;
-      if (!several) {
-        run_one<T>(p, share.image, o);
-      } else if (p.stride == 1) {
-        run_side_by_side<T, 1>(p, share.image, o);
-      } else {
-        run_side_by_side<T, 2>(p, share.image, o);
-      }
-      left -= several ? kAtOnce : 1;
-      o.w += several ? kAtOnce : 1;
-      if (o.w == p.out_width) o = {o.h + 1, 0};
+      const int64_t count = least(left, p.out_width - o.w);
+      T* out = at<T>(p.out, share.image, o);
+      depthwise_row<T>(in, o, count, [&](int64_t i, int64_t c, auto y, auto span) VF_LAMBDA {
+        store(out + i * p.out.stride_w + c, y, span);
+      });
+      left -= count;
+      o = {o.h + 1, 0};
     }
   };
   for_shares(p.n, p.out_height * p.out_width, pass_pixels(p.c), p.c, threads, run);

@@ -235,7 +235,7 @@ def test_engines_are_timed_by_what_they_do():
     if engine == "aten":
         pytest.skip("no engines here")
     for module, trial in (
-        (convolution, convolution._unpacked_trial),
+        (convolution, convolution.unpacked_trial),
         (convolution, convolution._unpacked_grad_trial),
         (weight_grad, weight_grad._unpacked_trial),
     ):

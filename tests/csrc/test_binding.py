@@ -207,9 +207,23 @@ def fuzz(seed, path):
                 )
                 out, scale = torch.empty(1, 5, 7, 24, dtype=dtype), torch.rand(24)
                 options = dict(stride=1, relu=True, pool=True)
+                behind = weight[:, :1, :1].contiguous()  # A depthwise convolution.
+                taps = torch.rand(3, 3, 8, dtype=dtype)
                 for _ in range(8):
                     convolution.run_engine(engine, x, weight, scale, scale, out, **options)
                     packing.forget([weight])
+                for _ in range(4):
+                    convolution.run_engine(
+                        engine,
+                        x,
+                        behind,
+                        scale,
+                        scale,
+                        out,
+                        **{**options, "pool": False},
+                        taps=taps,
+                    )
+                    packing.forget([behind])
     for engine in winograd.SIDES if spoiling.conv_winograd_runs() else ():
         x, weight, scale = torch.rand(1, 5, 7, 8), torch.rand(24, 3, 3, 8), torch.rand(24)
         for _ in range(8):

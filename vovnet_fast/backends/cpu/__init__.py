@@ -1,7 +1,8 @@
 """The backend of the extension's CPU half: the signatures of :mod:`vovnet_fast.backends`.
 
 All run on torch's own threads (csrc/cpu). Convolutions and the gradients of their inputs are
-:mod:`.convolution`'s, those of their weights :mod:`.weight_grad`'s.
+:mod:`.convolution`'s, those of their weights :mod:`.weight_grad`'s, and depthwise layers
+:mod:`.depthwise_layers`'s.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from .. import _extension
-from . import convolution, weight_grad
+from . import convolution, depthwise_layers, weight_grad
 
 _ops = _extension.CPU
 
@@ -34,6 +35,8 @@ def sources(function: str) -> tuple[str, ...]:
     if function in _CONVOLUTIONS:
         rooms = ("convolution", "packing", "scratch", "unpacked", "winograd")
         own = ("backends._steps", *(f"backends.cpu.{room}" for room in rooms))
+    elif function == "depthwise":
+        own = ("backends.cpu.depthwise_layers",)
     elif function == "conv_weight_grad":
         own = (
             "backends.cpu.convolution",
@@ -55,6 +58,8 @@ batch_norm_merge = _ops.batch_norm_merge
 batch_norm_finish = _ops.batch_norm_finish
 batch_norm_sums = _ops.batch_norm_sums
 batch_norm_input_grad = _ops.batch_norm_input_grad
+depthwise_conv = depthwise_layers.depthwise_conv
+depthwise_conv_statistics = depthwise_layers.depthwise_conv_statistics
 depthwise = _ops.depthwise
 depthwise_input_grad = _ops.depthwise_input_grad
 depthwise_weight_grad = _ops.depthwise_weight_grad

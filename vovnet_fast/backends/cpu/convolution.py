@@ -139,7 +139,8 @@ def _winograd_trial(layer: winograd.Layer) -> Callable[[str], None]:
     return run
 
 
-def _unpacked_trial(engine: str, x: Tensor, weight: Tensor, out: Tensor) -> None:
+def unpacked_trial(engine: str, x: Tensor, weight: Tensor, out: Tensor) -> None:
+    """Run a layer of :mod:`.unpacked`'s trials."""
     stride = x.shape[1] // out.shape[1]
     if engine == unpacked.NAME:
         unpacked.conv(x, weight, None, None, out, stride=stride, relu=False)
@@ -174,7 +175,7 @@ def conv(
         return _extension.CPU.conv(x, weight, scale, shift, out, **options)
     if _steps.training():
         layer = unpacked.layer_of("convolution of", out, weight, stride, x.dtype)
-        if unpacked.faster(layer, engine, _unpacked_trial):
+        if unpacked.faster(layer, engine, unpacked_trial):
             return unpacked.conv(x, weight, scale, shift, out, stride=stride, relu=relu, pool=pool)
     elif not pool:
         engine = winograd.choose(x, weight, stride, _winograd_trial, engine)
@@ -188,7 +189,7 @@ def conv_statistics(x: Tensor, weight: Tensor, out: Tensor, *, stride: int = 1) 
         weight = weight.to(x.dtype).contiguous()
         return _extension.CPU.conv_statistics(x, weight, out, stride=stride)
     layer = unpacked.layer_of("convolution of", out, weight, stride, x.dtype)
-    if unpacked.faster(layer, engine, _unpacked_trial):
+    if unpacked.faster(layer, engine, unpacked_trial):
         unpacked.conv(x, weight, None, None, out, stride=stride, relu=False)
     else:
         form = packing.pack(engine, weight, dtype=x.dtype, lent=weight.requires_grad)
@@ -250,8 +251,13 @@ def run_engine(
     stride: int,
     relu: bool,
     pool: bool,
+    taps: Tensor | None = None,
 ) -> Tensor | None:
-    """Run :func:`conv` on one of the extension's engines. ``out`` has elements."""
+    """Run :func:`conv` on one of the extension's engines. ``out`` has elements.
+
+    ``taps``: of a depthwise convolution that comes before a 1x1, and has its stride; without
+    ``pool``.
+    """
     n, out_height, out_width, c_out = out.shape
     partials = None
     if pool:
@@ -260,6 +266,7 @@ def run_engine(
     tiles = packing.tiles_of(engine, weight, x.dtype)  # Held here: it may be kept by nobody else.
     _launch(
         engine, x, tiles, out, weight.shape[1], stride=stride, relu=relu,
+        taps=packed("taps", taps, x.dtype, 3, 3, x.shape[3]),
         scale=packed("scale", scale, torch.float32, c_out),
         shift=packed("shift", shift, torch.float32, c_out),
         pool_partials=None if partials is None else pointer("pool_partials", partials),
@@ -280,7 +287,7 @@ def _launch(
     mask: Tensor | None = None,
     **given: int | None,
 ) -> None:
-    """Call an engine. ``given`` are addresses: of scale, shift and partials."""
+    """Call an engine. ``given`` are addresses: of taps, scale, shift and partials."""
     n, height, width, c_in = x.shape
     _, out_height, out_width, c_out = out.shape
     add_c, mask_c = (0 if each is None else each.shape[3] for each in (add, mask))
@@ -308,7 +315,7 @@ def _launch(
         stride=stride,
         relu=int(relu),
         dtype=DTYPES[x.dtype],
-        **{"scale": None, "shift": None, "pool_partials": None, **given},
+        **{"taps": None, "scale": None, "shift": None, "pool_partials": None, **given},
     )
 
 
