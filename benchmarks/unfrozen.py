@@ -39,6 +39,8 @@ CPU = torch.device("cpu")
 LAYOUTS = {"NCHW": torch.contiguous_format, "channels_last": torch.channels_last}
 PLAIN = tuple(f"plain, {layout}" for layout in LAYOUTS)
 CONTROL = "plain again"
+FEWEST = 5
+"""Rounds of a process, however long they take."""
 
 Row = dict[str, Any]
 Times = Mapping[str, Sequence[float]]
@@ -115,7 +117,13 @@ def times(kind: Kind, rounds: int, seconds: float, threads: int, order: int) -> 
     }
     for work in works.values():
         work()  # What is measured once for all, or compiled, or kept, is no part of a time.
-    found = interleaved(works, rounds, watch=Stopwatch(CPU), warm_up=3, seconds=seconds)
+    # A step finds the memory that the last one has left, which was one of its own where it trains:
+    # so each call follows another of the same network, unless calls are long.
+    watch = Stopwatch(CPU)
+    long = 2 * FEWEST * sum(watch.time(work) for work in works.values()) > seconds
+    found = interleaved(
+        works, rounds, watch=watch, warm_up=1, cold=long, seconds=seconds, fewest=FEWEST
+    )
     return {(key := f"{name}, {layout}"): found[key] for name, _, layout in wanted}
 
 

@@ -146,9 +146,30 @@ def _cost(row):
     return f"{text}, {row['least_sqnr_db']:.1f} dB, {speed}"
 
 
-def test_what_is_linked_is_there():
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), RESULTS / "README.md"]
+
+
+def prose(page):
+    """A page without its blocks of code."""
+    return re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+
+
+def headings(page):
+    """As links name them."""
+    found = re.findall(r"^#+ (.*)$", prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading).strip().lower().replace(" ", "-") for heading in found}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_what_is_linked_is_there(page):
+    """Files, and headings of pages."""
+    for target in re.findall(r"\]\(\s*([^)\s]+)\)", prose(page)):
+        if re.match(r"\w+:", target):
+            continue
+        file, _, heading = target.partition("#")
+        there = page.parent / file if file else page
+        assert there.exists(), target
+        assert not heading or heading in headings(there), target
 
 
 def test_frozen_networks_on_avx2_alone():

@@ -6,8 +6,8 @@
 //   1x1 behind 3x3   of a depthwise layer: some pixels of the 3x3 are made, which stay in L1
 //   3x3 of images    of few channels: the taps of a row lie in a row of the padded image
 //
-// For AVX2: a block has 6 pixels, whose addresses are a base and multiples of one step. All is
-// summed in the order in which other blocks are (conv_registers.h), and so are pool partials.
+// For AVX2 and AVX-512. All is summed in the order in which other blocks are (conv_registers.h),
+// and so are pool partials.
 #pragma once
 
 #include "conv_registers.h"
@@ -16,11 +16,15 @@ namespace vovnet_fast {
 inline namespace VF_ISA {
 namespace conv {
 
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(__AVX2__)
 constexpr bool kDirectBlocks = true;
 #else
 constexpr bool kDirectBlocks = false;
 #endif
+
+// The 14 pixels of AVX-512's blocks may lie a multiple of 4 KiB apart, where an L1 cache has room
+// for 8 or 12 such lines: wide 1x1 layers are gathered there.
+constexpr bool kPointwise = kMostPixels <= 8;
 
 // What of a depthwise layer is made at a time: half an L1 cache, beside a tile of weights.
 constexpr int64_t kFilledBytes = 16 << 10;
@@ -33,17 +37,19 @@ struct DirectInput {
   int64_t runs, run_step;
 };
 
-// One block: pixels, and 16 output channels.
+// One block: pixels, and the output channels of some tiles.
 template <class T>
 struct DirectBlock {
   DirectInput in;
   const float* weight;  // [inputs of all runs][16]: the tiles of chunks lie in a row
+  int64_t tile_step;    // numbers from one of 16 output channels to the next
   int64_t inputs;       // of a run
-  float* kept;  // sums of the channels before, and of these, [pixel][16]; null where all are there
+  float*
+      kept;  // sums of the inputs before, and of these, [pixel][channel]; null where all are there
   bool first, last;
   T* out;
   int64_t out_step;
-  int64_t channels;  // of 16
+  int64_t channels;  // of those of the tiles
   const float *scale, *shift;
   bool relued;
   float* pool;  // or null
@@ -65,9 +71,15 @@ VF_HD void finish_direct(const DirectBlock<T>& b, int64_t c, Span span, SumOf su
   if (b.pool != nullptr) store(b.pool + c, load(b.pool + c, span) + total, span);
 }
 
-template <int kPixels, class T>
+// Addresses are a base and up to 5 steps, which x86 needs two registers for: one and three of them.
+template <int kPixels>
+constexpr int kPerBase = kPixels <= 6 ? 6 : 5;
+
+template <int kPixels, int kTiles, class T>
 void multiply_direct(const DirectBlock<T>& b) {
-  constexpr int kVectors = 16 / kLanes<float>;
+  constexpr int kPerTile = 16 / kLanes<float>, kVectors = kTiles * kPerTile;
+  constexpr int kChannels = kTiles * kTileChannels;
+  constexpr int kEach = kPerBase<kPixels>, kBases = (kPixels + kEach - 1) / kEach;
   Vector<float> sum[kPixels][kVectors];
 #pragma GCC unroll 16
   for (int i = 0; i < kPixels; ++i) {
@@ -75,17 +87,21 @@ void multiply_direct(const DirectBlock<T>& b) {
     for (int v = 0; v < kVectors; ++v) sum[i][v] = Vector<float>{};
   }
   const float *run = b.in.x, *rows = b.weight;
-  const int64_t step = b.in.step;
+  const int64_t step = b.in.step, tile_step = b.tile_step;
   for (int64_t r = 0; r < b.in.runs; ++r, run += b.in.run_step) {
-    const float* x = run;
+    const float* x[kBases];
 #pragma GCC unroll 4
-    for (int64_t k = 0; k < b.inputs; ++k, ++x, rows += kTileChannels) {
+    for (int i = 0; i < kBases; ++i) x[i] = run + i * kEach * step;
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < b.inputs; ++k, rows += kTileChannels) {
       Vector<float> row[kVectors];
 #pragma GCC unroll 4
-      for (int v = 0; v < kVectors; ++v) row[v] = load(rows + v * kLanes<float>, Full{});
+      for (int v = 0; v < kVectors; ++v) {
+        row[v] = load(rows + v / kPerTile * tile_step + v % kPerTile * kLanes<float>, Full{});
+      }
 #pragma GCC unroll 16
       for (int i = 0; i < kPixels; ++i) {
-        const auto pixel = same(x[i * step]);
+        const auto pixel = same(x[i / kEach][i % kEach * step + k]);
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) sum[i][v] = Fp32::multiply(pixel, row[v], sum[i][v]);
       }
@@ -96,14 +112,14 @@ void multiply_direct(const DirectBlock<T>& b) {
     for (int i = 0; i < kPixels; ++i) {
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        float* to = b.kept + i * 16 + v * kLanes<float>;
+        float* to = b.kept + i * kChannels + v * kLanes<float>;
         if (!b.first) sum[i][v] = sum[i][v] + load(to, Full{});
         if (!b.last) store(to, sum[i][v], Full{});
       }
     }
     if (!b.last) return;
   }
-  if (b.channels == kTileChannels) {
+  if (b.channels == kChannels) {
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       finish_direct<kPixels>(b, v * kLanes<float>, Full{},
@@ -111,7 +127,7 @@ void multiply_direct(const DirectBlock<T>& b) {
     }
     return;
   }
-  float sums[kPixels][kTileChannels];  // So that all others stay in registers.
+  float sums[kPixels][kChannels];  // So that all others stay in registers.
 #pragma GCC unroll 16
   for (int i = 0; i < kPixels; ++i) {
 #pragma GCC unroll 4
@@ -122,11 +138,11 @@ void multiply_direct(const DirectBlock<T>& b) {
   });
 }
 
-template <class T, int... kCounts>
+template <int kTiles, class T, int... kCounts>
 VF_HD void multiply_direct_some(int pixels, const DirectBlock<T>& b,
                                 std::integer_sequence<int, kCounts...>) {
   using Multiply = void (*)(const DirectBlock<T>&);
-  static constexpr Multiply kBySize[] = {multiply_direct<kCounts + 1, T>...};
+  static constexpr Multiply kBySize[] = {multiply_direct<kCounts + 1, kTiles, T>...};
   kBySize[pixels - 1](b);
 }
 
@@ -140,11 +156,13 @@ VF_HD void run_pixels(const ConvParams& p, const Plan& plan, const Task& task, D
   const bool complete = group == plan.chunks;
   DirectBlock<T> b{};
   b.in = in;
+  b.tile_step = tile_step(plan) / static_cast<int64_t>(sizeof(float));
   b.out_step = p.out.stride_w;
   b.relued = p.relu != 0;
-  for (int64_t tile = task.first_tile; tile < task.last_tile; ++tile) {
+  for (int64_t tile = task.first_tile; tile < task.last_tile; tile += kMostTiles) {
+    const int64_t tiles = least<int64_t>(kMostTiles, task.last_tile - tile);
     const int64_t channel = tile * kTileChannels;
-    b.channels = least(kTileChannels, p.c_out - channel);
+    b.channels = least(tiles * kTileChannels, p.c_out - channel);
     b.scale = static_cast<const float*>(p.scale) + channel;
     b.shift = static_cast<const float*>(p.shift) + channel;
     b.pool = pool == nullptr ? nullptr : pool + channel;
@@ -154,13 +172,17 @@ VF_HD void run_pixels(const ConvParams& p, const Plan& plan, const Task& task, D
       b.first = chunk == 0;
       b.last = first + b.inputs == plan.channels;
       b.inputs /= in.runs;
-      b.weight = static_cast<const float*>(p.tiles) + channel * plan.chunks * kTileChannels +
-                 first * kTileChannels;
+      b.weight = static_cast<const float*>(p.tiles) + tile * b.tile_step + first * kTileChannels;
       for (int64_t i = 0; i < length; i += size) {
         b.in.x = in.x + i * in.step + first;
         b.out = out + i * b.out_step + channel;
-        b.kept = complete ? nullptr : kept + i * kTileChannels;
-        multiply_direct_some(static_cast<int>(least(size, length - i)), b, kCounts);
+        b.kept = complete ? nullptr : kept + i * tiles * kTileChannels;
+        const int pixels = static_cast<int>(least(size, length - i));
+        if (tiles == kMostTiles) {
+          multiply_direct_some<kMostTiles>(pixels, b, kCounts);
+        } else {
+          multiply_direct_some<1>(pixels, b, kCounts);
+        }
       }
     }
   }
@@ -264,7 +286,7 @@ VF_HD bool run_direct(const ConvParams& p, const Plan& plan, const Task& task, f
     run_image<Engine, T>(p, plan, task, filled, kept, pool);
     return true;
   }
-  if constexpr (std::is_same_v<T, float>) {
+  if constexpr (kPointwise && std::is_same_v<T, float>) {
     if (p.kernel == 1 && p.stride == 1 && p.x.stride_h == p.width * p.x.stride_w &&
         p.out.stride_h == p.width * p.out.stride_w) {
       run_pointwise<Engine>(p, plan, task, kept, pool);

@@ -1,6 +1,7 @@
 """In which way a training step runs on a CPU: measured, remembered, and without a trace."""
 
 import copy
+import itertools
 import json
 import threading
 
@@ -124,13 +125,13 @@ def turns(monkeypatch):
     now, calls = [0.0], []
     monkeypatch.setattr(processor.time, "perf_counter", lambda: now[0])
 
-    def measure(names, takes, least_rounds=2, most_rounds=8, seconds=1.0):
+    def measure(names, takes, least_rounds=2, most_rounds=8, seconds=1.0, **options):
         def run(name):
             calls.append(name)
             now[0] += takes(name, calls.count(name))
 
         calls.clear()
-        return processor._measure(names, run, least_rounds, most_rounds, seconds)
+        return processor._measure(names, run, least_rounds, most_rounds, seconds, **options)
 
     measure.calls = calls
     return measure
@@ -148,8 +149,29 @@ def test_short_steps_are_measured_for_longer(turns):
 
 
 def test_every_round_begins_with_another_one(turns):
-    turns(["a", "b", "c"], lambda *_: 0.0, most_rounds=4)
-    assert "".join(turns.calls) == "abcabcbcacababc"
+    turns(["a", "b", "c"], lambda *_: 0.0, most_rounds=40)
+    rounds = ["".join(turns.calls[i : i + 3]) for i in range(0, len(turns.calls), 3)]
+    assert len(rounds) == 41
+    assert [order[0] for order in rounds[:8]] == [*"aabcabca"]
+    assert {*rounds} == {*map("".join, itertools.permutations("abc"))}  # None follows always.
+
+
+def test_steps_follow_one_of_themselves_where_there_is_time(turns):
+    """A step finds the memory that the last one has left: the second of two is what counts."""
+    for time, again in ((0.1, True), (0.3, False)):
+        taken = {"a": time, "b": time}
+        found = turns([*"ab"], lambda name, _, t=taken: t[name], 2, 3, 1.0, after_themselves=True)
+        assert len(turns.calls) == 2 + 2 * (2 if again else 1) * len(found["a"])
+        pairs = turns.calls[2:]
+        assert (pairs[::2] == pairs[1::2]) == again
+        assert found["a"] + found["b"] == pytest.approx([time] * 2 * len(found["a"]))
+
+
+def test_who_was_far_behind_is_not_taken():
+    """What it had few turns with says little: its rounds were slow for all."""
+    found = {"plain": [9.0, 9.0, 1.0, 1.0], "ops": [9.0, 9.0, 0.9, 0.9], "late": [7.0, 7.0]}
+    assert processor._best(found, "plain") == processor._best(found, None) == "ops"
+    assert processor._best({"plain": [9.0], "ops": [5.0, 5.0]}, "plain") == "ops"
 
 
 def test_what_is_far_behind_has_no_more_turns(turns):
@@ -228,7 +250,7 @@ def test_it_is_measured_once(steps, tmp_path):
     train(model, images())
     assert len(steps) == number
     [choices] = json.loads((tmp_path / "tuning.json").read_text())["choices"].values()
-    [problem] = choices
+    [problem] = (problem for problem in choices if problem.startswith("training step"))
     assert problem.startswith(f"training step of {SPEC}, 1024 pixels, contiguous, torch.float32")
 
 

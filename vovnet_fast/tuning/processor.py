@@ -8,6 +8,7 @@ import functools
 import logging
 import os
 import platform
+import random
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ two turns, one that was disturbed makes the median wrong: steps of more than a s
 
 HOPELESS = 1.3
 """Who takes so many times as long as the fastest has no further turns once all have had the fewest
-of them: there are more rounds for the others."""
+of them, and is not taken: there are more rounds for the others."""
 
 MARGIN = 0.985
 """Of the favourite's time: who takes more of it is not taken in its place. Turns of one and the
@@ -99,7 +100,7 @@ def _announce() -> None:
     """Say once why the first step is slow."""
     _log.warning(
         "measuring in which way a training step is fastest on this processor: the first step of a "
-        "kind takes as long as sixteen do, or %d seconds, and what is found is remembered in %s "
+        "kind takes as long as 16 to 28 do, or %d seconds, and what is found is remembered in %s "
         "(%s=0 does without)",
         STEP_SECONDS,
         tuning.table().path or "memory",
@@ -109,20 +110,25 @@ def _announce() -> None:
 
 def _best(turns: Mapping[str, Sequence[float]], favourite: str | None) -> str:
     """The fastest; against the favourite it is rounds that are compared, what slowed one of which
-    down slowed down both."""
+    down slowed down both. Who was far behind had fewer of them, and does not count any more."""
+    most = max(len(found) for found in turns.values())
+    turns = {name: found for name, found in turns.items() if len(found) == most}
     if favourite is None or favourite not in turns:
         return min(turns, key=lambda name: _median(turns[name]))
-    base, tick = turns[favourite], 1e-9
-    ratios = {
-        name: _median([(a + tick) / (b + tick) for a, b in zip(found, base, strict=False)])
-        for name, found in turns.items()
-    }
+    ratios = {name: _ratio(found, turns[favourite]) for name, found in turns.items()}
     best = min(ratios, key=lambda name: ratios[name])
     return best if ratios[best] < MARGIN else favourite
 
 
+def _ratio(times: Sequence[float], base: Sequence[float]) -> float:
+    """Of times to those of the same rounds, in the median."""
+    tick = 1e-9
+    return _median([(a + tick) / (b + tick) for a, b in zip(times, base, strict=True)])
+
+
 def _measure_steps(candidates: Sequence[str], run: Callable[[str], None]) -> dict[str, list[float]]:
-    return _measure(candidates, run, LEAST_STEP_ROUNDS, STEP_ROUNDS, STEP_SECONDS)
+    limits = LEAST_STEP_ROUNDS, STEP_ROUNDS, STEP_SECONDS
+    return _measure(candidates, run, *limits, after_themselves=True)
 
 
 def _measure_apart(candidates: Sequence[str], run: Callable[[str], None]) -> dict[str, list[float]]:
@@ -139,23 +145,34 @@ def _measure(
     least_rounds: int,
     most_rounds: int,
     seconds: float,
+    *,
+    after_themselves: bool = False,
 ) -> dict[str, list[float]]:
-    """Seconds by candidate, of those that run: by rounds, each of which begins with another one,
-    so that what else runs here meets all, and none always follows the same other one."""
+    """Seconds by candidate, of those that run: by rounds, each of which begins with another one and
+    is shuffled, so that what else runs here meets all, and none always follows the same other one.
+
+    ``after_themselves``: as steps do where they train, with the memory that the last one has left:
+    what counts is the second of two runs, where there is time for as many.
+    """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     refused: dict[str, Exception] = {}
-    names, started = list(candidates), time.perf_counter()
+    names, started, chance = list(candidates), time.perf_counter(), random.Random(0)
     for number in range(most_rounds + 1):
+        passed = time.perf_counter() - started
+        if number == 1:
+            after_themselves &= 2 * least_rounds * passed <= seconds
         if number > least_rounds:
-            if time.perf_counter() - started > seconds:
+            if passed > seconds:
                 break
-            medians = {name: _median(times[name]) for name in names}
-            most = HOPELESS * min(medians.values(), default=0)
-            names = [name for name in names if medians[name] <= most]
+            fastest = min(names, key=lambda name: _median(times[name]), default="")
+            names = [name for name in names if not _hopeless(times[name], times[fastest])]
         first = max(number - 1, 0) % max(len(names), 1)
-        for name in names[first:] + names[:first]:
-            begin = time.perf_counter()
+        others = names[:first] + names[first + 1 :]
+        for name in (*names[first : first + 1], *chance.sample(others, len(others))):
             try:
+                if after_themselves and number > 0:
+                    run(name)
+                begin = time.perf_counter()
                 run(name)
             except Exception as error:  # No reason to stop: it is not taken.
                 refused[name] = error
@@ -167,6 +184,12 @@ def _measure(
     for name, reason in refused.items() if times else ():  # The caller meets what all refuse.
         _log.warning("candidate %s does not run and is left out: %s", name, reason)
     return {name: turns for name, turns in times.items() if turns}
+
+
+def _hopeless(times: Sequence[float], fastest: Sequence[float]) -> bool:
+    """By the medians, and by the rounds: few of either can be wrong."""
+    medians = _median(times) > HOPELESS * _median(fastest)
+    return medians and _ratio(times, fastest) > HOPELESS
 
 
 def _median(turns: Sequence[float]) -> float:
