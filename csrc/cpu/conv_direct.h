@@ -6,8 +6,8 @@
 //   1x1 behind 3x3   of a depthwise layer: some pixels of the 3x3 are made, which stay in L1
 //   3x3 of images    of few channels: the taps of a row lie in a row of the padded image
 //
-// For AVX2 and AVX-512. All is summed in the order in which other blocks are (conv_registers.h),
-// and so are pool partials.
+// For AVX2 and AVX-512. Outputs are summed in the order in which those of other blocks are
+// (conv_registers.h).
 #pragma once
 
 #include "conv_registers.h"
@@ -44,8 +44,7 @@ struct DirectBlock {
   const float* weight;  // [inputs of all runs][16]: the tiles of chunks lie in a row
   int64_t tile_step;    // numbers from one of 16 output channels to the next
   int64_t inputs;       // of a run
-  float*
-      kept;  // sums of the inputs before, and of these, [pixel][channel]; null where all are there
+  float* kept;          // sums up to here, [pixel][channel]; null where all inputs are there
   bool first, last;
   T* out;
   int64_t out_step;
