@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.csrc import cuda_on_cpu
+from tests.csrc import cuda_on_cpu, hopper
 from tests.extension_cases import require
 from vovnet_fast.backends import _extension
 
@@ -30,3 +30,13 @@ def emulation(once, device):
     if device.type != "cpu":
         pytest.skip("looks at what the host counts")
     return cuda_on_cpu.built(once)
+
+
+@pytest.fixture(scope="session")
+def simulator(once):
+    """A GPU that runs the Hopper convolution."""
+    name = "simulator.so"
+    folder = once.folder(
+        "conv_sm90", lambda folder: hopper.build("conv_sm90_simulator.cpp", folder / name)
+    )
+    return hopper.Simulator(folder / name)

@@ -1,4 +1,4 @@
-// The Hopper convolution on the simulator, for test_conv_sm90.py.
+// The Hopper convolution on the simulator, for hopper.py.
 #include "conv_sm90_simulator.h"
 
 namespace {

@@ -7,14 +7,11 @@ e4m3 up as Hopper's tensor cores do, to 14 bits.
 import ctypes
 import dataclasses
 import random
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
 
-from tests.csrc.test_conv_sm90 import SMALL, SOURCES, Simulator, View, last_stage
+from tests.csrc.hopper import CHANNELS, SMALL, Simulator, View, build, last_stage, with_sources
 from vovnet_fast.arithmetic import fp8
 from vovnet_fast.arithmetic.layers import QuantizedConv
 from vovnet_fast.backends import (
@@ -27,7 +24,6 @@ from vovnet_fast.backends import (
 from vovnet_fast.selfcheck import eight_bits as check
 from vovnet_fast.selfcheck import sources
 
-CHANNELS = [64, 80, 96, 112, 128, 160, 192, 224, 256]
 TILES = {
     (pixels, block)
     for pixels, blocks in conv_sm90_tiles._BLOCKS[1].items()
@@ -35,9 +31,7 @@ TILES = {
 }  # fmt: skip
 
 pytestmark = [
-    pytest.mark.skipif(
-        not SOURCES.exists(), reason="the sources of the extension are not here, only the package"
-    ),
+    with_sources,
     pytest.mark.skipif(fp8.why_not() is not None, reason=str(fp8.why_not())),
 ]
 
@@ -73,18 +67,12 @@ class E4m3Simulator(Simulator):
 
 
 @pytest.fixture(scope="session")
-def simulator(tmp_path_factory):
-    compiler = shutil.which("c++") or shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no C++ compiler (c++ or g++) on PATH")
-    library = tmp_path_factory.mktemp("conv_sm90_e4m3") / "simulator.so"
-    source = Path(__file__).with_name("conv_sm90_e4m3_simulator.cpp")
-    command = [compiler, "-std=c++17", "-O2", "-shared", "-fPIC", "-Wall", "-Wextra", "-Werror"]
-    found = subprocess.run(
-        [*command, "-o", str(library), str(source)], capture_output=True, text=True
+def simulator(once):
+    name = "simulator.so"
+    folder = once.folder(
+        "conv_sm90_e4m3", lambda folder: build("conv_sm90_e4m3_simulator.cpp", folder / name)
     )
-    assert found.returncode == 0, found.stderr[-4000:]
-    return E4m3Simulator(library)
+    return E4m3Simulator(folder / name)
 
 
 def test_the_simulator_rounds_to_e4m3_as_torch_does(simulator):

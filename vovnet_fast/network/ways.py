@@ -198,12 +198,18 @@ def _trial(network: VoVNet, x: Tensor) -> Callable[[str], None]:
     dtype = compat.autocast_dtype("cpu")
     autocast = functools.partial(torch.autocast, "cpu", dtype or torch.bfloat16)
 
+    gradients: list[Tensor] = []
+
     def step(way: str) -> None:
         with compat.unseen_by_hooks(), torch._C.DisableTorchFunction():
             with autocast(enabled=dtype is not None, cache_enabled=False):
                 features = [f for f in run(twin, image, way) if f.requires_grad]
+            if (
+                not gradients
+            ):  # They stay, as what an optimizer holds does: the heap ends behind it.
+                gradients.extend(torch.ones_like(f) for f in features)
             with autocast(enabled=False):
-                torch.autograd.backward(features, [torch.ones_like(f) for f in features])
+                torch.autograd.backward(features, gradients)
         twin.zero_grad(set_to_none=True)
         image.grad = None
 
