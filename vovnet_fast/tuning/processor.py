@@ -18,6 +18,7 @@ import torch
 from .. import tuning
 from .._version import __version__
 from ..compat import zip
+from . import faults
 from .tables import Choice
 
 ROUNDS, MOST_ROUNDS, SECONDS = 2, 8, 1.0
@@ -35,8 +36,8 @@ of them, and is not taken: there are more rounds for the others."""
 
 MARGIN = 0.95
 """Of the favourite's time: who takes more of it is not taken in its place. Two networks of one
-process that run the very same modules differ by so much, for as long as it lives: 0.94 to 1.05 in
-nine of ten (by pages that the heap gives back and takes again, thousands in some steps)."""
+process that run the very same modules differ by so much, for as long as it lives: 0.94 to 1.06 in
+nine of ten."""
 
 _log = logging.getLogger("vovnet_fast.tuning")
 
@@ -129,7 +130,7 @@ def _ratio(times: Sequence[float], base: Sequence[float]) -> float:
 
 def _measure_steps(candidates: Sequence[str], run: Callable[[str], None]) -> dict[str, list[float]]:
     limits = LEAST_STEP_ROUNDS, STEP_ROUNDS, STEP_SECONDS
-    return _measure(candidates, run, *limits, after_themselves=True)
+    return _measure(candidates, run, *limits, after_themselves=True, without_faults=True)
 
 
 def _measure_apart(candidates: Sequence[str], run: Callable[[str], None]) -> dict[str, list[float]]:
@@ -148,16 +149,19 @@ def _measure(
     seconds: float,
     *,
     after_themselves: bool = False,
+    without_faults: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds by candidate, of those that run: by rounds, each of which begins with another one and
     is shuffled, so that what else runs here meets all, and none always follows the same other one.
 
     ``after_themselves``: as steps do where they train, with the memory that the last one has left:
     what counts is the second of two runs, where there is time for as many.
+    ``without_faults``: less what page faults cost (:mod:`.faults`), which are the heap's.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     refused: dict[str, Exception] = {}
     names, started, chance = list(candidates), time.perf_counter(), random.Random(0)
+    fault = faults.seconds() if without_faults else 0.0
     for number in range(most_rounds + 1):
         passed = time.perf_counter() - started
         if number == 1:
@@ -173,14 +177,16 @@ def _measure(
             try:
                 if after_themselves and number > 0:
                     run(name)
-                begin = time.perf_counter()
+                before, begin = faults.count(), time.perf_counter()
                 run(name)
             except Exception as error:  # No reason to stop: it is not taken.
                 refused[name] = error
                 times.pop(name)
                 continue
             if number > 0:
-                times[name].append(time.perf_counter() - begin)
+                taken = time.perf_counter() - begin
+                heap = (faults.count() - before) * fault
+                times[name].append(max(taken - heap, taken / 2))
         names = [name for name in names if name not in refused]
     for name, reason in refused.items() if times else ():  # The caller meets what all refuse.
         _log.warning("candidate %s does not run and is left out: %s", name, reason)
