@@ -102,7 +102,7 @@ void multiply_direct(const DirectBlock<T>& b) {
       for (int i = 0; i < kPixels; ++i) {
         const auto pixel = same(x[i / kEach][i % kEach * step + k]);
 #pragma GCC unroll 4
-        for (int v = 0; v < kVectors; ++v) sum[i][v] = Fp32::multiply(pixel, row[v], sum[i][v]);
+        for (int v = 0; v < kVectors; ++v) sum[i][v] = multiply_add(pixel, row[v], sum[i][v]);
       }
     }
   }
