@@ -43,7 +43,11 @@ Row = dict[str, Any]
 
 
 def main() -> None:
-    options = _parser().parse_args()
+    parser = _parser()
+    options = parser.parse_args()
+    for name in ("processes", "rounds", "threads"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     torch.set_num_threads(options.threads)
     sizes = options.sizes or ([64, 224] if options.not_frozen or options.train else [320])
     about = {**provenance.collect(CPU), "threads": options.threads, "rounds": options.rounds}

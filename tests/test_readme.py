@@ -112,6 +112,13 @@ def test_ratios_of_what_is_not_frozen(path):
         least = min(row["ratio_to_eager"] for row in ours)
         assert f"{len(behind)} of the {len(ours)} ratios" in " ".join(text.split())
         assert f"the least {least:.2f}" in " ".join(text.split())
+    control = [row for row in found["rows"] if row["who"].startswith("plain again")]
+    if shown and control:
+        ratios = [row["ratio_to_eager"] for row in control]
+        alone = sorted(ratio for row in control for ratio in row["ratios"])
+        ends = (alone[round(share * (len(alone) - 1))] for share in (0.05, 0.95))
+        words = "were {:.2f} to {:.2f}, and {:.2f} to {:.2f} in nine of ten processes"
+        assert words.format(min(ratios), max(ratios), *ends) in " ".join(text.split())
 
 
 def test_what_eight_bits_cost_a_detector():

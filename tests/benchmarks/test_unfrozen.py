@@ -91,6 +91,14 @@ def test_processes_build_networks_of_their_own():
     )
 
 
+@pytest.mark.parametrize("name", ["processes", "rounds", "threads"])
+def test_numbers_that_are_none(name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["cpu", "--not-frozen", f"--{name}", "0"])
+    with pytest.raises(SystemExit):
+        cpu.main()
+    assert f"--{name} must be at least 1, got 0" in capsys.readouterr().err
+
+
 def test_what_was_found_is_kept_when_a_run_is_interrupted(monkeypatch, tmp_path):
     found = iter([[{"what": "one"}], KeyboardInterrupt()])
 

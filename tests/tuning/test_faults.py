@@ -3,6 +3,7 @@
 import mmap
 
 import pytest
+import torch
 
 from vovnet_fast.tuning import faults, processor
 
@@ -20,6 +21,12 @@ def test_what_one_costs():
     faults.seconds.cache_clear()
     assert 0 <= faults.seconds() < 1e-2
     assert faults.seconds() == faults.seconds()
+
+
+def test_modes_of_the_caller_do_not_matter():
+    faults.seconds.cache_clear()
+    with torch.device("meta"), torch.autocast("cpu", torch.bfloat16):
+        assert 0 <= faults.seconds() < 1e-2
 
 
 @pytest.mark.parametrize(("cost", "best"), [(0.0, "ops"), (1e-6, "plain")])

@@ -36,7 +36,7 @@ of them, and is not taken: there are more rounds for the others."""
 
 MARGIN = 0.95
 """Of the favourite's time: who takes more of it is not taken in its place. Two networks of one
-process that run the very same modules differ by so much, for as long as it lives: 0.94 to 1.06 in
+process that run the very same modules differ by so much, for as long as it lives: 0.95 to 1.06 in
 nine of ten."""
 
 _log = logging.getLogger("vovnet_fast.tuning")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,7 +46,18 @@ def depthwise_conv(
     ):
         isa = _extension.load("cpu").isa()
         if _way(engine, x.dtype, isa, torch.get_num_threads()) == TOGETHER:
-            return _together(engine, x, weight, scale, shift, out, taps, stride, relu=relu)
+            return convolution.run_engine(
+                engine,
+                x,
+                weight,
+                scale,
+                shift,
+                out,
+                stride=stride,
+                relu=relu,
+                pool=False,
+                taps=taps,
+            )
     between = _spatial(x, taps, spatial, stride)
     return convolution.conv(between, weight, scale, shift, out, relu=relu, pool=pool)
 
@@ -77,23 +89,6 @@ def _unpacked(out: Tensor, weight: Tensor, engine: str) -> bool:
     return unpacked.faster(layer, engine, convolution.unpacked_trial)
 
 
-def _together(
-    engine: str,
-    x: Tensor,
-    weight: Tensor,
-    scale: Tensor,
-    shift: Tensor,
-    out: Tensor,
-    taps: Tensor,
-    stride: int,
-    *,
-    relu: bool,
-) -> Tensor | None:
-    return convolution.run_engine(
-        engine, x, weight, scale, shift, out, stride=stride, relu=relu, pool=False, taps=taps
-    )
-
-
 @functools.cache
 def _way(engine: str, dtype: torch.dtype, isa: str, threads: int) -> str:
     """How layers run here, which is measured once in a process at most."""
@@ -116,19 +111,18 @@ def _trial(engine: str, dtype: torch.dtype) -> Callable[[str], None]:
     weight = normal(channels, 1, 1, channels) / 8
     scale, shift = torch.rand(2, channels, generator=random).unbind()
     between, expected, out = (torch.empty_like(x) for _ in range(3))
+    options: dict[str, Any] = dict(stride=1, relu=True, pool=False)
     compared: list[bool] = []
 
     def apart() -> None:
         _extension.CPU.depthwise(x, taps, between)
-        convolution.run_engine(
-            engine, between, weight, scale, shift, expected, stride=1, relu=True, pool=False
-        )
+        convolution.run_engine(engine, between, weight, scale, shift, expected, **options)
 
     def run(way: str) -> None:
         if way == APART:
             apart()
             return
-        _together(engine, x, weight, scale, shift, out, taps, 1, relu=True)
+        convolution.run_engine(engine, x, weight, scale, shift, out, taps=taps, **options)
         if not compared:
             apart()
             if not torch.equal(out, expected):
