@@ -263,7 +263,13 @@ def test_training_steps_of_small_images_pack_less(monkeypatch):
         packed = len(made)
         monkeypatch.setattr(unpacked, "faster", lambda layer, engine, run: False)
         sum(f.sum() for f in model(x)).backward()
-    assert len(made) - packed > packed
+        assert len(made) - packed > packed
+        monkeypatch.setattr(unpacked, "faster", lambda layer, engine, run: True)
+        made.clear()
+        features = model(x)
+        assert not made, "the forward pass of a step packs weights"
+        sum(f.sum() for f in features).backward()
+    assert not made
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import backends
 from .._dtypes import accumulator
+from ..backends import _steps
 from ..compat import zip
 from . import _checks, _library, conv, gradients, rooms
 from ._checks import nchw, nhwc
@@ -328,7 +329,8 @@ class _Chain(torch.autograd.Function):
     def forward(ctx, flat, choice, width, x, *tensors):
         strides, epsilons, group = flat
         layers = conv.unflatten(*conv.regroup(tensors, strides), strides, epsilons, group)
-        found = _forward(x, layers, True, choice, width)
+        with _steps.forward():
+            found = _forward(x, layers, True, choice, width)
         count = len(layers)
         found[:count] = map(rooms.owned, found[:count])
         ctx.flat, ctx.choice = flat, choice

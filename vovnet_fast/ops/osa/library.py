@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..._dtypes import accumulator
+from ...backends import _steps
 from ...compat import zip
 from ...specs import Gate
 from .. import _checks, _library, conv, gradients, rooms
@@ -230,7 +231,8 @@ class Block(torch.autograd.Function):
         flat = conv.regroup(tensors[: statics.convs], strides)
         layers = conv.unflatten(*flat, strides, epsilons, group)
         params = _params(layers, list(tensors[statics.convs :]), *options)
-        found = forward(x, params, keep, choice, width)
+        with _steps.forward():
+            found = forward(x, params, keep, choice, width)
         found[0] = rooms.owned(found[0])
         _save(ctx, statics, x, tensors, found)
         norms = found[1 : 1 + statics.batch]
