@@ -26,8 +26,9 @@ constexpr int kPerChunk = 16 / kLanes<float>;
 // Pixels of both operands, from the first one of some images on, and where their sums go.
 struct Block {
   const char* x;  // distances in bytes
-  int64_t chunk_step, row_step, image_step;
+  int64_t pixel_step, chunk_step, row_step, image_step;
   const float* g;  // pixel after pixel
+  int64_t g_step;
   int64_t images, rows, columns;
   float* out;  // [output channel][x's channel]
   int64_t out_step, channels;
@@ -51,7 +52,7 @@ void multiply_block(const Block& block) {
     const char* row = image;
     for (int64_t h = 0; h < block.rows; ++h, row += block.row_step) {
       const char* x = row;
-      for (int64_t w = 0; w < block.columns; ++w, x += kChunkBytes, g += kRows) {
+      for (int64_t w = 0; w < block.columns; ++w, x += block.pixel_step, g += block.g_step) {
         Vector<float> pixel[kVectors];
 #pragma GCC unroll 4
         for (int v = 0; v < kVectors; ++v) {
@@ -120,6 +121,15 @@ VF_HD void gather_rows(int64_t rows, const T* from, int64_t stride, int64_t pixe
 
 constexpr std::make_integer_sequence<int, kMostRows> kCounts;
 
+// As many rows, with one chunk or two.
+VF_HD void multiply_tile(int64_t rows, const Block& block) {
+  if (kMostChunks == 1 || block.channels <= 16) {
+    multiply_rows<1>(rows, block, kCounts);
+  } else {
+    multiply_rows<kMostChunks>(rows, block, kCounts);
+  }
+}
+
 // Output channels in tiles of nearly one size, rather than a small one at the end.
 struct Tiles {
   int64_t c_out, count;
@@ -180,16 +190,13 @@ void multiply_plane(const conv::Plan& input, const GradTask& task, int64_t plane
   float* out = block.out;
   for (int64_t tile = task.first_tile; tile < task.last_tile; ++tile) {
     const int64_t channel = tiles.first(tile), size = tiles.size(tile);
+    block.g_step = size;
     block.g = from.g + (channel - tiles.first(task.first_tile)) * from.pixels + column * size;
     for (int64_t h = first_row; h < input.kernel; h += input.stride) {
       for (int64_t w = first_column; w < input.kernel; w += input.stride) {
         block.x = x + (h / input.stride * input.width + w / input.stride) * kChunkBytes;
         block.out = out + channel * block.out_step + (h * input.kernel + w) * input.channels;
-        if (kMostChunks == 1 || block.channels <= 16) {
-          multiply_rows<1>(size, block, kCounts);
-        } else {
-          multiply_rows<kMostChunks>(size, block, kCounts);
-        }
+        multiply_tile(size, block);
       }
     }
   }
@@ -204,6 +211,7 @@ void multiply_strip(const conv::PixelPlan& plan, const GradTask& task, const Til
   const int64_t blocks = plan.rows > 1 ? 1 : ceil_div(width, conv::kStripPixels);
   const int64_t columns = ceil_div(width, blocks);
   Block block{};
+  block.pixel_step = kChunkBytes;
   block.chunk_step = input.pixels * kChunkBytes;
   block.row_step = input.width * kChunkBytes;
   block.image_step = plan.image_pixels * kChunkBytes;
@@ -247,13 +255,74 @@ void run_task(const ConvWeightGradParams& p, const conv::PixelPlan& whole, const
   }
 }
 
+// What they take for a pixel; see conv_weight_grad_plan.h.
+constexpr conv::Cycles kCycles{8, 8, 6};
+
+// Whether pixels lie one constant step apart.
+VF_HD bool in_a_row(const View& view, int64_t n, int64_t height, int64_t width) {
+  return (height == 1 || view.stride_h == width * view.stride_w) &&
+         (n == 1 || view.stride_n == height * width * view.stride_w);
+}
+
+// Whether pixels are multiplied where they lie. Gathering takes nearly half as long as multiplying
+// where a layer has 64 channels, and a twelfth where it has 350: from there on it is faster than
+// reading a pixel's few numbers of a tile from so many lines, which an L1 cache has no room for.
+VF_HD bool read_directly(const ConvWeightGradParams& p) {
+  const int64_t chunks = p.c_in / 16, tiles = Tiles(p.c_out).count;
+  const bool narrow = 8 * (kCycles.chunk * chunks + kCycles.tile * tiles) >
+                      kCycles.product * chunks * tiles;
+  return p.kernel == 1 && p.stride == 1 && narrow &&
+         p.c_in % 16 == 0 &&  // Chunks end where pixels do.
+         in_a_row(p.x, p.n, p.height, p.width) && in_a_row(p.g, p.n, p.height, p.width);
+}
+
+void run_directly(const ConvWeightGradParams& p, int threads) {
+  constexpr int64_t kPixels = 64;  // Of all channels there is room for them in an L1 cache.
+  const Tiles tiles(p.c_out);
+  // A strip is some of all pixels, whatever rows and images they are in.
+  conv::PixelPlan plan{};
+  plan.input.chunks = p.c_in / 16;
+  plan.strips = ceil_div(p.n * p.height * p.width, kPixels);
+  plan.row_strips = plan.images = plan.rows = 1;
+  plan.input.kernel = 1;
+  constexpr conv::Cycles kDirectly{1, 1, kCycles.product};
+  const auto ranges =
+      conv::divide_outputs(plan.input, tiles.count, ceil_div(threads, p.parts), kDirectly);
+  const auto run = [&](const GradTask& task, char*, float* out) VF_LAMBDA {
+    Block block{};
+    block.pixel_step = p.x.stride_w * static_cast<int64_t>(sizeof(float));
+    block.chunk_step = kChunkBytes;
+    block.g_step = p.g.stride_w;
+    block.images = block.rows = 1;
+    block.out_step = p.c_in;
+    for (int64_t i = task.first_strip; i < task.last_strip; ++i) {
+      const int64_t pixel = i * kPixels;
+      block.columns = least(kPixels, p.n * p.height * p.width - pixel);
+      block.add = i > task.first_strip;
+      const auto* g = static_cast<const float*>(p.g.data) + pixel * block.g_step;
+      const auto* x = static_cast<const char*>(p.x.data) + pixel * block.pixel_step;
+      for (int64_t chunk = task.first_chunk; chunk < task.last_chunk; chunk += kMostChunks) {
+        const int64_t last = least<int64_t>(chunk + kMostChunks, task.last_chunk);
+        block.x = x + chunk * kChunkBytes;
+        block.channels = (last - chunk) * 16;
+        for (int64_t tile = task.first_tile; tile < task.last_tile; ++tile) {
+          block.g = g + tiles.first(tile);
+          block.out = out + tiles.first(tile) * block.out_step + chunk * 16;
+          multiply_tile(tiles.size(tile), block);
+        }
+      }
+    }
+  };
+  conv::share_weight_grad(p, plan, tiles.count, ranges, 1, threads, run);
+}
+
 template <class T>
 void run_weight_grad(const ConvWeightGradParams& p, int threads) {
+  if (sizeof(T) == sizeof(float) && read_directly(p)) return run_directly(p, threads);
   const auto plan =
       conv::divide_pixels({p.out_height, p.out_width, p.c_in, p.c_out, p.kernel, p.stride}, p.n,
                           conv::kFloatChunk, conv::kStripPixels);
   const Tiles tiles(p.c_out);
-  constexpr conv::Cycles kCycles{8, 8, 6};
   const auto ranges =
       conv::divide_outputs(plan.input, tiles.count, ceil_div(threads, p.parts), kCycles);
   const int64_t channels = (ceil_div(tiles.count, ranges.tiles) + 1) * kMostRows;

@@ -21,6 +21,11 @@ LAYERS = [
     calls.Layer(1, 33, 24, (2, 17, 31)),
     calls.Layer(1, 150, 70, (2, 20, 13)),  # Several groups of chunks, the last one smaller.
     calls.Layer(1, 16, 7, (5, 4, 4), 2),
+    calls.Layer(1, 16, 9, (2, 17, 31)),  # Read where pixels lie, as the next three.
+    calls.Layer(1, 64, 70, (3, 9, 13)),
+    calls.Layer(1, 112, 5, (1, 3, 70)),
+    calls.Layer(1, 48, 100, (1, 40, 41)),
+    calls.Layer(1, 544, 400, (1, 9, 8)),
     calls.Layer(3, 3, 5, (1, 1, 1)),
     calls.Layer(3, 3, 64, (1, 41, 47), 2),  # Unfolded, in parts.
     calls.Layer(3, 6, 9, (3, 11, 30), 2),  # Unfolded into two chunks of pairs.
@@ -102,6 +107,7 @@ def test_sums_of_half_precision_are_not_rounded(engine, kernel):
         (3, 8, 8, (2, 40, 40), 1),
         (3, 64, 96, (2, 24, 24), 1),
         (1, 320, 112, (2, 20, 20), 1),
+        (1, 64, 96, (2, 24, 25), 1),
     ],
 )
 def test_the_number_of_threads_does_not_change_a_bit(engine, kernel, c_in, c_out, size, stride):
