@@ -136,14 +136,22 @@ inline cpu::Recording*& recording() {
 // Run an op of the CPU half, and keep the call where this thread is recording.
 template <class Params>
 void run(const char* function, const py::kwargs& fields, int threads,
-         std::function<void(const Params&, int)> op) {
+         std::function<void(const Params&, int)> op, bool recorded = true) {
   checks::threads(threads);
   const auto params = read<Params>(function, fields);
   {
     const py::gil_scoped_release released;
     op(params, threads);
   }
-  if (recording() != nullptr) recording()->add(params, std::move(op));
+  if (recorded && recording() != nullptr) recording()->add(params, std::move(op));
+}
+
+// One that packs a weight: mostly it is packed once, and the calls that follow read what it leaves.
+template <class Params>
+void run_pack(const char* function, const py::kwargs& fields, int threads,
+              std::function<void(const Params&, int)> op) {
+  const bool recorded = recording() != nullptr && recording()->packs();
+  run<Params>(function, fields, threads, std::move(op), recorded);
 }
 
 // A half's functions of sizes alone.
@@ -199,12 +207,11 @@ inline void bind_cpu_conv(py::module_ m) {
       cpu::conv(params, engine, count);
     });
   });
-  // Not recorded: weights are packed once, and the calls that follow read what it leaves.
   m.def("conv_pack", [](int threads, const std::string& engine, const py::kwargs& fields) {
-    checks::threads(threads);
-    const auto params = read<ConvPackParams>("conv_pack", fields);
-    const py::gil_scoped_release released;
-    cpu::conv_pack(params, engine, threads);
+    run_pack<ConvPackParams>("conv_pack", fields, threads,
+                             [engine](const ConvPackParams& params, int count) {
+                               cpu::conv_pack(params, engine, count);
+                             });
   });
 }
 
@@ -231,12 +238,11 @@ inline void bind_cpu_int8_conv(py::module_ m) {
                           cpu::int8_conv(params, engine, count);
                         });
   });
-  // Not recorded, as conv_pack.
   m.def("int8_conv_pack", [](int threads, const std::string& engine, const py::kwargs& fields) {
-    checks::threads(threads);
-    const auto params = read<Int8ConvPackParams>("int8_conv_pack", fields);
-    const py::gil_scoped_release released;
-    cpu::int8_conv_pack(params, engine, threads);
+    run_pack<Int8ConvPackParams>("int8_conv_pack", fields, threads,
+                                 [engine](const Int8ConvPackParams& params, int count) {
+                                   cpu::int8_conv_pack(params, engine, count);
+                                 });
   });
 }
 
@@ -253,10 +259,10 @@ inline void bind_cpu_conv_winograd(py::module_ m) {
     });
   });
   m.def("conv_winograd_pack", [](int threads, int64_t side, const py::kwargs& fields) {
-    checks::threads(threads);
-    const auto params = read<ConvPackParams>("conv_winograd_pack", fields);
-    const py::gil_scoped_release released;
-    cpu::conv_winograd_pack(params, side, threads);
+    run_pack<ConvPackParams>("conv_winograd_pack", fields, threads,
+                             [side](const ConvPackParams& params, int count) {
+                               cpu::conv_winograd_pack(params, side, count);
+                             });
   });
 }
 
@@ -306,10 +312,12 @@ inline void bind_cpu_conv_weight_grad(py::module_ m) {
 
 // `with Recording() as calls: ...` records all calls of the CPU half that this thread makes;
 // `calls.move([(address, bytes), ...])` says what may lie elsewhere when `calls.run(threads,
-// [address, ...])` makes them again.
+// [address, ...])` makes them again. It returns by which calls each piece is used, (first, last),
+// and how many addresses lie in none. With `Recording(packs=True)` weights are packed again as
+// well.
 inline void bind_recording(py::module_ m) {
   py::class_<cpu::Recording>(m, "Recording")
-      .def(py::init<>())
+      .def(py::init<bool>(), py::arg("packs") = false)
       .def("__enter__",
            [](py::object self) {
              auto& calls = self.cast<cpu::Recording&>();
@@ -341,7 +349,10 @@ inline void bind_recording(py::module_ m) {
                                            std::to_string(bytes) + " bytes");
                }
              }
-             self.move(memory);
+             const auto found = self.move(memory);
+             std::vector<std::pair<size_t, size_t>> uses;
+             for (const auto& [first, last] : found.uses) uses.emplace_back(first, last);
+             return std::make_pair(uses, found.elsewhere);
            })
       .def("run", [](cpu::Recording& self, int threads, const std::vector<uintptr_t>& addresses) {
         checks::threads(threads);

@@ -117,8 +117,9 @@ inline void tensors(const ConvWeightGradFinishParams& p) {
   packed("products", p.products, 4, {p.c_out, p.kernel, p.kernel, p.c_in});
   filter("weight", p.weight, p);
   filter("dweight", Array{p.dweight, kFloat32}, p);
-  packed("scale", p.scale, 4, {p.c_out});
-  packed("dscale", p.dscale, 4, {p.c_out});
+  together("scale", p.scale, "dscale", p.dscale);
+  packed("scale", p.scale, 4, {p.c_out}, kOptional);
+  packed("dscale", p.dscale, 4, {p.c_out}, kOptional);
 }
 
 template <class Params>

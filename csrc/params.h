@@ -94,7 +94,7 @@ struct ConvWeightGradFinishParams {
   const void*
       products;       // [C_out, K, K, C_in] packed, fp32, as ConvWeightGradParams has them in out
   Array weight;       // any dtype; not packed, its strides are below
-  const void* scale;  // [C_out] fp32
+  const void* scale;  // [C_out] fp32, or null together with dscale, as if it were one
   void* dweight;      // fp32, with the strides of weight
   void* dscale;       // [C_out] fp32
   int64_t c_out, kernel, c_in;

@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 HUGE = 2 << 20
 """Bytes of a huge page."""
@@ -110,10 +111,12 @@ def together(size: int) -> Tensor:
 def kept(tensor: Tensor) -> Tensor:
     """A copy of a contiguous CPU tensor, :func:`together` with others that are kept.
 
-    No op of PyTorch copies it: who watches them would think that something was computed.
+    No op of PyTorch copies it: who watches them would think that something was computed; nor does
+    one allocate it there: it is nobody else's.
     """
     size = tensor.numel() * tensor.itemsize
-    memory = together(size)
+    with _disable_current_modes():
+        memory = together(size)
     ctypes.memmove(memory.data_ptr(), tensor.data_ptr(), size)
     found = memory.view(tensor.dtype).view(tensor.shape)
     found._slab = getattr(memory, "_slab", None)  # type: ignore[attr-defined]

@@ -54,7 +54,7 @@ void finish_weight_grad(const ConvWeightGradFinishParams& p, int threads) {
     const auto* products = static_cast<const float*>(p.products) + o * size;
     const auto* weight = static_cast<const Weight*>(p.weight.data) + o * p.stride_o;
     float* out = static_cast<float*>(p.dweight) + o * p.stride_o;
-    const float scale = static_cast<const float*>(p.scale)[o];
+    const float scale = p.scale == nullptr ? 1.0f : static_cast<const float*>(p.scale)[o];
     double sum = 0;
     if (by_channels) {
       sum = finish_by_channels<kTaps>(products, weight, scale, out, p.c_in);
@@ -65,7 +65,7 @@ void finish_weight_grad(const ConvWeightGradFinishParams& p, int threads) {
             finish_tap(products + tap * p.c_in, weight + at, p.stride_i, scale, out + at, p.c_in);
       }
     }
-    static_cast<float*>(p.dscale)[o] = static_cast<float>(sum);
+    if (p.dscale != nullptr) static_cast<float*>(p.dscale)[o] = static_cast<float>(sum);
   });
 }
 

@@ -269,8 +269,8 @@ VF_HD bool in_a_row(const View& view, int64_t n, int64_t height, int64_t width) 
 // reading a pixel's few numbers of a tile from so many lines, which an L1 cache has no room for.
 VF_HD bool read_directly(const ConvWeightGradParams& p) {
   const int64_t chunks = p.c_in / 16, tiles = Tiles(p.c_out).count;
-  const bool narrow = 8 * (kCycles.chunk * chunks + kCycles.tile * tiles) >
-                      kCycles.product * chunks * tiles;
+  const bool narrow =
+      8 * (kCycles.chunk * chunks + kCycles.tile * tiles) > kCycles.product * chunks * tiles;
   return p.kernel == 1 && p.stride == 1 && narrow &&
          p.c_in % 16 == 0 &&  // Chunks end where pixels do.
          in_a_row(p.x, p.n, p.height, p.width) && in_a_row(p.g, p.n, p.height, p.width);

@@ -1,6 +1,7 @@
 // Calls of ops of the CPU half, kept so that they can be made again without Python in between.
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <cstdlib>
@@ -28,6 +29,8 @@ class Recording {
     uint64_t bytes;
   };
 
+  explicit Recording(bool packs = false) : packs_(packs) {}
+
   // Memory of zeros is an empty recording too: Python can make one without its constructor.
   static void* operator new(size_t bytes) {
     void* memory = std::calloc(1, bytes);
@@ -43,29 +46,50 @@ class Recording {
 
   size_t size() const { return calls_.size(); }
 
+  // Whether calls that pack weights are among those to add.
+  bool packs() const { return packs_; }
+
   // Calls are added between these: nobody makes or moves them meanwhile.
   void begin() { take(); }
   void end() { busy_ = false; }
 
+  // The first and the last call that a piece of memory is used by, as numbers from 0 on; of a piece
+  // that none uses the first is after the last.
+  struct Uses {
+    size_t first, last;
+  };
+
+  struct Movable {
+    std::vector<Uses> uses;  // of each piece
+    size_t elsewhere;        // addresses that lie in no piece, and stay what they are
+  };
+
   // From now on `run` takes addresses for these pieces of memory. They do not overlap.
-  void move(const std::vector<Memory>& pieces) {
+  Movable move(const std::vector<Memory>& pieces) {
     take();
     const Done done{busy_};
     moved_.clear();
     pieces_ = pieces;
-    for (const auto& call : calls_) {
+    Movable found{std::vector<Uses>(pieces.size(), Uses{calls_.size(), 0}), 0};
+    for (size_t number = 0; number < calls_.size(); ++number) {
+      Call* const call = calls_[number].get();
       call->each_pointer([&](void* field) {
         uintptr_t address;
         std::memcpy(&address, field, sizeof(address));
+        if (address == 0) return;
+        bool inside = false;
         for (size_t i = 0; i < pieces.size(); ++i) {
           // An address before the piece wraps around, past its end.
           const uint64_t offset = address - pieces[i].first;
-          if (address != 0 && offset < pieces[i].bytes) {
-            moved_.push_back({field, i, offset, call.get()});
-          }
+          if (offset >= pieces[i].bytes) continue;
+          inside = true;
+          moved_.push_back({field, i, offset, call});
+          found.uses[i] = {std::min(found.uses[i].first, number), number};
         }
+        if (!inside) ++found.elsewhere;
       });
     }
+    return found;
   }
 
   // Make all calls, in their order. For one thread at a time.
@@ -151,6 +175,7 @@ class Recording {
   std::vector<Moved> moved_;
   std::vector<Memory> pieces_;
   std::atomic<bool> busy_{false};
+  const bool packs_;
 };
 
 static_assert(sizeof(uintptr_t) == sizeof(void*), "pointers are exchanged as integers");

@@ -17,9 +17,8 @@ from vovnet_fast.arithmetic.layers import (
     QuantizedSum,
 )
 from vovnet_fast.backends import _extension
-from vovnet_fast.backends.cpu import int8, int8_winograd, packing, winograd
+from vovnet_fast.backends.cpu import int8, int8_winograd, packing, recording, winograd
 from vovnet_fast.ops.max_pool import output_size
-from vovnet_fast.replay import cpu as replay
 
 ENGINES = engine_combinations("int8_conv_engines")
 WINOGRAD = [pair for pair in ENGINES if pair[0] in int8_winograd.NAMES]
@@ -250,7 +249,7 @@ def test_what_an_output_is_at_most_is_known_without_an_op_of_pytorch():
     weight = integers(-127, 127, 24, 3, 3, 512, dtype=torch.int8)
     weight[3] = weight[3].abs()
     largest = int(weight[3].int().sum())
-    with replay._Watch() as watch:
+    with recording._Watch() as watch:
         assert int8_winograd._largest_sum(weight) == largest
         assert not int8_winograd.fits(weight, 127)
     assert not watch.computed

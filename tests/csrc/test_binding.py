@@ -435,6 +435,38 @@ def test_a_recording_looks_at_pieces(recorded):
     calls.move([(0, 0)])  # Of a tensor without elements.
 
 
+def test_a_recording_says_what_its_calls_use(extension):
+    memory, fields = sums()
+    places = [each.data_ptr() for each in memory]
+    with extension.Recording() as calls:
+        extension.channel_sums(1, **fields)
+        extension.channel_sums(1, **{**fields, "g": (places[2], 4, 4, 4), "out": places[0]})
+    assert calls.move([(place, 16) for place in places]) == ([(0, 1)] * 3, 0)
+    assert calls.move([(places[0], 16), (places[2] + 4, 12)]) == ([(0, 1), (2, 0)], 4)
+    assert calls.move([]) == ([], 6)
+
+
+def test_weights_are_packed_again_where_it_is_asked_for(extension):
+    engine, threads = "fma", 1
+    if engine not in extension.conv_engines():
+        pytest.skip("no such engine here")
+    weight = torch.randn(16, 16)
+    tiles = torch.zeros(extension.conv_pack_bytes(engine, 16, 1, 16), dtype=torch.uint8)
+    fields = dict(
+        weight=(weight.data_ptr(), 2), scale=None, out=tiles.data_ptr(), c_out=16, kernel=1,
+        c_in=16, stride_o=16, stride_h=16, stride_w=16, stride_i=1, transposed=0, dtype=2,
+    )  # fmt: skip
+    for packs in (False, True):
+        with extension.Recording(packs) as calls:
+            extension.conv_pack(threads, engine, **fields)
+        assert len(calls) == packs
+    calls.move([])
+    expected = tiles.clone()
+    tiles.zero_()
+    calls.run(threads, [])
+    assert torch.equal(tiles, expected)
+
+
 def test_a_recording_is_not_used_while_it_records(extension, recorded):
     calls, memory = recorded
     addresses = [memory[0].data_ptr(), memory[2].data_ptr()]

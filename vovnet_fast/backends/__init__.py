@@ -65,6 +65,9 @@ Forward:
     this function and the next in a backend, ``depthwise`` and then ``conv`` are called.
 ``depthwise_conv_statistics(x, weight, out, *, taps, stride, spatial)``
     the same with ``conv_statistics``.
+``copy(x, out)``, ``depthwise_taps(weight, dtype)``
+    out = x; ``depthwise``'s weight of any dtype and strides as it is taken. Without these functions
+    in a backend, PyTorch does it.
 ``gates(partials, num_pixels, fc_weight, fc_bias, kind)``
     ``[N, C]`` gates of effective Squeeze-Excitation from ``conv``'s partial sums, and the
     means that they come from.
@@ -112,7 +115,7 @@ import functools
 import importlib
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -285,6 +288,33 @@ def get(
     if _choice.noted is not None:
         _choice.noted.update(needs)
     return _module(select(device, dtype, needs, choice))
+
+
+def repeat(
+    choice: str,
+    key: Hashable,
+    tensors: Sequence[torch.Tensor],
+    work: Callable[[], list[torch.Tensor | None]],
+) -> list[torch.Tensor | None]:
+    """Results of a pass of a training step, by what is kept of passes like it if there is any.
+
+    Args:
+        choice: as for :func:`select`.
+        key: all that the pass depends on beside its tensors.
+        tensors: all that it reads and, if they are the caller's, writes.
+        work: computes it. Each result is a tensor of its own, a view of one of ``tensors``, or
+            None; which of these depends on nothing else either.
+    """
+    on_cpu = tensors[0].device.type == "cpu" and choice in ("auto", "cpu")
+    if not on_cpu or _choice.noted is not None or not _cpu_repeats():
+        return work()
+    found: list[torch.Tensor | None] = _module("cpu").repeat((choice, key), tensors, work)
+    return found
+
+
+@functools.cache
+def _cpu_repeats() -> bool:
+    return why_not("cpu", None) is None
 
 
 def _automatic(device: torch.device, dtype: torch.dtype, needs: tuple[str, ...]) -> str:

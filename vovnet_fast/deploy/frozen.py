@@ -19,8 +19,8 @@ from ..network.filling import AllOrNothing
 from ..network.watchers import watching
 from ..ops import NetworkParams, _checks
 from ..ops import features as run_op
-from ..ops.conv import unflatten
 from ..ops.features import check_size, needs, plan, rebuild, run
+from ..ops.flattening import unflatten
 from ..ops.memory import Arena, Memory
 from ..replay.caches import Caches, Captured, Workspace
 from .folded import folded_forward
@@ -100,7 +100,7 @@ class FrozenVoVNet(AllOrNothing):
         self._widths = [layer.shift.numel() for layer in layers]
         hold("zeros", self.shift.new_zeros(max(self._widths)), exact)
         hold("ones", self.shift.new_ones(max(self._widths)), exact)
-        # Strides as ops.conv.flatten writes them: negative for a depthwise layer.
+        # Strides as ops.flattening.flatten writes them: negative for a depthwise layer.
         self._strides = [
             layer.stride if layer.depthwise is None else -layer.stride for layer in layers
         ]

@@ -14,10 +14,12 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import compat
 from .._dtypes import accumulator
 from ..compat import zip
+from .memory import copy
 
 MEAN, RSTD, SCALE, SHIFT, VARIANCE, COUNT = range(6)
 """Rows of the statistics of a batch."""
@@ -49,6 +51,11 @@ def fold(norms: Sequence[FixedNorm], dtype: torch.dtype) -> list[tuple[Tensor, T
     """
     high = accumulator(dtype)
     sizes = [len(norm.mean) for norm in norms]
+    if _trains_affine_terms(norms, high):
+        affine = [t for norm in norms for t in (norm.weight, norm.bias)]
+        constants = [t for norm in norms for t in (norm.mean, norm.var)]
+        found = _Fold.apply(sizes, [norm.eps for norm in norms], constants, *affine)
+        return list(zip(found[: len(norms)], found[len(norms) :], strict=True))
 
     def joined(parts: list[Tensor | None], default: float) -> Tensor | None:
         if all(part is None for part in parts):
@@ -62,13 +69,7 @@ def fold(norms: Sequence[FixedNorm], dtype: torch.dtype) -> list[tuple[Tensor, T
     mean, var = joined([n.mean for n in norms], 0.0), joined([n.var for n in norms], 0.0)
     assert mean is not None
     assert var is not None
-    if len({norm.eps for norm in norms}) == 1:
-        scale = torch.rsqrt(var + norms[0].eps)
-    else:
-        eps = torch.cat(
-            [var.new_full((size,), n.eps) for n, size in zip(norms, sizes, strict=True)]
-        )
-        scale = torch.rsqrt(var + eps)
+    scale = torch.rsqrt(var + _spread([norm.eps for norm in norms], sizes, var))
     gamma, beta = joined([n.weight for n in norms], 1.0), joined([n.bias for n in norms], 0.0)
     conv_bias = joined([n.conv_bias for n in norms], 0.0)
     if gamma is not None:
@@ -77,6 +78,73 @@ def fold(norms: Sequence[FixedNorm], dtype: torch.dtype) -> list[tuple[Tensor, T
     if beta is not None:
         shift = shift + beta
     return list(zip(scale.split(sizes), shift.split(sizes), strict=True))
+
+
+def _trains_affine_terms(norms: Sequence[FixedNorm], high: torch.dtype) -> bool:
+    """Whether gammas and betas, and they alone, can have gradients, outside of torch.compile."""
+    if compat.is_compiling() or not torch.is_grad_enabled():
+        return False
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        return False  # PyTorch's own functions have rules for these.
+    trained = False
+    for norm in norms:
+        affine, constants = (norm.weight, norm.bias), (norm.mean, norm.var)
+        if norm.conv_bias is not None or any(t is None or t.dtype != high for t in affine):
+            return False
+        if any(t.dtype != high or t.requires_grad for t in constants):
+            return False
+        trained = trained or any(t is not None and t.requires_grad for t in affine)
+    return trained
+
+
+class _Fold(torch.autograd.Function):
+    """What :func:`fold` does, of gamma and beta of one norm after the other.
+
+    Of PyTorch's functions alone each would be a node of autograd's graph: in a training step on a
+    CPU, these take as long as a small convolution.
+    """
+
+    @staticmethod
+    def forward(ctx, sizes, epsilons, constants, *affine):
+        gamma, beta, mean, var = (
+            torch.cat(each) for each in (affine[::2], affine[1::2], constants[::2], constants[1::2])
+        )
+        rstd = torch.rsqrt(var + _spread(epsilons, sizes, var))
+        scale = rstd * gamma
+        shift = -mean * scale + beta
+        ctx.sizes = sizes
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(rstd, mean)
+        return *scale.split(sizes), *shift.split(sizes)
+
+    @staticmethod
+    def backward(ctx, *grads):
+        rstd, mean = ctx.saved_tensors
+        given = [
+            mean.new_zeros(size) if g is None else g
+            for g, size in zip(grads, ctx.sizes * 2, strict=True)
+        ]
+        count = len(ctx.sizes)
+        dscale, dbeta = torch.cat(given[:count]), torch.cat(given[count:])
+        dgamma = (dscale - dbeta * mean) * rstd
+        found = zip(dgamma.split(ctx.sizes), dbeta.split(ctx.sizes), strict=True)
+        needed = ctx.needs_input_grad[3:]
+        flat = [g for pair in found for g in pair]
+        return (
+            None,
+            None,
+            None,
+            *(g if need else None for g, need in zip(flat, needed, strict=True)),
+        )
+
+
+def _spread(epsilons: Sequence[float], sizes: Sequence[int], like: Tensor) -> Tensor | float:
+    """What is added to variances, for all channels of several norms."""
+    if len(set(epsilons)) == 1:
+        return epsilons[0]
+    return torch.cat(
+        [like.new_full((size,), eps) for eps, size in zip(epsilons, sizes, strict=True)]
+    )
 
 
 def group_name(group: dist.ProcessGroup | None) -> str:
@@ -118,4 +186,7 @@ def backward(
         total = sums.clone()
         dist.all_reduce(total, group=compat.process_group(group))
     backend.batch_norm_input_grad(g, z, norm, total, gamma, g)
-    return sums[1].clone(), sums[0].clone()  # Ops return tensors that share no memory.
+    dgamma, dbeta = (sums.new_empty(sums.shape[1]) for _ in range(2))
+    for row, out in ((sums[1], dgamma), (sums[0], dbeta)):  # Results of ops share no memory.
+        copy(backend, row[None, None, None], out[None, None, None])
+    return dgamma, dbeta

@@ -8,6 +8,7 @@ kept; with those of the batch the raw convolutions are, and outputs are computed
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from .. import backends
 from .._dtypes import accumulator
 from ..backends import _steps
 from ..compat import zip
-from . import _checks, _library, conv, gradients, rooms
+from . import _checks, _library, conv, flattening, gradients, rooms
 from ._checks import nchw, nhwc
 from .conv import ConvGrads, ConvParams, Kept, Kinds
 from .memory import Memory
@@ -70,7 +71,7 @@ def conv_chain(
         channels = layer.weight.shape[0]
         size = conv.output_size(*size, layer)
         _checks.batch_statistics(op, layer.eps, layer.group, x.shape[0] * size[0] * size[1])
-    flat = conv.flatten(op, list(layers))
+    flat = flattening.flatten(op, list(layers))
     tensors = [t for group in flat[:4] for t in group]
     _checks.transforms(op, x, *tensors)
     keep, choice = _checks.needs_gradient(x, *tensors), backends.chosen()
@@ -90,15 +91,33 @@ def _forward(
     x: Tensor, layers: Sequence[ConvParams], keep: bool, choice: str, width: int = 0
 ) -> list[Tensor]:
     """Outputs, statistics, and with ``keep`` the raw convolutions of layers with statistics."""
-    needed = needs(Kinds.of(layers), backward=keep)
-    backend, view, memory = backends.get(x.device, x.dtype, needed, choice), nhwc(x), Memory()
+    view = nhwc(x)
+    height, width_ = view.shape[1:3]
+    for layer in layers:
+        height, width_ = conv.output_size(height, width_, layer)
+    c_out = layers[-1].weight.shape[0]
+    last = rooms.new(view, x.shape[0], height, width_, c_out, max(width, c_out))
+
+    def work() -> list[Tensor]:
+        needed = needs(Kinds.of(layers), backward=keep)
+        return _run(backends.get(x.device, x.dtype, needed, choice), view, layers, last, keep)
+
+    if not keep:
+        return work()
+    return conv.repeat(choice, ("conv_chain",), layers, [view, last], work)
+
+
+def _run(
+    backend: ModuleType, view: Tensor, layers: Sequence[ConvParams], last: Tensor, keep: bool
+) -> list[Tensor]:
+    memory = Memory()
     outs: list[Tensor] = []
     kept: list[Kept] = []
     for layer in layers:
-        size = (x.shape[0], *conv.output_size(view.shape[1], view.shape[2], layer))
-        c_out = layer.weight.shape[0]
-        last = len(outs) == len(layers) - 1
-        out = rooms.new(view, *size, c_out, max(width if last else 0, c_out))
+        out = last
+        if len(outs) < len(layers) - 1:
+            size = conv.output_size(view.shape[1], view.shape[2], layer)
+            out = view.new_empty(view.shape[0], *size, layer.weight.shape[0])
         kept.append(conv.run(backend, view, layer, out, memory))
         outs.append(out)
         view = out
@@ -189,7 +208,7 @@ def _conv_chain(
     keep: bool,
     choice: str,
 ) -> list[Tensor]:
-    layers = conv.unflatten(weights, scales, shifts, depthwise, strides, epsilons, group)
+    layers = flattening.unflatten(weights, scales, shifts, depthwise, strides, epsilons, group)
     return _forward(x, layers, keep, choice)
 
 
@@ -222,12 +241,20 @@ def _conv_chain_backward(
     douts: Sequence[Tensor | None],
     needs: list[bool],
 ) -> list[Tensor]:
-    layers = conv.unflatten(weights, scales, shifts, depthwise, strides, epsilons, group)
-    wanted = conv.wanted(needs[1:], strides)
-    dx, grads = _backward(x, layers, outs, norms, raws, list(douts), needs[0], wanted, choice)
-    tensors = [*weights, *scales, *shifts, *depthwise]
-    found = [dx, *gradients.flatten(grads, tensors, strides)]
-    return [g for g, need in zip(found, needs, strict=True) if need and g is not None]
+    layers = flattening.unflatten(weights, scales, shifts, depthwise, strides, epsilons, group)
+    wanted = flattening.wanted(needs[1:], strides)
+    x = nchw(nhwc(x))
+    given = [None if dout is None else nchw(nhwc(dout)) for dout in douts]
+
+    def work() -> list[Tensor]:
+        dx, grads = _backward(x, layers, outs, norms, raws, given, needs[0], wanted, choice)
+        tensors = [*weights, *scales, *shifts, *depthwise]
+        found = [dx, *gradients.flatten(grads, tensors, strides)]
+        return [g for g, need in zip(found, needs, strict=True) if need and g is not None]
+
+    key = "conv_chain_backward", *needs, *(dout is None for dout in given)
+    read = [x, *outs, *norms, *raws, *(dout for dout in given if dout is not None)]
+    return conv.repeat(choice, key, layers, read, work)
 
 
 @_conv_chain_backward.register_fake
@@ -279,7 +306,7 @@ def _gradients(
             _conv_chain_backward,
             ctx.choice,
             x,
-            *conv.regroup(tensors, strides),
+            *flattening.regroup(tensors, strides),
             *flat,
             ctx.choice,
             saved[:fixed],
@@ -328,7 +355,9 @@ class _Chain(torch.autograd.Function):
     @staticmethod
     def forward(ctx, flat, choice, width, x, *tensors):
         strides, epsilons, group = flat
-        layers = conv.unflatten(*conv.regroup(tensors, strides), strides, epsilons, group)
+        layers = flattening.unflatten(
+            *flattening.regroup(tensors, strides), strides, epsilons, group
+        )
         with _steps.forward():
             found = _forward(x, layers, True, choice, width)
         count = len(layers)

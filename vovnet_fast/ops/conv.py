@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .. import backends
 from .._dtypes import accumulator
-from ..compat import zip
 from . import _checks, batch_norm
 from .batch_norm import SCALE, SHIFT, FixedNorm
 from .memory import Memory
@@ -185,7 +185,7 @@ def run(
     if not _as_they_are(backend):
         params = pack(params, x.dtype)
     elif params.depthwise is not None:
-        params = params._replace(depthwise=params.depthwise.to(x.dtype).contiguous())
+        params = params._replace(depthwise=_taps(backend, params.depthwise, x.dtype))
     weight, scale, shift, stride, depthwise, eps, group = params
     conv = "conv"
     options: dict[str, Any] = {}
@@ -206,6 +206,16 @@ def run(
 def _as_they_are(backend: ModuleType) -> bool:
     """Whether a backend takes weights of any dtype and strides."""
     return getattr(backend, "WEIGHTS_AS_THEY_ARE", False)
+
+
+def _taps(backend: ModuleType, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weight of a depthwise convolution, contiguous, in the dtype of the activations."""
+    if weight.dtype == dtype and weight.is_contiguous():
+        return weight
+    if not hasattr(backend, "depthwise_taps"):
+        return weight.to(dtype).contiguous()
+    taps: Tensor = backend.depthwise_taps(weight, dtype)
+    return taps
 
 
 def run_again(backend: ModuleType, kept: Kept, out: Tensor) -> None:
@@ -276,7 +286,7 @@ def run_backward(
         scale = None
     spatial, depthwise = x, None
     if params.depthwise is not None:
-        depthwise = params.depthwise.to(x.dtype).contiguous()
+        depthwise = _taps(backend, params.depthwise, x.dtype)
         spatial, stride = _spatial(backend, x, depthwise, stride, g, Memory()), 1
     grads = None
     if wanted:
@@ -327,74 +337,29 @@ def check(op: str, params: ConvParams, x: Tensor, channels: int | None = None) -
         raise ValueError(f"{op}: stride must be 1 or 2, got {params.stride}")
 
 
-FlatConvs = tuple[
-    list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[int], list[float], str
-]
+def repeat(
+    choice: str,
+    key: tuple[Hashable, ...],
+    layers: Sequence[ConvParams],
+    tensors: Sequence[Tensor],
+    work: Callable[[], list[Any]],
+) -> list[Any]:
+    """Results of a pass over layers; see :func:`vovnet_fast.backends.repeat`.
 
-
-def flatten(op: str, layers: list[ConvParams]) -> FlatConvs:
-    """Layers as what ``torch.library`` takes: lists of tensors and of numbers.
-
-    The integers are the stride, negative where a depthwise convolution comes first; the
-    other numbers are eps, negative where the statistics are fixed.
-
-    Raises:
-        ValueError: the layers belong to several process groups.
+    Args:
+        choice: as there.
+        key: all that the pass depends on beside its layers and tensors.
+        layers: that it goes through.
+        tensors: all that it reads and, if they are the caller's, writes, beside those of layers.
+        work: as there.
     """
-    groups = {layer.group for layer in layers if layer.eps is not None} or {""}
-    if len(groups) > 1:
-        raise ValueError(f"{op}: all SyncBN layers must share one process group, got {groups}")
-    return (
-        [layer.weight for layer in layers],
-        [layer.scale for layer in layers],
-        [layer.shift for layer in layers],
-        [layer.depthwise for layer in layers if layer.depthwise is not None],
-        [layer.stride if layer.depthwise is None else -layer.stride for layer in layers],
-        [-1.0 if layer.eps is None else layer.eps for layer in layers],
-        groups.pop(),
-    )
-
-
-def unflatten(
-    weights: list[Tensor],
-    scales: list[Tensor],
-    shifts: list[Tensor],
-    depthwise: list[Tensor],
-    strides: list[int],
-    epsilons: list[float] | None = None,
-    group: str = "",
-) -> list[ConvParams]:
-    """The inverse of :func:`flatten`. Without ``epsilons`` all statistics are fixed."""
-    spatial = iter(depthwise)
-    return [
-        ConvParams(
-            weight,
-            scale,
-            shift,
-            abs(stride),
-            next(spatial) if stride < 0 else None,
-            None if eps < 0 else eps,
-            group,
-        )
-        for weight, scale, shift, stride, eps in zip(
-            weights, scales, shifts, strides, epsilons or [-1.0] * len(strides), strict=True
-        )
+    if any(layer.group for layer in layers):  # Other processes take part.
+        return work()
+    of_layers = [
+        t
+        for layer in layers
+        for t in (layer.weight, layer.scale, layer.shift, layer.depthwise)
+        if t is not None
     ]
-
-
-def regroup(
-    tensors: Sequence[Tensor], strides: list[int]
-) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor]]:
-    """The four lists of tensors of :func:`flatten`, from all of them in one row."""
-    n = len(strides)
-    weights, scales, shifts = (list(tensors[i * n : (i + 1) * n]) for i in range(3))
-    return weights, scales, shifts, list(tensors[3 * n :])
-
-
-def wanted(needs: Sequence[bool], strides: list[int]) -> list[bool]:
-    """For each layer, whether any of its tensors needs a gradient, in the order of flatten."""
-    n = len(strides)
-    found = [any(needs[i : 3 * n : n]) for i in range(n)]
-    for i, need in zip([i for i in range(n) if strides[i] < 0], needs[3 * n :], strict=True):
-        found[i] = found[i] or need
-    return found
+    statics = [(layer.stride, layer.eps, layer.depthwise is None) for layer in layers]
+    return backends.repeat(choice, (*key, *statics), [*tensors, *of_layers], work)

@@ -16,7 +16,7 @@ from torch import Tensor
 from .. import backends, compat
 from ..compat import zip
 from ..specs import FIRST_STAGE, NUM_STAGES, Pool, VoVNetSpec
-from . import _checks, _library, chain, conv, osa
+from . import _checks, _library, chain, conv, flattening, osa
 from ._checks import nchw, nhwc
 from .conv import ConvParams, Kinds
 from .max_pool import needs as pool_needs
@@ -96,7 +96,7 @@ def features(x: Tensor, params: NetworkParams, out_features: tuple[str, ...]) ->
     check_size(params.spec, out_features, x.shape[2], x.shape[3])
     check_params(op, params, x)
     layers, fcs = params.convs(), params.fcs()
-    *tensors, strides, epsilons, _ = conv.flatten(op, layers)
+    *tensors, strides, epsilons, _ = flattening.flatten(op, layers)
     if not compat.is_compiling():
         _checks.notice_modes()
     every = [x, *(t for group in tensors for t in group), *fcs]
@@ -315,7 +315,7 @@ def _features(
     spec: str,
     out_features: str,
 ) -> list[Tensor]:
-    layers = conv.unflatten(weights, scales, shifts, depthwise, strides)
+    layers = flattening.unflatten(weights, scales, shifts, depthwise, strides)
     params = rebuild(layers, fcs, decode(spec), spec)
     backend = backends.get(x.device, x.dtype, needs(params.spec))
     found = run(backend, nhwc(x), params, tuple(out_features.split(",")))

@@ -18,7 +18,7 @@ from .conv import ConvGrads
 def flatten(
     grads: Sequence[ConvGrads | None], tensors: Sequence[Tensor], strides: list[int]
 ) -> list[Tensor | None]:
-    """Gradients in the order of :func:`.conv.flatten`, each as :func:`new` has it."""
+    """Gradients in the order of :func:`.flattening.flatten`, each as :func:`new` has it."""
     found: list[Tensor | None] = []
     for name in ("weight", "scale", "shift"):
         found += [None if g is None else getattr(g, name) for g in grads]

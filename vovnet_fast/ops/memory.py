@@ -9,11 +9,20 @@ between two convolutions: one slab a role. What is returned is never part of an 
 from __future__ import annotations
 
 import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from .. import _pages as pages
+
+
+def copy(backend: ModuleType, x: Tensor, out: Tensor) -> None:
+    """out = x, ``[N, H, W, C]`` views of one dtype, by a backend that copies, or by PyTorch."""
+    if hasattr(backend, "copy") and x.numel():
+        backend.copy(x, out)
+    else:
+        out.copy_(x)
 
 
 class Memory:

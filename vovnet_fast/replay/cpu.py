@@ -2,8 +2,8 @@
 
 A network of seventy launches spends milliseconds in Python on a CPU: views, checks, allocations.
 What it asks of the extension is the same for every image of a shape, but for the addresses of
-the image and of the features: the calls are recorded once (``csrc/cpu/recording.h``), and then
-made by a single call.
+the image and of the features: the calls are recorded once
+(:mod:`vovnet_fast.backends.cpu.recording`), and then made by a single call.
 """
 
 from __future__ import annotations
@@ -13,22 +13,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from .. import _environment
 from .. import _pages as pages
 from ..backends import _extension
 from ..backends._extension.fields import pointer
-from ..backends.cpu import convolution, winograd
-from ..compat import zip
-
-_ALLOCATING = {
-    torch.ops.aten.empty.memory_format,
-    torch.ops.aten.empty_like.default,
-    torch.ops.aten.empty_strided.default,
-    torch.ops.aten.new_empty.default,
-}
-"""Ops that compute nothing. Beside them there are only views."""
+from ..backends.cpu import convolution, recording, winograd
 
 
 class Replay:
@@ -120,43 +110,11 @@ class _Recording(NamedTuple):
 def _record(
     work: Callable[[Tensor], list[Tensor]], image: Tensor
 ) -> tuple[list[Tensor], _Recording]:
-    calls = _extension.load("cpu").Recording()
-    with _Watch() as watch, calls:
-        features = work(image)
-    if watch.computed or not all(feature.is_contiguous() for feature in features):
+    features, found = recording.record(lambda: work(image))
+    if not found.complete or not all(feature.is_contiguous() for feature in features):
         return features, _Recording(None, [], [])
     own = {feature.untyped_storage().data_ptr() for feature in features}
-    kept = [t for t in watch.allocated if t.untyped_storage().data_ptr() not in own]
-    calls.move([_extent(tensor) for tensor in (image, *features)])
+    kept = [t for t in found.allocated if t.untyped_storage().data_ptr() not in own]
+    found.calls.move([recording.extent(tensor) for tensor in (image, *features)])
     shapes = [(feature.shape, feature.dtype) for feature in features]
-    return features, _Recording(calls, shapes, kept)
-
-
-def _extent(tensor: Tensor) -> tuple[int, int]:
-    """The first address of a tensor, and the bytes from there to its end."""
-    if tensor.numel() == 0:
-        return 0, 0
-    last = sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
-    return pointer("image or feature", tensor), (last + 1) * tensor.itemsize
-
-
-class _Watch(TorchDispatchMode):
-    """Keeps what ATen allocates, and notes whether it computes.
-
-    Attributes:
-        allocated: new tensors.
-        computed: whether there was an op that is neither an allocation nor a view.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.allocated: list[Tensor] = []
-        self.computed = False
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if func in _ALLOCATING:
-            self.allocated.append(out)
-        elif not func.is_view:
-            self.computed = True
-        return out
+    return features, _Recording(found.calls, shapes, kept)

@@ -2,15 +2,16 @@
 
 All run on torch's own threads (csrc/cpu). Convolutions and the gradients of their inputs are
 :mod:`.convolution`'s, those of their weights :mod:`.weight_grad`'s, and depthwise layers
-:mod:`.depthwise_layers`'s.
+:mod:`.depthwise_layers`'s. Passes of training steps are recorded and repeated (:mod:`.repeats`).
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from .. import _extension
-from . import convolution, depthwise_layers, weight_grad
+from . import convolution, depthwise_layers, repeats, weight_grad
 
 _ops = _extension.CPU
 
@@ -49,6 +50,19 @@ def sources(function: str) -> tuple[str, ...]:
 
 WEIGHTS_AS_THEY_ARE = True
 
+
+def copy(x: Tensor, out: Tensor) -> None:
+    """See :mod:`vovnet_fast.backends`."""
+    _ops.epilogue(x, None, None, out, relu=False)
+
+
+def depthwise_taps(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """See :mod:`vovnet_fast.backends`."""
+    taps = weight.new_empty(weight.shape, dtype=dtype)
+    _ops.pack(weight[None], None, taps[None])
+    return taps
+
+
 conv = convolution.conv
 conv_statistics = convolution.conv_statistics
 conv_input_grad = convolution.conv_input_grad
@@ -70,3 +84,4 @@ apply_gates = _ops.apply_gates
 apply_gates_backward = _ops.apply_gates_backward
 max_pool = _ops.max_pool
 max_pool_backward = _ops.max_pool_backward
+repeat = repeats.repeat

@@ -18,7 +18,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ... import _environment
 from ... import _pages as pages
-from .. import _extension
+from .. import _extension, _steps
 from .._extension.fields import DTYPES, array, pointer, weight_strides
 from . import scratch, winograd
 
@@ -54,12 +54,13 @@ if hasattr(os, "register_at_fork"):
 def tiles_of(engine: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """The packed form of a weight for activations of a dtype.
 
-    It is kept of those that are as activations are, where frozen networks have theirs; not of one
-    that trains, which autograd holds until the backward pass, and that would hold it as well.
+    It is kept of those that are as activations are, where frozen networks have theirs; not in a
+    step of training, which makes a new view of a weight that autograd holds until the backward
+    pass, and that would hold it as well.
     """
-    trains = weight.requires_grad
+    trains = weight.requires_grad or _steps.training()
     if trains or weight.dtype != dtype or not weight.is_contiguous():
-        return pack(engine, weight, dtype=dtype, lent=trains)  # No such call is ever recorded.
+        return pack(engine, weight, dtype=dtype, lent=trains)
     return kept_tiles(engine, weight, pack)
 
 

@@ -8,7 +8,9 @@ they mostly stay in a cache.
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -22,17 +24,30 @@ MOST = 16 << 20
 class _Kept(threading.local):
     def __init__(self) -> None:
         self.by_role: dict[str, tuple[int, Tensor]] = {}
+        self.lends = True
 
 
 _kept = _Kept()
+
+
+@contextlib.contextmanager
+def none_lent() -> Iterator[None]:
+    """Inside, all memory that is asked for is new: calls are being recorded."""
+    before, _kept.lends = _kept.lends, False
+    try:
+        yield
+    finally:
+        _kept.lends = before
 
 
 def lend(role: str, size: int) -> Tensor:
     """Memory of ``size`` bytes, uint8, aligned to 64 bytes, with anything in it.
 
     It is the same memory at the next call of the thread with this role, which must find nobody
-    who still needs it: it is not for what is returned, kept, or recorded.
+    who still needs it: it is not for what is returned or kept.
     """
+    if not _kept.lends:
+        return torch.empty(size, dtype=torch.uint8, device="cpu")
     found = _kept.by_role.get(role)
     if found is not None and size <= found[0]:  # Hundreds of times in a step.
         return found[1][:size]

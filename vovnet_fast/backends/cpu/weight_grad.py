@@ -62,15 +62,18 @@ def _by_sums(
     engine: str, x: Tensor, g: Tensor, weight: Tensor, scale: Tensor | None, stride: int
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """:func:`conv_weight_grad` in a layout of its own first."""
-    # Without a scale they are the gradient itself.
-    products = sums(engine, x, g, weight.shape[1], stride=stride, lent=scale is not None)
+    # Without a scale they are the gradient itself, but for where it lies.
+    done = scale is None and weight.is_contiguous()
+    products = sums(engine, x, g, weight.shape[1], stride=stride, lent=not done)
     shift = _extension.CPU.channel_sums(g)
-    if scale is None:
+    if done:
         return products, None, shift
     return *_finish(engine, products, weight, scale), shift
 
 
-def _finish(engine: str, products: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+def _finish(
+    engine: str, products: Tensor, weight: Tensor, scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
     """Gradients of weight and scale, from that of their product.
 
     Args:
@@ -78,9 +81,10 @@ def _finish(engine: str, products: Tensor, weight: Tensor, scale: Tensor) -> tup
         products: ``[C_out, K, K, C_in]``, fp32, contiguous.
         weight: of this shape, any floating dtype, any strides: the gradient has the same ones, as
             long as there is no gap between its numbers and no two are one.
-        scale: ``[C_out]``, fp32.
+        scale: ``[C_out]``, fp32, or None for one, which has no gradient.
     """
-    dweight, dscale = torch.empty_like(weight, dtype=torch.float32), torch.empty_like(scale)
+    dweight = torch.empty_like(weight, dtype=torch.float32)
+    dscale = None if scale is None else torch.empty_like(scale)
     if dweight.stride() != weight.stride():
         weight, dweight = weight.contiguous(), torch.empty_like(products)
     _extension.load("cpu").conv_weight_grad_finish(
@@ -90,7 +94,7 @@ def _finish(engine: str, products: Tensor, weight: Tensor, scale: Tensor) -> tup
         weight=(pointer("weight", weight), DTYPES[weight.dtype]),
         scale=packed("scale", scale, torch.float32, weight.shape[0]),
         dweight=pointer("dweight", dweight),
-        dscale=pointer("dscale", dscale),
+        dscale=None if dscale is None else pointer("dscale", dscale),
         **weight_strides(weight),
     )
     return dweight, dscale

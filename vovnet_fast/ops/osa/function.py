@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ... import backends
-from .. import _checks, conv
+from .. import _checks, flattening
 from .library import Block, Statics
 from .params import BlockParams, check
 from .saving import KEEP, KEEP_NOTHING, RECOMPUTE, forward
@@ -56,7 +56,7 @@ def osa_block_with_statistics(
     for layer in params.convs():
         values = x.shape[0] * x.shape[2] * x.shape[3]
         _checks.batch_statistics(op, layer.eps, layer.group, values)
-    flat = conv.flatten(op, params.convs())
+    flat = flattening.flatten(op, params.convs())
     fcs = params.fcs()
     options = (params.reduction is not None, params.gate, params.identity)
     tensors = [t for group in (*flat[:4], fcs) for t in group]

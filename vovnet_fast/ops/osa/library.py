@@ -12,7 +12,7 @@ from ..._dtypes import accumulator
 from ...backends import _steps
 from ...compat import zip
 from ...specs import Gate
-from .. import _checks, _library, conv, gradients, rooms
+from .. import _checks, _library, conv, flattening, gradients, rooms
 from .._checks import nchw, nhwc
 from ..conv import ConvParams
 from ..ese import Gates
@@ -52,7 +52,7 @@ def _osa_block(
     keep: int,
     choice: str,
 ) -> list[Tensor]:
-    layers = conv.unflatten(weights, scales, shifts, depthwise, strides, epsilons, group)
+    layers = flattening.unflatten(weights, scales, shifts, depthwise, strides, epsilons, group)
     params = _params(layers, fcs, reduction, gate, identity)
     return forward(x, params, keep, choice)
 
@@ -103,15 +103,23 @@ def _osa_block_backward(
     dout: Tensor,
     needs: list[bool],
 ) -> list[Tensor]:
-    layers = conv.unflatten(weights, scales, shifts, depthwise, strides, epsilons, group)
+    layers = flattening.unflatten(weights, scales, shifts, depthwise, strides, epsilons, group)
     params = _params(layers, fcs, reduction, gate, identity)
     tensors = [*weights, *scales, *shifts, *depthwise]
-    wanted = conv.wanted(needs[1 : 1 + len(tensors)], strides)
-    grads = backward(x, params, keep, choice, norms, saved, dout, needs[0], wanted)
-    dx = None if grads.x is None else nchw(grads.x)
-    dfcs = [g.to(t.dtype) for g, t in zip(grads.fcs, fcs, strict=True)]
-    found = [dx, *gradients.flatten(grads.convs, tensors, strides), *dfcs]
-    return [g for g, need in zip(found, needs, strict=True) if need and g is not None]
+    wanted = flattening.wanted(needs[1 : 1 + len(tensors)], strides)
+    dout = nchw(nhwc(dout))
+
+    def work() -> list[Tensor]:
+        grads = backward(x, params, keep, choice, norms, saved, dout, needs[0], wanted)
+        dx = None if grads.x is None else nchw(grads.x)
+        dfcs = [g.to(t.dtype) for g, t in zip(grads.fcs, fcs, strict=True)]
+        found = [dx, *gradients.flatten(grads.convs, tensors, strides), *dfcs]
+        return [g for g, need in zip(found, needs, strict=True) if need and g is not None]
+
+    key = "osa_block_backward", reduction, gate, identity, keep, len(fcs), *needs
+    # Where all that is needed was kept, the input is a part of it.
+    own = [x] if keep == RECOMPUTE or norms else []
+    return conv.repeat(choice, key, layers, [dout, *own, *norms, *saved, *fcs], work)
 
 
 @_osa_block_backward.register_fake
@@ -176,7 +184,7 @@ def _gradients(ctx: Any, dout: Tensor | None, needs: list[bool]) -> Iterator[Ten
     statics, count = ctx.statics, len(needs) - 1
     every = list(ctx.saved_tensors)
     tensors, saved = every[:count], every[count:]
-    weights, *vectors = conv.regroup(tensors[: statics.convs], statics.strides)
+    weights, *vectors = flattening.regroup(tensors[: statics.convs], statics.strides)
     fcs = tensors[statics.convs :]
     # Where the input was not saved, it is in slot 0 of the concat buffer, which follows what
     # the gate kept.
@@ -228,8 +236,8 @@ class Block(torch.autograd.Function):
     @staticmethod
     def forward(ctx, statics, width, x, *tensors):
         strides, epsilons, group, *options, keep, choice = statics
-        flat = conv.regroup(tensors[: statics.convs], strides)
-        layers = conv.unflatten(*flat, strides, epsilons, group)
+        flat = flattening.regroup(tensors[: statics.convs], strides)
+        layers = flattening.unflatten(*flat, strides, epsilons, group)
         params = _params(layers, list(tensors[statics.convs :]), *options)
         with _steps.forward():
             found = forward(x, params, keep, choice, width)

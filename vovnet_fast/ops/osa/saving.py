@@ -12,7 +12,7 @@ from .. import _checks, conv, rooms
 from .._checks import nchw, nhwc
 from ..conv import Kept, Kinds
 from ..ese import Gates
-from ..memory import Memory
+from ..memory import Memory, copy
 from .backward import BlockGrads, run_backward
 from .forward import BlockKept, run
 from .params import BlockParams, input_slot, needs
@@ -27,13 +27,10 @@ def _needs(params: BlockParams, *, backward: bool) -> tuple[str, ...]:
     return needs(kinds, gated=gated, identity=params.identity, backward=backward)
 
 
-def _filled(x: Tensor, params: BlockParams, *, room: bool) -> Tensor:
-    """A concat buffer with ``x`` in slot 0; that around ``x`` if ``room`` and there is one."""
-    view = nhwc(x)
-    buffer = rooms.take(view, params.width) if room else None
-    if buffer is None:
-        buffer = view.new_empty(*view.shape[:3], params.width)
-        input_slot(buffer, params).copy_(view)
+def _filled(backend: ModuleType, view: Tensor, params: BlockParams) -> Tensor:
+    """A concat buffer with ``[N, H, W, C]`` in slot 0."""
+    buffer = view.new_empty(*view.shape[:3], params.width)
+    copy(backend, view, input_slot(buffer, params))
     return buffer
 
 
@@ -44,12 +41,28 @@ def forward(x: Tensor, params: BlockParams, keep: int, choice: str, width: int =
     With fixed statistics the concat buffer is kept. Otherwise the raw convolutions are:
     a ReLU cannot be undone, and the buffer can be made again from them.
     """
-    needed = _needs(params, backward=keep != KEEP_NOTHING)
-    backend = backends.get(x.device, x.dtype, needed, choice)
-    buffer = _filled(x, params, room=params.fixed and keep != RECOMPUTE)
-    n, h, w, _ = buffer.shape
+    view, fixed, convs = nhwc(x), params.fixed, params.convs()
+    room = rooms.take(view, params.width) if fixed and keep != RECOMPUTE else None
+    n, h, w, _ = view.shape
     c_out = params.concat.weight.shape[0]
-    out = rooms.new(buffer, n, h, w, c_out, max(width, c_out))
+    out = rooms.new(view, n, h, w, c_out, max(width, c_out))
+
+    def work() -> list[Tensor]:
+        needed = _needs(params, backward=keep != KEEP_NOTHING)
+        backend = backends.get(x.device, x.dtype, needed, choice)
+        buffer = _filled(backend, view, params) if room is None else room
+        return _run(backend, buffer, params, out, keep)
+
+    if keep == KEEP_NOTHING:
+        return work()
+    key = "osa_block", params.reduction is None, params.gate, params.identity, keep, room is None
+    given = [view if room is None else room, out, *params.fcs()]
+    return conv.repeat(choice, key, convs, given, work)
+
+
+def _run(
+    backend: ModuleType, buffer: Tensor, params: BlockParams, out: Tensor, keep: int
+) -> list[Tensor]:
     kept = run(backend, buffer, params, out, Memory())
     norms = [layer.norm for layer in kept.layers if layer.norm is not None]
     saved: list[Tensor] = []
@@ -87,7 +100,7 @@ def _restore(
     Where the 1x1's output is the block's, ``saved`` ends with the latter.
     """
     if keep == RECOMPUTE:
-        buffer = _filled(x, params, room=False)
+        buffer = _filled(backend, nhwc(x), params)
         again = buffer.new_empty(*buffer.shape[:3], params.concat.weight.shape[0])
         return run(backend, buffer, params, again, Memory())
     rest, statistics = iter(saved), iter(norms)
@@ -97,7 +110,7 @@ def _restore(
         reduced = None if params.reduction is None else nhwc(next(rest))
         features = nhwc(next(rest))
         return BlockKept(buffer, reduced, features, gates, [Kept()] * len(params.convs()))
-    buffer = _filled(x, params, room=False)
+    buffer = _filled(backend, nhwc(x), params)
     layers = [
         Kept(None, nhwc(next(rest)), None if layer.eps is None else next(statistics))
         for layer in params.convs()
