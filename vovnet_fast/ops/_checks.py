@@ -137,13 +137,34 @@ def transforms(op: str, *tensors: Tensor | None) -> None:
 
 
 def call(op: Op, choice: str, *args: Any) -> Any:
-    """Run an op on the backend of ``choice``.
+    """Run an op on the backend of ``choice``, in a backward pass.
 
-    Where only shapes matter torch.library would run the op's fake, which launches nothing.
+    Where only shapes matter torch.library would run the op's fake, which launches nothing. Where
+    nobody is there to see the op, its way to what computes takes as long as a small convolution.
     """
-    if backends.sees_shapes_only(choice):
+    if backends.sees_shapes_only(choice) or _unseen(args):
         return op.run(*args)
     return op(*args)
+
+
+def _unseen(args: Sequence[Any]) -> bool:
+    """Whether nothing but what an op computes comes of calling it with these arguments."""
+    return (
+        not torch.is_grad_enabled()
+        and not compat.is_compiling()
+        and not torch.autograd._profiler_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+        and all(
+            type(t) in _PLAIN
+            for arg in args
+            for t in (arg if isinstance(arg, (list, tuple)) else (arg,))
+            if isinstance(t, Tensor)
+        )
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def batch_statistics(op: str, eps: float | None, group: str, values: int) -> None:

@@ -119,6 +119,8 @@ class _Fold(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
+        if all(g is None for g in grads):
+            return (None,) * len(ctx.needs_input_grad)
         rstd, mean = ctx.saved_tensors
         given = [
             mean.new_zeros(size) if g is None else g
