@@ -269,6 +269,23 @@ def test_what_cannot_be_repeated_is_computed_every_time(monkeypatch, why):
     assert not recordings()
 
 
+def test_results_in_memory_that_two_share_are_computed_every_time():
+    """The next ones need not lie side by side."""
+    for number in range(4):
+        both, x = torch.zeros(2, 2, 2, 8), four(1, 2, 2, 8)
+        first, second = (both[:1], both[1:]) if number < 2 else four(2, 1, 2, 2, 8)
+
+        def work(x=x, first=first, second=second):
+            for each in (first, second):
+                backends._module("cpu").copy(x, each)
+            return [second]
+
+        [found] = repeats.repeat("both", [x, first, second], work)
+        assert found.data_ptr() == second.data_ptr()
+        assert torch.equal(found, x)
+    assert not recordings()
+
+
 def test_the_number_of_recordings_is_bounded(monkeypatch):
     monkeypatch.setattr(repeats, "KEPT_PASSES", 8)
     for number in range(40):
@@ -291,9 +308,11 @@ def test_an_error_leaves_nothing_behind():
     repeats.repeat("fails", [x, out], lambda: copied(x, out))
     with pytest.raises(ZeroDivisionError):  # While it is recorded.
         repeats.repeat("fails", [x, out], fail)
+    assert not recordings()
     for _ in range(3):
         repeats.repeat("fails", [x, out], lambda: copied(x, out))
         assert torch.equal(x, out)
+    assert len(recordings()) == 1
     assert torch._C._len_torch_dispatch_stack() == 0
 
 

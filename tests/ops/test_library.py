@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from vovnet_fast import ops, use_backend
 from vovnet_fast.ops import _library
 
 
@@ -105,3 +108,43 @@ def test_what_a_schema_cannot_say_is_refused():
 
     with pytest.raises(KeyError, match="dict"):
         _library.Op("test_refused", run)
+
+
+class Seen(TorchDispatchMode):
+    """The names of all ops."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.name())
+        return func(*args, **(kwargs or {}))
+
+
+def test_who_looks_sees_the_ops_of_a_backward_pass():
+    """Without anybody they are not called, and what they compute is."""
+    x = torch.randn(1, 8, 6, 7, requires_grad=True)
+
+    def gradient(look):
+        with use_backend("reference"):
+            out = ops.max_pool(x, "ceil")
+        with look as looking:
+            [found] = torch.autograd.grad(out.sum(), x)
+        return found, looking
+
+    alone, _ = gradient(contextlib.nullcontext())
+    name = "vovnet_fast::max_pool_backward"
+    found, mode = gradient(Seen())
+    assert name in mode.names
+    assert torch.equal(found, alone)
+    found, profiler = gradient(torch.profiler.profile())
+    assert name in {event.key for event in profiler.key_averages()}
+    assert torch.equal(found, alone)
+    with use_backend("reference"):
+        out = ops.max_pool(x, "ceil")
+    [found] = torch.autograd.grad(out.sum(), x, create_graph=True)
+    assert torch.equal(found, alone)
+    if found.requires_grad:
+        with pytest.raises(NotImplementedError, match="has no second derivative"):
+            found.sum().backward()

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...compat import zip
-from .. import _extension
+from .. import _extension, _steps
 from . import recording, scratch
 
 MOST_BYTES = 128 << 20
@@ -124,6 +124,7 @@ def repeat(key: Hashable, tensors: Sequence[Tensor], work: Work) -> list[Tensor 
     """
     key = (
         key,
+        _steps.training(),
         torch.get_num_threads(),
         _extension.load("cpu").isa(),
         torch.are_deterministic_algorithms_enabled(),
@@ -172,7 +173,11 @@ def _first(key: Hashable, tensors: Sequence[Tensor], work: Work) -> list[Tensor 
 
 def _second(known: _Known, tensors: Sequence[Tensor], work: Work) -> list[Tensor | None]:
     known.recorded = True
-    results, found = recording.record(work, packs=True)
+    try:
+        results, found = recording.record(work, packs=True)
+    except BaseException:  # Maybe the next one ends.
+        known.recorded = False
+        raise
     made = _made(found, tensors, results) if found.complete else None
     if made is None:
         known.spare = None
@@ -189,7 +194,9 @@ def _made(
     if recording.overlap(given):
         return None
     owners = {_memory(t): i for i, t in enumerate(found.allocated) if t.is_cpu}
-    lenders = {_memory(t): i for i, t in enumerate(tensors)}
+    lenders: dict[int, list[int]] = {}
+    for i, t in enumerate(tensors):
+        lenders.setdefault(_memory(t), []).append(i)
     forms: list[_New | _View | None] = []
     new: list[Tensor] = []
     for result in results:
@@ -201,13 +208,13 @@ def _made(
                 return None
             forms.append(_New(result.shape, result.stride(), result.dtype))
             new.append(result)
-        elif _memory(result) in lenders:
-            i = lenders[_memory(result)]
+        elif len(lenders.get(_memory(result), ())) == 1:
+            [i] = lenders[_memory(result)]
             if tensors[i].dtype != result.dtype:
                 return None
             offset = int(result.storage_offset() - tensors[i].storage_offset())
             forms.append(_View(i, offset, result.shape, result.stride()))
-        else:
+        else:  # Of memory that is somebody else's, or of two tensors that may part.
             return None
     between = [found.allocated[i] for i in owners.values()]
     pieces = [*given, *map(recording.extent, new), *map(recording.extent, between)]
