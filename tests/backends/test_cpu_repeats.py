@@ -5,14 +5,12 @@ import threading
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from tests.extension_cases import require
 from tests.tiny import TINY
 from vovnet_fast import VoVNet, backends, use_backend
 from vovnet_fast.backends import _extension
-from vovnet_fast.backends.cpu import convolution, recording, repeats, scratch
+from vovnet_fast.backends.cpu import convolution, repeats, scratch
 
 OPTIONS = {
     "fixed norms": dict(spec="detectron2"),
@@ -82,6 +80,7 @@ def assert_same(found, expected):
         assert torch.equal(a, b)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("last", [False, True], ids=["NCHW", "channels_last"])
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_steps_are_what_they_are_without(monkeypatch, options, last):
@@ -314,35 +313,3 @@ def test_an_error_leaves_nothing_behind():
         assert torch.equal(x, out)
     assert len(recordings()) == 1
     assert torch._C._len_torch_dispatch_stack() == 0
-
-
-# --------------------------------------------------------------------------------------
-# Where things lie
-# --------------------------------------------------------------------------------------
-
-_pieces = st.lists(
-    st.tuples(st.integers(0, 5000), st.integers(0, 20), st.integers(0, 20)), max_size=30
-)
-
-
-@settings(deadline=None)
-@given(_pieces)
-def test_pieces_in_use_at_the_same_time_lie_apart(pieces):
-    sizes = [size for size, _, _ in pieces]
-    uses = [(first, first + calls) for _, first, calls in pieces]
-    offsets, total = repeats._places(sizes, uses)
-    for i, (size, (first, last)) in enumerate(zip(sizes, uses)):
-        assert offsets[i] % 64 == 0
-        assert offsets[i] + size <= total
-        for j in range(i):
-            if uses[j][0] <= last and first <= uses[j][1] and size and sizes[j]:
-                assert offsets[j] + sizes[j] <= offsets[i] or offsets[i] + size <= offsets[j]
-    by_call = (sum(s for s, u in zip(sizes, uses) if u[0] <= t <= u[1]) for t in range(41))
-    assert max(by_call, default=0) <= total <= sum(-(-size // 64) * 64 for size in sizes)
-
-
-@given(st.lists(st.tuples(st.integers(0, 100), st.integers(0, 10)), max_size=8))
-def test_overlaps_are_seen(extents):
-    used = [set(range(first, first + size)) for first, size in extents]
-    expected = any(a & b for i, a in enumerate(used) for b in used[:i])
-    assert recording.overlap(extents) == expected
