@@ -27,8 +27,9 @@ MOST_BYTES = 128 << 20
 lent. Of larger ones Python's time is nothing beside the rest, and each tensor should have its
 memory for no longer than it is needed."""
 
-KEPT_PASSES = 1024
-"""How many recordings are kept: a network of twenty parts has two a part for images of a shape."""
+KEPT_PASSES = 512
+"""How many kinds of passes are known, each by some 30 KiB at most: a network of 25 parts has 50 for
+images of a shape."""
 
 _ALIGNMENT = 64
 
