@@ -264,6 +264,9 @@ VF_HD bool in_a_row(const View& view, int64_t n, int64_t height, int64_t width) 
          (n == 1 || view.stride_n == height * width * view.stride_w);
 }
 
+// Blocks of AVX-512 were not timed so: they gather.
+constexpr bool kDirect = kMostChunks == 1;
+
 // Whether pixels are multiplied where they lie. Gathering takes nearly half as long as multiplying
 // where a layer has 64 channels, and a twelfth where it has 350: from there on it is faster than
 // reading a pixel's few numbers of a tile from so many lines, which an L1 cache has no room for.
@@ -271,13 +274,13 @@ VF_HD bool read_directly(const ConvWeightGradParams& p) {
   const int64_t chunks = p.c_in / 16, tiles = Tiles(p.c_out).count;
   const bool narrow =
       8 * (kCycles.chunk * chunks + kCycles.tile * tiles) > kCycles.product * chunks * tiles;
-  return p.kernel == 1 && p.stride == 1 && narrow &&
+  return kDirect && p.kernel == 1 && p.stride == 1 && narrow &&
          p.c_in % 16 == 0 &&  // Chunks end where pixels do.
          in_a_row(p.x, p.n, p.height, p.width) && in_a_row(p.g, p.n, p.height, p.width);
 }
 
 void run_directly(const ConvWeightGradParams& p, int threads) {
-  constexpr int64_t kPixels = 64;  // Of all channels there is room for them in an L1 cache.
+  constexpr int64_t kPixels = 64;  // Of 64 channels, x and g fill an L1 cache of 32 KiB.
   const Tiles tiles(p.c_out);
   // A strip is some of all pixels, whatever rows and images they are in.
   conv::PixelPlan plan{};

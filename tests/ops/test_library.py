@@ -143,8 +143,7 @@ def test_who_looks_sees_the_ops_of_a_backward_pass():
     assert torch.equal(found, alone)
     with use_backend("reference"):
         out = ops.max_pool(x, "ceil")
-    [found] = torch.autograd.grad(out.sum(), x, create_graph=True)
-    assert torch.equal(found, alone)
-    if found.requires_grad:
-        with pytest.raises(NotImplementedError, match="has no second derivative"):
-            found.sum().backward()
+    [found] = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    assert found.requires_grad
+    with pytest.raises(NotImplementedError, match="has no second derivative"):
+        found.sum().backward()

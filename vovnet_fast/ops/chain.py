@@ -92,11 +92,11 @@ def _forward(
 ) -> list[Tensor]:
     """Outputs, statistics, and with ``keep`` the raw convolutions of layers with statistics."""
     view = nhwc(x)
-    height, width_ = view.shape[1:3]
+    size = view.shape[1], view.shape[2]
     for layer in layers:
-        height, width_ = conv.output_size(height, width_, layer)
+        size = conv.output_size(*size, layer)
     c_out = layers[-1].weight.shape[0]
-    last = rooms.new(view, x.shape[0], height, width_, c_out, max(width, c_out))
+    last = rooms.new(view, view.shape[0], *size, c_out, max(width, c_out))
 
     def work() -> list[Tensor]:
         needed = needs(Kinds.of(layers), backward=keep)

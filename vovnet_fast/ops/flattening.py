@@ -1,4 +1,4 @@
-"""Layers as what ``torch.library`` takes: lists of tensors and of numbers."""
+"""From layers to the arguments of an op of ``torch.library``, and back."""
 
 from __future__ import annotations
 
