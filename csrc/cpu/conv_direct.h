@@ -22,9 +22,12 @@ constexpr bool kDirectBlocks = true;
 constexpr bool kDirectBlocks = false;
 #endif
 
-// The 14 pixels of AVX-512's blocks may lie a multiple of 4 KiB apart, where an L1 cache has room
-// for 8 or 12 such lines: wide 1x1 layers are gathered there.
-constexpr bool kPointwise = kMostPixels <= 8;
+// Whether a block's pixels that lie so many numbers apart stay in an L1 cache while their channels
+// are multiplied: of lines a multiple of 4 KiB apart it has room for 8 or 12, and blocks of AVX-512
+// have 14 pixels.
+VF_HD bool stay_near(int64_t step) {
+  return kMostPixels <= 8 || step % (4096 / static_cast<int64_t>(sizeof(float))) != 0;
+}
 
 // What of a depthwise layer is made at a time: half an L1 cache, beside a tile of weights.
 constexpr int64_t kFilledBytes = 16 << 10;
@@ -285,9 +288,9 @@ VF_HD bool run_direct(const ConvParams& p, const Plan& plan, const Task& task, f
     run_image<Engine, T>(p, plan, task, filled, kept, pool);
     return true;
   }
-  if constexpr (kPointwise && std::is_same_v<T, float>) {
-    if (p.kernel == 1 && p.stride == 1 && p.x.stride_h == p.width * p.x.stride_w &&
-        p.out.stride_h == p.width * p.out.stride_w) {
+  if constexpr (std::is_same_v<T, float>) {
+    if (p.kernel == 1 && p.stride == 1 && stay_near(p.x.stride_w) &&
+        p.x.stride_h == p.width * p.x.stride_w && p.out.stride_h == p.width * p.out.stride_w) {
       run_pointwise<Engine>(p, plan, task, kept, pool);
       return true;
     }

@@ -203,6 +203,24 @@ def test_a_weight_is_taken_as_it_is(chosen, function):
     assert not found[0].isnan().any()
 
 
+@pytest.mark.parametrize("channels", [33, 64, 300])
+def test_pixels_may_lie_anywhere(engine, channels):
+    """Those 4 KiB apart, which a cache has little room for, are read otherwise: to the same bits."""
+    values = torch.randn(2, 9, 11, channels)
+    weight = torch.randn(40, 1, 1, channels)
+    scale, shift = torch.rand(40) + 0.5, torch.randn(40)
+    found = []
+    for pitch in (channels, 1008, 1024, 2048):
+        for dtype in DTYPES[engine]:
+            slot = values.new_full((2, 9, 11, pitch), float("nan"), dtype=dtype)
+            x, out = slot[..., :channels].copy_(values), slot.new_empty(2, 9, 11, 40)
+            options = dict(stride=1, relu=True, pool=False)
+            convolution.run_engine(engine, x, weight.to(dtype), scale, shift, out, **options)
+            found.append(out)
+    for alike in (found[i :: len(DTYPES[engine])] for i in range(len(DTYPES[engine]))):
+        assert all(torch.equal(alike[0], other) for other in alike[1:])
+
+
 def test_without_a_relu(engine):
     for dtype in DTYPES[engine]:
         x = torch.randn(1, 7, 9, 48).to(dtype)

@@ -1,5 +1,6 @@
 """Depthwise layers of the CPU half: a 3x3 by channels and its 1x1, in one call and in two."""
 
+import copy
 import itertools
 import logging
 
@@ -238,7 +239,7 @@ def test_other_results_are_not_taken(monkeypatch, measured, caplog):
 
 
 def test_a_network_has_it(monkeypatch):
-    """Frozen, its layers are single calls, and its features those of the modules."""
+    """Frozen, its layers are single calls, and its errors at most twice those of the modules."""
     if "fma" not in convolution.engines():
         pytest.skip("the baseline instruction set has no engine")
     monkeypatch.setattr(depthwise_layers, "_way", lambda *_: depthwise_layers.TOGETHER)
@@ -251,11 +252,12 @@ def test_a_network_has_it(monkeypatch):
     monkeypatch.setattr(convolution, "run_engine", note)
     model = VoVNet("V-19-slim-dw-eSE").eval()
     images = torch.randn(1, 3, 64, 96)
+    exact_model = copy.deepcopy(model).double()
     with torch.inference_mode():
         with use_backend("reference"):
-            expected = model(images)
+            eager, exact = model(images), exact_model(images.double())
         with use_backend("cpu"):
             features = freeze(model)(images)
     assert sum(found) == 14  # Two of the stem, and three of each of four blocks.
-    for ours, theirs in zip(features, expected):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    for ours, theirs, true in zip(features, eager, exact):
+        assert (ours - true).norm() <= 2 * (theirs - true).norm()

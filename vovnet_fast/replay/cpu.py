@@ -8,6 +8,7 @@ the image and of the features: the calls are recorded once
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -64,6 +65,7 @@ class Replay:
 
 
 _Stamp = tuple[Any, ...]
+_version = operator.attrgetter("_version")
 
 
 def _stamp(image: Tensor, weights: Sequence[Tensor]) -> _Stamp | None:
@@ -72,14 +74,18 @@ def _stamp(image: Tensor, weights: Sequence[Tensor]) -> _Stamp | None:
     None where it cannot be known, because tensors made in inference mode do not count what is
     written to them, or where there is nothing to compute.
     """
-    if image.numel() == 0 or any(weight.is_inference() for weight in weights):
+    if image.numel() == 0:
         return None
     if _environment.flag("CHECK"):  # It looks at weights when they are used.
         return None
     dtype, isa = image.dtype, _extension.load("cpu").isa()
     engine = convolution.choose_engine(dtype), isa, winograd.largest_side()
-    versions = [(weight.data_ptr(), weight._version) for weight in weights]
-    return image.shape, image.stride(), dtype, engine, versions
+    addresses = list(map(Tensor.data_ptr, weights))
+    try:
+        versions = list(map(_version, weights))
+    except RuntimeError:  # One was made in inference mode, which is cheaper not to ask.
+        return None
+    return image.shape, image.stride(), dtype, engine, addresses, versions
 
 
 class _Recording(NamedTuple):
