@@ -57,7 +57,12 @@ struct Sums {
   Words digits[kGroups], products[kGroups];
 };
 
+// Two blocks ahead memory is asked for: a processor itself begins anew at each page, which took a
+// fifth of the time of reading what is in no cache. Behind a chunk nothing is read so.
+constexpr int64_t kAhead = 2 * kStripes * kStripeBytes;
+
 VF_HD void add_stripe(Sums& sums, const char* stripe, const uint64_t* keys) {
+  __builtin_prefetch(stripe + kAhead);
   for (int g = 0; g < kGroups; ++g) {
     const Words data = load_words(stripe + g * kVectorBytes);
     sums.digits[g] += (sums.digits[g] << 1) + data;

@@ -205,7 +205,7 @@ def test_a_weight_is_taken_as_it_is(chosen, function):
 
 @pytest.mark.parametrize("channels", [33, 64, 300])
 def test_pixels_may_lie_anywhere(engine, channels):
-    """Those 4 KiB apart, which a cache has little room for, are read otherwise: to the same bits."""
+    """Those 4 KiB apart, for which caches have no room, are read otherwise, to the same bits."""
     values = torch.randn(2, 9, 11, channels)
     weight = torch.randn(40, 1, 1, channels)
     scale, shift = torch.rand(40) + 0.5, torch.randn(40)
