@@ -58,11 +58,11 @@ def choose(
         problem: names all that the times depend on, beside the processor and torch's threads.
         candidates: names of the ways; of two that are equally fast the first is taken.
         static: the one to take where nothing is known and nothing may be measured.
-        prepare: called once before anything is timed, returns what runs one of them, in a thread
-            of its own: modes are the caller's. Context variables, as the backend that was chosen,
-            are there.
-        steps: each runs a training step, so that it takes long, which is said. They run in the
-            caller's thread, and it is theirs to be seen by nobody there: beside a second set of
+        prepare: called once before anything is timed, returns what runs one of them, both in a
+            thread of its own: modes are the caller's, who may be recording what he computes.
+            Context variables, as the backend that was chosen, are there.
+        steps: each runs a training step, so that it takes long, which is said. All of this is in
+            the caller's thread, and it is theirs to be seen by nobody there: beside a second set of
             OpenMP threads, with a heap that is new, steps took twice as long, and their order was
             another one.
         favourite: the candidate to take unless another is faster by more than turns differ by
@@ -83,11 +83,13 @@ def choose(
     if steps:
         _announce()
     try:
-        run = prepare()
-    except Exception as error:  # What cannot be tried can still be run.
-        _log.warning("not measured, and %s is taken: %s (%s)", static, error, problem)
+        if steps:
+            turns = _measure_steps(candidates, _prepared(prepare))
+        else:
+            turns = _measure_apart(candidates, prepare)
+    except _NotPrepared as error:  # What cannot be tried can still be run.
+        _log.warning("not measured, and %s is taken: %s (%s)", static, error.__cause__, problem)
         return static
-    turns = _measure_steps(candidates, run) if steps else _measure_apart(candidates, run)
     if not turns:
         return static
     times = {name: _median(found) for name, found in turns.items()}
@@ -128,17 +130,32 @@ def _ratio(times: Sequence[float], base: Sequence[float]) -> float:
     return _median([(a + tick) / (b + tick) for a, b in zip(times, base, strict=True)])
 
 
+class _NotPrepared(Exception):
+    """Nothing can be tried, because of this exception's cause."""
+
+
+def _prepared(prepare: Callable[[], Callable[[str], None]]) -> Callable[[str], None]:
+    try:
+        return prepare()
+    except Exception as error:
+        raise _NotPrepared from error
+
+
 def _measure_steps(candidates: Sequence[str], run: Callable[[str], None]) -> dict[str, list[float]]:
     limits = LEAST_STEP_ROUNDS, STEP_ROUNDS, STEP_SECONDS
     return _measure(candidates, run, *limits, after_themselves=True, without_faults=True)
 
 
-def _measure_apart(candidates: Sequence[str], run: Callable[[str], None]) -> dict[str, list[float]]:
+def _measure_apart(
+    candidates: Sequence[str], prepare: Callable[[], Callable[[str], None]]
+) -> dict[str, list[float]]:
     """:func:`_measure` in one thread for all: each has OpenMP threads to start."""
+
+    def measure() -> dict[str, list[float]]:
+        return _measure(candidates, _prepared(prepare), ROUNDS, MOST_ROUNDS, SECONDS)
+
     with concurrent.futures.ThreadPoolExecutor(1) as executor:
-        context = contextvars.copy_context()
-        measure = functools.partial(_measure, candidates, run, ROUNDS, MOST_ROUNDS, SECONDS)
-        return executor.submit(context.run, measure).result()
+        return executor.submit(contextvars.copy_context().run, measure).result()
 
 
 def _measure(
