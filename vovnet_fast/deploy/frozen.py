@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import operator
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -208,8 +209,9 @@ class FrozenVoVNet(AllOrNothing):
         Raises:
             ValueError: they are not of the shapes, dtypes or values of the network's.
         """
-        held, now = self._caches.buffers, self._buffers
-        if len(held) != len(now) or any(now.get(name) is not held[name] for name in held):
+        held, now = self._caches.buffers, cast("dict[str, Tensor]", self._buffers)
+        same = map(operator.is_, held.values(), now.values())
+        if [*held] != [*now] or not all(same):
             _forget(self)
             layout = {name: (tuple(t.shape), t.dtype) for name, t in now.items() if t is not None}
             for name, (shape, dtype) in self._layout.items():
@@ -219,7 +221,7 @@ class FrozenVoVNet(AllOrNothing):
                         f"{layout.get(name, 'none')}: assign one like it, or freeze the model again"
                     )
             self._caches.buffers = dict(now)
-        versions = [_version(getattr(self, name)) for name in self._constants]
+        versions = [_version(now[name]) for name in self._constants]
         if versions == self._caches.versions:
             return
         for name, value in self._constants.items():
@@ -266,7 +268,8 @@ class FrozenVoVNet(AllOrNothing):
 
     def _run(self, x: Tensor) -> list[Tensor]:
         """In an arena, where the backend is fused."""
-        if not decision.of_frozen(x, self.dtype, self._needs).op:
+        backend = backends.select(x.device, self.dtype, self._needs)
+        if backend == "reference":
             return self._plain(x, self._params())
         # What a stream is given it does in order: only there can memory be used again
         # before the work on it is done.
@@ -277,7 +280,7 @@ class FrozenVoVNet(AllOrNothing):
             n, c, h, w = x.shape
             needed = plan((n, c, h, w), self._params(), self.out_features)
             workspace = Workspace(Arena(needed, self.dtype, x.device))
-        if backends.select(x.device, self.dtype, self._needs) == "cpu":
+        if backend == "cpu":
             image, params = self._image(x, workspace.arena), self._params()
             work = functools.partial(
                 run, cpu, params=params, out_features=self.out_features, memory=workspace.arena
