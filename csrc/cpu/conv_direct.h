@@ -213,7 +213,9 @@ VF_HD void run_depthwise(const ConvParams& p, const Plan& plan, const Task& task
   const auto in = depthwise_input<T>(p, task.image);
   const int64_t step = plan.chunks * kTileChannels;  // So that all begin on a cache line.
   const int64_t fit = kFilledBytes / (step * static_cast<int64_t>(sizeof(float)));
-  const int64_t most = fit < kMostPixels ? kMostPixels : fit / kMostPixels * kMostPixels;
+  // Whole blocks, and of two of them the depthwise outputs that are made at once.
+  constexpr int64_t kTwo = 2 * kMostPixels;
+  const int64_t most = fit < kTwo ? kMostPixels : fit / kTwo * kTwo;
   // Outputs of several rows lie in a row only where rows have nothing between them.
   const bool together = p.out.stride_h == p.out_width * p.out.stride_w;
   const int64_t length = task.rows * p.out_width;

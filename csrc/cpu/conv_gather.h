@@ -125,7 +125,8 @@ VF_HD DepthwiseInput<T> depthwise_input(const ConvParams& p, int64_t image) {
           p.width,
           p.c_in,
           static_cast<const T*>(p.taps),
-          p.stride};
+          p.stride,
+          p.c_in};
 }
 
 // As if it had been stored between the two.

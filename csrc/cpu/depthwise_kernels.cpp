@@ -9,6 +9,18 @@ namespace {
 
 constexpr int kTaps = kDepthwiseTaps;
 
+// body(first, count) for the rows of a share, or what it has of them.
+template <class Body>
+VF_HD void for_rows(const Share& share, int64_t width, Body body) {
+  Pixel first{share.first / width, share.first % width};
+  for (int64_t left = share.last - share.first; left > 0;) {
+    const int64_t count = least(left, width - first.w);
+    body(first, count);
+    left -= count;
+    first = {first.h + 1, 0};
+  }
+}
+
 template <class T>
 void run_depthwise(const DepthwiseParams& p, int threads) {
   const auto run = [&](const Share& share) {
@@ -19,26 +31,64 @@ void run_depthwise(const DepthwiseParams& p, int threads) {
                                p.width,
                                p.c,
                                static_cast<const T*>(p.weight),
-                               p.stride};
-    Pixel o{share.first / p.out_width, share.first % p.out_width};
-    for (int64_t left = share.last - share.first; left > 0;) {
-      const int64_t count = least(left, p.out_width - o.w);
-      T* out = at<T>(p.out, share.image, o);
-      depthwise_row<T>(in, o, count, [&](int64_t i, int64_t c, auto y, auto span) VF_LAMBDA {
+                               p.stride,
+                               p.c};
+    for_rows(share, p.out_width, [&](Pixel first, int64_t count) VF_LAMBDA {
+      T* out = at<T>(p.out, share.image, first);
+      depthwise_row<T>(in, first, count, [&](int64_t i, int64_t c, auto y, auto span) VF_LAMBDA {
         store(out + i * p.out.stride_w + c, y, span);
       });
-      left -= count;
-      o = {o.h + 1, 0};
-    }
+    });
   };
   for_shares(p.n, p.out_height * p.out_width, pass_pixels(p.c), p.c, threads, run);
 }
 
+// What becomes of a gradient, and where it goes.
+template <class T>
+struct GradientEnd {
+  const DepthwiseInputGradParams& p;
+  int64_t image;
+
+  template <class Span>
+  VF_HD void put(Pixel pixel, int64_t c, Vector<T> y, Span span) const {
+    if (p.add.data != nullptr) y += load(at<const T>(p.add, image, pixel) + c, span);
+    if (p.mask.data != nullptr) {
+      y = relu_gradient(y, load(at<const T>(p.mask, image, pixel) + c, span));
+    }
+    store(at<T>(p.out, image, pixel) + c, y, span);
+  }
+};
+
+// With a stride of 1 it is a convolution of the gradient, the taps of which come in reverse.
+template <class T>
+void run_input_grad_of_one(const DepthwiseInputGradParams& p, int threads) {
+  const T* last_tap = static_cast<const T*>(p.weight) + (kTaps - 1) * p.c;
+  const auto run = [&](const Share& share) {
+    const DepthwiseInput<T> in{at<const T>(p.g, share.image, Pixel{0, 0}),
+                               p.g.stride_h,
+                               p.g.stride_w,
+                               p.height,
+                               p.width,
+                               p.c,
+                               last_tap,
+                               1,
+                               -p.c};
+    const GradientEnd<T> end{p, share.image};
+    for_rows(share, p.width, [&](Pixel first, int64_t count) VF_LAMBDA {
+      depthwise_row<T>(in, first, count, [&](int64_t i, int64_t c, auto y, auto span) VF_LAMBDA {
+        end.put(Pixel{first.h, first.w + i}, c, y, span);
+      });
+    });
+  };
+  for_shares(p.n, p.height * p.width, pass_pixels(p.c), p.c, threads, run);
+}
+
 template <class T>
 void run_input_grad(const DepthwiseInputGradParams& p, int threads) {
+  if (p.stride == 1) return run_input_grad_of_one<T>(p, threads);
   const auto* weight = static_cast<const T*>(p.weight);
-  const bool added = p.add.data != nullptr, masked = p.mask.data != nullptr;
   const auto run = [&](const Share& share) {
+    const GradientEnd<T> end{p, share.image};
     for_each_pixel(share, p.width, [&](Pixel pixel) {
       Products<T> products;
       for (int tap = 0; tap < kTaps; ++tap) {
@@ -47,15 +97,8 @@ void run_input_grad(const DepthwiseInputGradParams& p, int threads) {
         if (h < 0 || w < 0) continue;
         products.add(at<const T>(p.g, share.image, Pixel{h, w}), weight + tap * p.c);
       }
-      T* out = at<T>(p.out, share.image, pixel);
-      const T* add = added ? at<const T>(p.add, share.image, pixel) : nullptr;
-      const T* mask = masked ? at<const T>(p.mask, share.image, pixel) : nullptr;
-      for_channels<T>(p.c, [&](int64_t c, auto span) VF_LAMBDA {
-        auto y = products.sum(c, span);
-        if (added) y += load(add + c, span);
-        if (masked) y = relu_gradient(y, load(mask + c, span));
-        store(out + c, y, span);
-      });
+      for_channels<T>(p.c, [&](int64_t c, auto span)
+                               VF_LAMBDA { end.put(pixel, c, products.sum(c, span), span); });
     });
   };
   for_shares(p.n, p.height * p.width, pass_pixels(p.c), p.c, threads, run);

@@ -8,14 +8,15 @@ inline namespace VF_ISA {
 
 constexpr int kDepthwiseTaps = 9;
 
-// One image, and the weight of all channels, [3, 3, c] packed.
+// One image, and the weight of all channels, [3, 3, c] packed, or from its last tap on in reverse.
 template <class T>
 struct DepthwiseInput {
   const T* x;
   int64_t stride_h, stride_w;  // of x, in elements
   int64_t height, width, c;
   const T* weight;
-  int64_t stride;  // of the convolution, 1 or 2
+  int64_t stride;    // of the convolution, 1 or 2
+  int64_t tap_step;  // from the weights of a tap to those of the next
 
   VF_HD const T* at(int64_t h, int64_t w) const { return x + h * stride_h + w * stride_w; }
 };
@@ -40,28 +41,31 @@ struct Products {
   }
 };
 
-// Outputs that lie side by side and have all their columns: inputs and weights are loaded once for
-// all of them.
+// Outputs that lie side by side: inputs and weights are loaded once for all of them.
 constexpr int kAtOnce = 4;
 
-// Those from `o` on. Every one is summed in the order of its taps, as one alone is.
-template <class T, int kStride, class Put>
+// Those from `o` on. Every one is summed in the order of its taps, as one alone is. kEdges: some of
+// their columns may lie outside.
+template <class T, int kStride, bool kEdges, class Put>
 VF_HD void depthwise_side_by_side(const DepthwiseInput<T>& in, Pixel o, Put put) {
   constexpr int kColumns = (kAtOnce - 1) * kStride + 3;
   const int64_t h = window_start(o.h, kStride, 1), w = window_start(o.w, kStride, 1);
   const Taps rows = taps_inside(h, in.height);
-  const T* x = in.at(h + rows.first, w);
-  const T* taps = in.weight + 3 * rows.first * in.c;
+  const int first = kEdges ? static_cast<int>(w < 0 ? -w : 0) : 0;
+  const int last = kEdges ? static_cast<int>(least<int64_t>(kColumns, in.width - w)) : kColumns;
+  const T* x = in.at(h + rows.first, w + first);
+  const T* taps = in.weight + 3 * rows.first * in.tap_step;
   const int count = rows.last - rows.first;
   for_channels<T>(in.c, [&](int64_t c, auto span) VF_LAMBDA {
     Vector<T> sums[kAtOnce] = {};
     const T *row = x + c, *weight = taps + c;
-    for (int i = 0; i < count; ++i, row += in.stride_h, weight += 3 * in.c) {
-      const Vector<T> tap[3] = {load(weight, span), load(weight + in.c, span),
-                                load(weight + 2 * in.c, span)};
+    for (int i = 0; i < count; ++i, row += in.stride_h, weight += 3 * in.tap_step) {
+      const Vector<T> tap[3] = {load(weight, span), load(weight + in.tap_step, span),
+                                load(weight + 2 * in.tap_step, span)};
 #pragma GCC unroll 16
       for (int column = 0; column < kColumns; ++column) {
-        const auto value = load(row + column * in.stride_w, span);
+        if (kEdges && (column < first || column >= last)) continue;
+        const auto value = load(row + (column - first) * in.stride_w, span);
 #pragma GCC unroll 3
         for (int j = 0; j < 3; ++j) {
           const int output = (column - j) / kStride;
@@ -83,7 +87,7 @@ VF_HD void depthwise_alone(const DepthwiseInput<T>& in, Pixel o, Put put) {
   Products<T> products;
   for (int i = rows.first; i < rows.last; ++i) {
     for (int j = columns.first; j < columns.last; ++j) {
-      products.add(in.at(h + i, w + j), in.weight + (3 * i + j) * in.c);
+      products.add(in.at(h + i, w + j), in.weight + (3 * i + j) * in.tap_step);
     }
   }
   for_channels<T>(in.c,
@@ -91,22 +95,25 @@ VF_HD void depthwise_alone(const DepthwiseInput<T>& in, Pixel o, Put put) {
 }
 
 // put(i, channel, outputs, span) for the vectors of `count` pixels from `o` on, which lie in a row;
-// i counts them.
+// i counts them. Each is put once.
 template <class T, class Put>
 VF_HD void depthwise_row(const DepthwiseInput<T>& in, Pixel o, int64_t count, Put put) {
   const int64_t columns = (kAtOnce - 1) * in.stride + 3;
   for (int64_t first = 0; first < count;) {
     const Pixel at{o.h, o.w + first};
     const int64_t w = window_start(at.w, in.stride, 1);
-    const bool several = count - first >= kAtOnce && w >= 0 && w + columns <= in.width;
+    const bool inside = w >= 0 && w + columns <= in.width;
+    const bool several = count - first >= kAtOnce && (inside || in.stride == 1);
     const auto to = [&](int64_t i, int64_t c, auto y, auto span)
                         VF_LAMBDA { put(first + i, c, y, span); };
     if (!several) {
       depthwise_alone<T>(in, at, to);
-    } else if (in.stride == 1) {
-      depthwise_side_by_side<T, 1>(in, at, to);
+    } else if (in.stride != 1) {
+      depthwise_side_by_side<T, 2, false>(in, at, to);
+    } else if (inside) {
+      depthwise_side_by_side<T, 1, false>(in, at, to);
     } else {
-      depthwise_side_by_side<T, 2>(in, at, to);
+      depthwise_side_by_side<T, 1, true>(in, at, to);
     }
     first += several ? kAtOnce : 1;
   }
