@@ -11,7 +11,8 @@ from vovnet_fast.tools.plan import plan_forward
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks/results"
-README = (ROOT / "README.md").read_text()
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CPUS = (RESULTS / "cpu.md").read_text(encoding="utf-8")
 MEMORY = json.loads((ROOT / "docs/training_memory.json").read_text())
 PLAN = json.loads((ROOT / "docs/plan.json").read_text())
 
@@ -53,43 +54,73 @@ def newest(name):
     return json.loads(max(RESULTS.glob(f"*/{name}"), key=measured).read_text(encoding="utf-8"))
 
 
-def test_ratios_on_a_cpu():
-    """Every row of the table is the one that was measured."""
-    found = newest("V-39-eSE-320.json")
-    rows = {(row["dtype"], row["peer"]): row for row in found["rows"]}
-    assert found["provenance"]["dirty"] is False
-    assert f"at commit {found['provenance']['commit'][:8]}" in README
-    for peer in ("fused-cpu", "compiled-folded", "openvino", "onnxruntime", "eager-NCHW"):
-        cells = [
-            "{ratio_to_eager:.2f} ({ratio_low:.2f} to {ratio_high:.2f})".format(**rows[dtype, peer])
-            for dtype in ("fp32", "bf16")
-            if "missing" not in rows[dtype, peer]
-        ]
-        assert f"| {' | '.join(cells)} |" in README
+def committed(*names):
+    """All committed measurements of these names."""
+    return [
+        pytest.param(path, id=f"{path.parent.name}-{path.stem}")
+        for name in names
+        for path in sorted(RESULTS.glob(f"*/{name}"), key=measured)
+    ]
 
 
-def test_times_of_a_frozen_network_on_avx2():
-    found = newest("frozen-avx2.json")
-    assert found["provenance"]["dirty"] is False
-    assert "VOVNET_FAST_CPU_ISA=avx2" in found["provenance"]["forced"]
-    assert f"at commit {found['provenance']['commit'][:8]}" in README
-    times = {row["dtype"]: row["ms"] for row in found["rows"] if row["peer"] == "fused-cpu"}
-    assert f"takes {times['bf16']:.0f} ms in bf16 and {times['fp32']:.0f} in fp32" in README
-
-
-NOT_FROZEN = sorted(RESULTS.glob("*/not-frozen*.json"), key=measured)
-
-
-@pytest.mark.parametrize("path", NOT_FROZEN, ids=str)
-def test_ratios_of_what_is_not_frozen(path):
-    """Every cell of a table has both layouts as they were measured; what is behind is in bold. The
-    last ones are in the README, others beside the results."""
+def told(path):
+    """A committed measurement, and the page that tells it, the README or that of processors."""
     found = json.loads(path.read_text(encoding="utf-8"))
     assert found["provenance"]["dirty"] is False
-    shown = f"{path.parent.name}/{path.stem}.md" in README
-    assert shown or path != NOT_FROZEN[-1]
-    text = README if shown else (RESULTS / "README.md").read_text(encoding="utf-8")
-    assert f"t commit {found['provenance']['commit'][:8]}" in text
+    page = README if f"{path.parent.name}/{path.stem}.md" in README else CPUS
+    assert f"{path.parent.name}/{path.stem}.md" in page
+    assert f"t commit {found['provenance']['commit'][:8]}" in " ".join(page.split())
+    return found, page
+
+
+PEERS = ("fused-cpu", "compiled-folded", "openvino", "onnxruntime")
+
+
+def interval(row):
+    return "{ratio_to_eager:.2f} ({ratio_low:.2f} to {ratio_high:.2f})".format(**row)
+
+
+@pytest.mark.parametrize("path", committed("V-39-eSE-320.json"))
+def test_ratios_on_a_cpu(path):
+    """Every row of the table is the one that was measured."""
+    found, page = told(path)
+    rows = {(row["dtype"], row["peer"]): row for row in found["rows"]}
+    for peer in (*PEERS, "eager-NCHW"):
+        both = [rows[dtype, peer] for dtype in ("fp32", "bf16")]
+        cells = [interval(row) for row in both if "missing" not in row]
+        assert f"| {' | '.join(cells)} |" in page
+
+
+@pytest.mark.parametrize("path", committed("frozen-fp32.json", "frozen-bf16.json"))
+def test_ratios_of_frozen_networks(path):
+    found, page = told(path)
+    for peer in PEERS:
+        cells = [interval(row) for row in found["rows"] if row["peer"] == peer]
+        assert not cells or f"| {' | '.join(cells)} |" in page
+
+
+@pytest.mark.parametrize("path", committed("frozen-avx2.json"))
+def test_times_of_a_frozen_network_on_avx2(path):
+    found, page = told(path)
+    assert "VOVNET_FAST_CPU_ISA=avx2" in found["provenance"]["forced"]
+    times = {row["dtype"]: row["ms"] for row in found["rows"] if row["peer"] == "fused-cpu"}
+    bf16, fp32 = f"{times['bf16']:.0f} ms in bf16", f"{times['fp32']:.0f} in fp32"
+    assert re.search(rf"V-39-eSE (takes|took) {bf16} (there )?and {fp32}", " ".join(page.split()))
+
+
+@pytest.mark.parametrize(
+    "name", ["frozen-fp32", "frozen-bf16", "frozen-avx2", "eight-bits", "not-frozen"]
+)
+def test_the_readme_has_what_was_measured_last(name):
+    last = max(RESULTS.glob(f"*/{name}.json"), key=measured)
+    assert f"{last.parent.name}/{name}.md" in README
+
+
+@pytest.mark.parametrize("path", committed("not-frozen*.json"))
+def test_ratios_of_what_is_not_frozen(path):
+    """Every cell of a table has both layouts as they were measured; what is behind is in bold."""
+    found, text = told(path)
+    shown = text is README
     forced = found["provenance"].get("forced", "")
     assert all(f"`{each}`" in text for each in forced.split())
     rows = {(row["what"], row["who"]): row["ratio_to_eager"] for row in found["rows"]}
@@ -153,7 +184,7 @@ def _cost(row):
     return f"{text}, {row['least_sqnr_db']:.1f} dB, {speed}"
 
 
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), RESULTS / "README.md"]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *RESULTS.glob("*.md")]
 
 
 def prose(page):
@@ -179,29 +210,14 @@ def test_what_is_linked_is_there(page):
         assert not heading or heading in headings(there), target
 
 
-def test_frozen_networks_on_avx2_alone():
-    found = newest("frozen-fp32.json")
-    assert found["provenance"]["dirty"] is False
-    assert f"at commit {found['provenance']['commit'][:8]}" in README
-    for peer in ("fused-cpu", "compiled-folded", "openvino", "onnxruntime"):
-        cells = [
-            "{ratio_to_eager:.2f} ({ratio_low:.2f} to {ratio_high:.2f})".format(**row)
-            for row in found["rows"]
-            if row["peer"] == peer
-        ]
-        assert f"| {' | '.join(cells)} |" in README
-
-
-@pytest.mark.parametrize("name", ["eight-bits.json", "eight-bits-avx2.json"])
-def test_times_in_eight_bits(name):
+@pytest.mark.parametrize("path", committed("eight-bits.json", "eight-bits-avx2.json"))
+def test_times_in_eight_bits(path):
     """Every cell is the time of a peer over ours as measured, with its signal-to-noise ratio."""
-    found = newest(name)
-    assert found["provenance"]["dirty"] is False
-    assert f"at commit {found['provenance']['commit'][:8]}" in README
+    found, page = told(path)
     rows: dict = {}
     for row in found["rows"]:
         if "missing" not in row:
             rows.setdefault((row["peer"], row["precision"]), []).append(row)
     for (peer, precision), cells in rows.items():
         written = [f"{row['ratio_to_ours']:.2f}, {row['least_sqnr_db']:.1f} dB" for row in cells]
-        assert f"| {peer}, {precision} | {' | '.join(written)} |" in README
+        assert f"| {peer}, {precision} | {' | '.join(written)} |" in page

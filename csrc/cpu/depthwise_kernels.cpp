@@ -104,25 +104,84 @@ void run_input_grad(const DepthwiseInputGradParams& p, int threads) {
   for_shares(p.n, p.height * p.width, pass_pixels(p.c), p.c, threads, run);
 }
 
-// Adds the products of some output pixels with the inputs at one tap to its sums.
-template <class T, int kCount>
-VF_HD void add_tap(const DepthwiseWeightGradParams& p, int64_t image, const Pixel* pixels, int tap,
-                   High<T>* sums) {
-  const T* x[kCount];
-  const T* g[kCount];
-  int count = 0;
-  for (int i = 0; i < kCount; ++i) {
-    const int64_t h = window_start(pixels[i].h, p.stride, 1) + tap / 3;
-    const int64_t w = window_start(pixels[i].w, p.stride, 1) + tap % 3;
-    if (h < 0 || h >= p.height || w < 0 || w >= p.width) continue;
-    x[count] = at<const T>(p.x, image, Pixel{h, w});
-    g[count++] = at<const T>(p.g, image, pixels[i]);
+// Adds the products of one output pixel with the inputs at its taps to their sums.
+template <class T>
+VF_HD void add_pixel(const DepthwiseWeightGradParams& p, int64_t image, Pixel o, High<T>* sums) {
+  const int64_t h = window_start(o.h, p.stride, 1), w = window_start(o.w, p.stride, 1);
+  const Taps rows = taps_inside(h, p.height), columns = taps_inside(w, p.width);
+  const T* g = at<const T>(p.g, image, o);
+  for (int i = rows.first; i < rows.last; ++i) {
+    for (int j = columns.first; j < columns.last; ++j) {
+      const T* x = at<const T>(p.x, image, Pixel{h + i, w + j});
+      High<T>* sum = sums + (3 * i + j) * p.c;
+      for_channels<T>(p.c, [&](int64_t c, auto span) VF_LAMBDA {
+        store(sum + c, load(sum + c, span) + load(x + c, span) * load(g + c, span), span);
+      });
+    }
   }
-  for_channels<T>(p.c, [&](int64_t c, auto span) VF_LAMBDA {
-    Vector<T> sum{};
-    for (int i = 0; i < count; ++i) sum += load(x[i] + c, span) * load(g[i] + c, span);
-    store(sums + c, load(sums + c, span) + sum, span);
-  });
+}
+
+// Sums of the taps of a row, each in two parts, so that additions do not wait for each other.
+template <class T>
+using RowSums = Vector<T>[3][2];
+
+// Adds the products of outputs that lie side by side with a row of their inputs, of which columns
+// from `first` to `last` are there; x is where the first of those lies.
+template <class T, int kStride, bool kEdges, class Span>
+VF_HD void add_side_by_side(const T* x, int64_t x_step, const T* g, int64_t g_step, int first,
+                            int last, Span span, RowSums<T>& sums) {
+  constexpr int kColumns = (kAtOnce - 1) * kStride + 3;
+  Vector<T> gradient[kAtOnce];
+#pragma GCC unroll 4
+  for (int i = 0; i < kAtOnce; ++i) gradient[i] = load(g + i * g_step, span);
+#pragma GCC unroll 16
+  for (int column = 0; column < kColumns; ++column) {
+    if (kEdges && (column < first || column >= last)) continue;
+    const auto value = load(x + (kEdges ? column - first : column) * x_step, span);
+#pragma GCC unroll 3
+    for (int j = 0; j < 3; ++j) {
+      const int output = (column - j) / kStride;
+      if (column < j || (column - j) % kStride != 0 || output >= kAtOnce) continue;
+      sums[j][output % 2] += value * gradient[output];
+    }
+  }
+}
+
+// The same of a row of outputs, or a part of one, of all of their inputs, but for those that are
+// left when all others are taken side by side.
+template <class T, int kStride>
+VF_HD void add_row(const DepthwiseWeightGradParams& p, int64_t image, Pixel o, int64_t groups,
+                   High<T>* sums) {
+  constexpr int64_t kColumns = (kAtOnce - 1) * kStride + 3;
+  const int64_t h = window_start(o.h, kStride, 1), w = window_start(o.w, kStride, 1);
+  const Taps rows = taps_inside(h, p.height);
+  const T* g = at<const T>(p.g, image, o);
+  const int64_t x_step = p.x.stride_w, g_step = p.g.stride_w;
+  for (int i = rows.first; i < rows.last; ++i) {
+    const T* row = at<const T>(p.x, image, Pixel{h + i, 0});
+    High<T>* all = sums + 3 * i * p.c;
+    for_channels<T>(p.c, [&](int64_t c, auto span) VF_LAMBDA {
+      RowSums<T> found = {};
+      for (int64_t k = 0; k < groups; ++k) {
+        const int64_t begin = w + k * kAtOnce * kStride, left = p.width - begin;
+        const T* gradient = g + k * kAtOnce * g_step + c;
+        if (begin >= 0 && left >= kColumns) {
+          add_side_by_side<T, kStride, false>(row + begin * x_step + c, x_step, gradient, g_step, 0,
+                                              kColumns, span, found);
+        } else {
+          const int64_t first = begin < 0 ? -begin : 0;
+          add_side_by_side<T, kStride, true>(row + (begin + first) * x_step + c, x_step, gradient,
+                                             g_step, static_cast<int>(first),
+                                             static_cast<int>(least(kColumns, left)), span, found);
+        }
+      }
+#pragma GCC unroll 3
+      for (int j = 0; j < 3; ++j) {
+        High<T>* sum = all + j * p.c + c;
+        store(sum, load(sum, span) + (found[j][0] + found[j][1]), span);
+      }
+    });
+  }
 }
 
 template <class T>
@@ -134,9 +193,17 @@ void run_weight_grad(const DepthwiseWeightGradParams& p, int threads) {
   const auto run = [&](const Share& share) {
     High<T>* sums = partials + (share.image * p.parts + share.index) * kTaps * p.c;
     zero(sums, kTaps * p.c);
-    for_pixels(share, p.out_width, [&](const Pixel* block, auto count) {
-      for (int tap = 0; tap < kTaps; ++tap) {
-        add_tap<T, count.value>(p, share.image, block, tap, sums + tap * p.c);
+    for_rows(share, p.out_width, [&](Pixel first, int64_t count) VF_LAMBDA {
+      const int64_t groups = count / kAtOnce;
+      if (groups > 0) {
+        if (p.stride == 1) {
+          add_row<T, 1>(p, share.image, first, groups, sums);
+        } else {
+          add_row<T, 2>(p, share.image, first, groups, sums);
+        }
+      }
+      for (int64_t i = groups * kAtOnce; i < count; ++i) {
+        add_pixel<T>(p, share.image, Pixel{first.h, first.w + i}, sums);
       }
     });
   };

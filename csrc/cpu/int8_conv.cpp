@@ -124,6 +124,7 @@ void require_kernel(const Engine& engine, int64_t kernel) {
 void require_tiles(const Int8ConvParams& p) {
   require(p.kernel == 3 && p.stride == 1, "a kernel of 3 and a stride of 1");
   require(p.pool_partials == nullptr, "pool_partials to be None");
+  require(p.c_in > 0, "inputs");
   int64_t most;
   memcpy(&most, p.tiles, sizeof most);
   require(most >= 0 && most <= kWinogradMost, "the weight that was packed for it");
@@ -156,6 +157,7 @@ void int8_conv_pack(const Int8ConvPackParams& params, const std::string& engine,
     throw std::invalid_argument("convolution engine \"" + engine + "\" is for weights in 8 bits");
   }
   require_kernel(found, params.kernel);
+  if (params.c_out == 0 || params.c_in == 0) return;  // There may be no memory to write to.
   found.pack(params, threads);
 }
 

@@ -26,9 +26,10 @@ ROUNDS, MOST_ROUNDS, SECONDS = 2, 8, 1.0
 while so much time has not passed. The median of the turns counts: a virtual machine's processor is
 a third faster for moments, and the least time would be that of who met one."""
 
-LEAST_STEP_ROUNDS, STEP_ROUNDS, STEP_SECONDS = 3, 40, 12.0
+LEAST_STEP_ROUNDS, STEP_ROUNDS, STEP_SECONDS = 5, 40, 20.0
 """The same of training steps, between which there is less to choose, and of which more follow. Of
-two turns, one that was disturbed makes the median wrong: steps of more than a second met that."""
+two turns, one that was disturbed makes the median wrong, and of three two that were: V-99's steps of
+a second met both."""
 
 HOPELESS = 1.3
 """Who takes so many times as long as the fastest has no further turns once all have had the fewest
@@ -104,7 +105,7 @@ def _announce() -> None:
     """Say once why the first step is slow."""
     _log.warning(
         "measuring in which way a training step is fastest on this processor: the first step of a "
-        "kind takes as long as 16 to 28 do, or %d seconds, and what is found is remembered in %s "
+        "kind takes as long as 24 to 44 do, or %d seconds, and what is found is remembered in %s "
         "(%s=0 does without)",
         STEP_SECONDS,
         tuning.table().path or "memory",
