@@ -28,8 +28,8 @@ a third faster for moments, and the least time would be that of who met one."""
 
 LEAST_STEP_ROUNDS, STEP_ROUNDS, STEP_SECONDS = 5, 40, 20.0
 """The same of training steps, between which there is less to choose, and of which more follow. Of
-two turns, one that was disturbed makes the median wrong, and of three two that were: V-99's steps of
-a second met both."""
+two turns, one that was disturbed makes the median wrong, and of three two that were: steps of more
+than a second met both."""
 
 HOPELESS = 1.3
 """Who takes so many times as long as the fastest has no further turns once all have had the fewest
