@@ -268,8 +268,7 @@ class FrozenVoVNet(AllOrNothing):
 
     def _run(self, x: Tensor) -> list[Tensor]:
         """In an arena, where the backend is fused."""
-        backend = backends.select(x.device, self.dtype, self._needs)
-        if backend == "reference":
+        if not decision.of_frozen(x, self.dtype, self._needs).op:
             return self._plain(x, self._params())
         # What a stream is given it does in order: only there can memory be used again
         # before the work on it is done.
@@ -280,7 +279,7 @@ class FrozenVoVNet(AllOrNothing):
             n, c, h, w = x.shape
             needed = plan((n, c, h, w), self._params(), self.out_features)
             workspace = Workspace(Arena(needed, self.dtype, x.device))
-        if backend == "cpu":
+        if backends.select(x.device, self.dtype, self._needs) == "cpu":
             image, params = self._image(x, workspace.arena), self._params()
             work = functools.partial(
                 run, cpu, params=params, out_features=self.out_features, memory=workspace.arena
