@@ -31,6 +31,10 @@ LEAST_STEP_ROUNDS, STEP_ROUNDS, STEP_SECONDS = 5, 40, 20.0
 two turns, one that was disturbed makes the median wrong, and of three two that were: steps of more
 than a second met both."""
 
+STEP_PATIENCE = 60.0
+"""Seconds that these rounds may take for each step to follow one of its own, as in a training: ops
+of V-99, that were 15 % faster there, were behind where they followed others."""
+
 HOPELESS = 1.3
 """Who takes so many times as long as the fastest has no further turns once all have had the fewest
 of them, and is not taken: there are more rounds for the others."""
@@ -144,7 +148,7 @@ def _prepared(prepare: Callable[[], Callable[[str], None]]) -> Callable[[str], N
 
 def _measure_steps(candidates: Sequence[str], run: Callable[[str], None]) -> dict[str, list[float]]:
     limits = LEAST_STEP_ROUNDS, STEP_ROUNDS, STEP_SECONDS
-    return _measure(candidates, run, *limits, after_themselves=True, without_faults=True)
+    return _measure(candidates, run, *limits, after_themselves=STEP_PATIENCE, without_faults=True)
 
 
 def _measure_apart(
@@ -166,24 +170,25 @@ def _measure(
     most_rounds: int,
     seconds: float,
     *,
-    after_themselves: bool = False,
+    after_themselves: float = 0.0,
     without_faults: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds by candidate, of those that run: by rounds, each of which begins with another one and
     is shuffled, so that what else runs here meets all, and none always follows the same other one.
 
     ``after_themselves``: as steps do where they train, with the memory that the last one has left:
-    what counts is the second of two runs, where there is time for as many.
+    what counts is the second of two runs, where the fewest rounds take less than so many seconds.
     ``without_faults``: less what page faults cost (:mod:`.faults`), which are the heap's.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     refused: dict[str, Exception] = {}
     names, started, chance = list(candidates), time.perf_counter(), random.Random(0)
     fault = faults.seconds() if without_faults else 0.0
+    in_pairs = False
     for number in range(most_rounds + 1):
         passed = time.perf_counter() - started
         if number == 1:
-            after_themselves &= 2 * least_rounds * passed <= seconds
+            in_pairs = 2 * least_rounds * passed < after_themselves
         if number > least_rounds:
             if passed > seconds:
                 break
@@ -193,7 +198,7 @@ def _measure(
         others = names[:first] + names[first + 1 :]
         for name in (*names[first : first + 1], *chance.sample(others, len(others))):
             try:
-                if after_themselves and number > 0:
+                if in_pairs:
                     run(name)
                 before, begin = faults.count(), time.perf_counter()
                 run(name)
