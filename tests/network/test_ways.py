@@ -28,6 +28,7 @@ def _measuring(monkeypatch, tmp_path):
     monkeypatch.setattr(decision, "CPU_PIXELS_TRAINING", 0)  # Maps are small here.
     monkeypatch.setattr(processor, "ROUNDS", 1)
     monkeypatch.setattr(processor, "STEP_SECONDS", 0)
+    monkeypatch.setattr(processor, "STEP_PATIENCE", 0.0)
     tuning._table.cache_clear()
     yield
     tuning._table.cache_clear()
