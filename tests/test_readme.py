@@ -94,9 +94,11 @@ def test_ratios_on_a_cpu(path):
 @pytest.mark.parametrize("path", committed("frozen-fp32.json", "frozen-bf16.json"))
 def test_ratios_of_frozen_networks(path):
     found, page = told(path)
-    for peer in PEERS:
+    there = {row["peer"] for row in found["rows"] if "missing" not in row}
+    assert len(there.intersection(PEERS)) >= 3
+    for peer in there.intersection(PEERS):
         cells = [interval(row) for row in found["rows"] if row["peer"] == peer]
-        assert not cells or f"| {' | '.join(cells)} |" in page
+        assert f"| {' | '.join(cells)} |" in page
 
 
 @pytest.mark.parametrize("path", committed("frozen-avx2.json"))

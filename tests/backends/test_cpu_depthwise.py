@@ -238,6 +238,46 @@ def test_other_results_are_not_taken(monkeypatch, measured, caplog):
     assert "one call gave other results than two passes" in caplog.text
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize(
+    "isa", _extension.load("cpu").isas() if _extension.why_not("cpu") is None else []
+)
+def test_rows_of_every_width(isa, stride):
+    """Outputs and both gradients, of pixels that NaN lies around, side by side and left alone."""
+    backend = _extension.CPU
+    for width, height in [*itertools.product(range(1, 15), (1, 3)), (40, 2)]:
+        for dtype, channels in ((torch.float32, 20), (torch.float64, 3), (torch.bfloat16, 40)):
+            x, g = (surrounded(2, h, w, channels, dtype) for h, w in (
+                (height, width), ((height - 1) // stride + 1, (width - 1) // stride + 1),
+            ))  # fmt: skip
+            weight = torch.randn(3, 3, channels).to(dtype)
+            add, mask = (torch.randn(2, height, width, channels).to(dtype) for _ in range(2))
+            exact = reference.depthwise, reference.depthwise_input_grad
+            with instruction_set(isa):
+                out, gradient = torch.full_like(g, torch.nan), add.clone()
+                backend.depthwise(x, weight, out, stride=stride)
+                options = dict(stride=stride, mask=mask)
+                backend.depthwise_input_grad(g, weight, gradient, add=gradient, **options)
+                sums = backend.depthwise_weight_grad(x, g, stride=stride)
+            found = out, gradient, sums
+            wide = [t.double() for t in (x, g, weight, add, mask)]
+            true_out, true_gradient = torch.empty_like(wide[1]), torch.empty_like(wide[0])
+            exact[0](wide[0], wide[2], true_out, stride=stride)
+            options = dict(stride=stride, add=wide[3], mask=wide[4])
+            exact[1](wide[1], wide[2], true_gradient, **options)
+            true_sums = reference.depthwise_weight_grad(wide[0], wide[1], stride=stride)
+            for ours, true in zip(found, (true_out, true_gradient, true_sums)):
+                limit = torch.finfo(ours.dtype).eps * (9 + true.abs().max()) * 4
+                assert (ours.double() - true).abs().max() <= limit, (width, height, dtype)
+
+
+def surrounded(n, height, width, channels, dtype):
+    """Pixels in the middle of others, which nobody may read."""
+    whole = torch.full((n, height + 2, width + 2, channels + 5), torch.nan, dtype=dtype)
+    inside = whole[:, 1:-1, 1:-1, 2:-3]
+    return inside.copy_(torch.randn(n, height, width, channels))
+
+
 def test_a_network_has_it(monkeypatch):
     """Frozen, its layers are single calls, and its errors at most twice those of the modules."""
     if "fma" not in convolution.engines():
