@@ -45,6 +45,9 @@ VF_OPS(VF_DECLARE)
 VF_CPU_OPS(VF_DECLARE)
 #undef VF_DECLARE
 
+// apply_gates, and then max_pool of what it has made, at once (recording.h).
+void gated_pool(const ApplyGatesParams& gates, const MaxPoolParams& pool, int threads);
+
 // Parts into which reductions divide the pixels of an image.
 int64_t reduction_parts(int64_t n, int64_t height, int64_t width, int64_t c);
 // Groups of statistics that are merged first; 0: all at once.

@@ -173,8 +173,8 @@ void run_input_grad(const BatchNormInputGradParams& p, int threads) {
   if (p.n * p.height * p.width * p.c == 0) return;
   const Scratch<High<T>> vectors(5 * p.c);
   input_grad_vectors<T>(p, vectors.data());
-  for_shares(p.n, p.height * p.width, pass_pixels(p.c), p.c, threads,
-             [&](const Share& share) { input_grad_share<T>(p, share, vectors.data()); });
+  for_pass(p.n, p.height * p.width, p.c, threads,
+           [&](const Share& share) { input_grad_share<T>(p, share, vectors.data()); });
 }
 
 }  // namespace

@@ -231,15 +231,15 @@ void run(const Params& p, int threads) {
   const int64_t behind = Engine::kPixels + plan.extra * (plan.width + 1);  // read by a last block
   const int64_t input_bytes = (plan.chunks * plan.pixels + behind) * kChunkBytes;
   const int64_t sum_bytes = kept_pixels<Engine>(plan) * Engine::kTiles * kTileChannels * 4;
-  Tasks tasks(strips * parts);
+  Tasks tasks(strips * parts, threads);
   Failure failed;
-  on_threads(threads, [&](int, int) {
+  on_threads(threads, [&](int mine, int) {
     static thread_local Workspace workspace;
     char* gathered = workspace.get(input_bytes + sum_bytes);
     if (gathered == nullptr) return failed.set();
     auto* kept = reinterpret_cast<Sum*>(gathered + input_bytes);
     const typename Engine::Session session;
-    for (int64_t i = 0; tasks.next(&i);) {
+    for (int64_t i = 0; tasks.next(&mine, &i);) {
       const int64_t part = i % parts, strip = i / parts % plan.strips;
       const int64_t row = strip * plan.rows;
       run_task<Engine, T>(

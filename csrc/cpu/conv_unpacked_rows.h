@@ -157,9 +157,9 @@ VF_HD void share(int64_t count, int64_t products, int threads, Body body) {
     for (int64_t i = 0; i < count; ++i) body(i);
     return;
   }
-  Tasks tasks(count);
-  on_threads(threads, [&](int, int) {
-    for (int64_t i = 0; tasks.next(&i);) body(i);
+  Tasks tasks(count, threads);
+  on_threads(threads, [&](int mine, int) {
+    for (int64_t i = 0; tasks.next(&mine, &i);) body(i);
   });
 }
 

@@ -51,13 +51,13 @@ void share_weight_grad(const ConvWeightGradParams& p, const PixelPlan& plan, int
   auto* out = static_cast<float*>(p.out);
   auto* partials = static_cast<float*>(p.partials);
   const int64_t size = p.c_out * p.kernel * p.kernel * p.c_in;
-  Tasks tasks(p.parts * ranges.chunks * ranges.tiles);
+  Tasks tasks(p.parts * ranges.chunks * ranges.tiles, threads);
   Failure failed;
-  on_threads(threads, [&](int, int) {
+  on_threads(threads, [&](int mine, int) {
     static thread_local Workspace workspace;
     char* memory = workspace.get(bytes);
     if (memory == nullptr) return failed.set();
-    for (int64_t i = 0; tasks.next(&i);) {
+    for (int64_t i = 0; tasks.next(&mine, &i);) {
       const int64_t part = i / ranges.chunks / ranges.tiles;
       const int64_t range = i / ranges.tiles % ranges.chunks, tile = i % ranges.tiles;
       float* to = p.parts == 1 ? out : partials + part * size;

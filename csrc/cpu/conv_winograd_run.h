@@ -183,13 +183,13 @@ VF_HD void run(const Form& form, const Params& p, const char* weights, int threa
   const Division d = divide<Form::kSide, typename Form::Engine>(p, threads);
   const int64_t input_bytes = kPoints * d.input_step;
   const int64_t groups = ceil_div(least(d.at_once, d.out_tiles), kStep);
-  Tasks tasks(d.tasks * d.parts);
+  Tasks tasks(d.tasks * d.parts, threads);
   Failure failed;
-  on_threads(threads, [&](int, int) {
+  on_threads(threads, [&](int mine, int) {
     static thread_local conv::Workspace workspace;
     char* inputs = workspace.get(input_bytes + groups * kPoints * d.sum_step);
     if (inputs == nullptr) return failed.set();
-    for (int64_t i = 0; tasks.next(&i);) {
+    for (int64_t i = 0; tasks.next(&mine, &i);) {
       const int64_t first = i / d.parts * d.size, part = i % d.parts;
       // Parts begin where 32 channels do.
       const int64_t all = ceil_div(d.out_tiles, kStep);

@@ -9,18 +9,6 @@ namespace {
 
 constexpr int kTaps = kDepthwiseTaps;
 
-// body(first, count) for the rows of a share, or what it has of them.
-template <class Body>
-VF_HD void for_rows(const Share& share, int64_t width, Body body) {
-  Pixel first{share.first / width, share.first % width};
-  for (int64_t left = share.last - share.first; left > 0;) {
-    const int64_t count = least(left, width - first.w);
-    body(first, count);
-    left -= count;
-    first = {first.h + 1, 0};
-  }
-}
-
 template <class T>
 void run_depthwise(const DepthwiseParams& p, int threads) {
   const auto run = [&](const Share& share) {
@@ -40,7 +28,7 @@ void run_depthwise(const DepthwiseParams& p, int threads) {
       });
     });
   };
-  for_shares(p.n, p.out_height * p.out_width, pass_pixels(p.c), p.c, threads, run);
+  for_pass(p.n, p.out_height * p.out_width, p.c, threads, run);
 }
 
 // What becomes of a gradient, and where it goes.
@@ -80,7 +68,7 @@ void run_input_grad_of_one(const DepthwiseInputGradParams& p, int threads) {
       });
     });
   };
-  for_shares(p.n, p.height * p.width, pass_pixels(p.c), p.c, threads, run);
+  for_pass(p.n, p.height * p.width, p.c, threads, run);
 }
 
 template <class T>
@@ -101,7 +89,7 @@ void run_input_grad(const DepthwiseInputGradParams& p, int threads) {
                                VF_LAMBDA { end.put(pixel, c, products.sum(c, span), span); });
     });
   };
-  for_shares(p.n, p.height * p.width, pass_pixels(p.c), p.c, threads, run);
+  for_pass(p.n, p.height * p.width, p.c, threads, run);
 }
 
 // Adds the products of one output pixel with the inputs at its taps to their sums.
@@ -125,26 +113,18 @@ VF_HD void add_pixel(const DepthwiseWeightGradParams& p, int64_t image, Pixel o,
 template <class T>
 using RowSums = Vector<T>[3][2];
 
-// Adds the products of outputs that lie side by side with a row of their inputs, of which columns
-// from `first` to `last` are there; x is where the first of those lies.
+// Adds the products of outputs that lie side by side with a row of their inputs, of which x is the
+// first inside.
 template <class T, int kStride, bool kEdges, class Span>
-VF_HD void add_side_by_side(const T* x, int64_t x_step, const T* g, int64_t g_step, int first,
-                            int last, Span span, RowSums<T>& sums) {
-  constexpr int kColumns = (kAtOnce - 1) * kStride + 3;
+VF_HD void add_side_by_side(const T* x, int64_t x_step, const T* g, int64_t g_step, Taps inside,
+                            Span span, RowSums<T>& sums) {
   Vector<T> gradient[kAtOnce];
 #pragma GCC unroll 4
   for (int i = 0; i < kAtOnce; ++i) gradient[i] = load(g + i * g_step, span);
-#pragma GCC unroll 16
-  for (int column = 0; column < kColumns; ++column) {
-    if (kEdges && (column < first || column >= last)) continue;
-    const auto value = load(x + (kEdges ? column - first : column) * x_step, span);
-#pragma GCC unroll 3
-    for (int j = 0; j < 3; ++j) {
-      const int output = (column - j) / kStride;
-      if (column < j || (column - j) % kStride != 0 || output >= kAtOnce) continue;
-      sums[j][output % 2] += value * gradient[output];
-    }
-  }
+  take_columns<T, kStride, kEdges>(x, x_step, inside, span,
+                                   [&](int output, int tap, auto values) VF_LAMBDA {
+                                     sums[tap][output % 2] += values * gradient[output];
+                                   });
 }
 
 // The same of a row of outputs, or a part of one, of all of their inputs, but for those that are
@@ -152,7 +132,6 @@ VF_HD void add_side_by_side(const T* x, int64_t x_step, const T* g, int64_t g_st
 template <class T, int kStride>
 VF_HD void add_row(const DepthwiseWeightGradParams& p, int64_t image, Pixel o, int64_t groups,
                    High<T>* sums) {
-  constexpr int64_t kColumns = (kAtOnce - 1) * kStride + 3;
   const int64_t h = window_start(o.h, kStride, 1), w = window_start(o.w, kStride, 1);
   const Taps rows = taps_inside(h, p.height);
   const T* g = at<const T>(p.g, image, o);
@@ -163,16 +142,14 @@ VF_HD void add_row(const DepthwiseWeightGradParams& p, int64_t image, Pixel o, i
     for_channels<T>(p.c, [&](int64_t c, auto span) VF_LAMBDA {
       RowSums<T> found = {};
       for (int64_t k = 0; k < groups; ++k) {
-        const int64_t begin = w + k * kAtOnce * kStride, left = p.width - begin;
+        const int64_t begin = w + k * kAtOnce * kStride;
+        const Taps inside = columns_inside<kStride>(begin, p.width);
+        const T* x = row + (begin + inside.first) * x_step + c;
         const T* gradient = g + k * kAtOnce * g_step + c;
-        if (begin >= 0 && left >= kColumns) {
-          add_side_by_side<T, kStride, false>(row + begin * x_step + c, x_step, gradient, g_step, 0,
-                                              kColumns, span, found);
+        if (inside.last - inside.first == kColumns<kStride>) {
+          add_side_by_side<T, kStride, false>(x, x_step, gradient, g_step, inside, span, found);
         } else {
-          const int64_t first = begin < 0 ? -begin : 0;
-          add_side_by_side<T, kStride, true>(row + (begin + first) * x_step + c, x_step, gradient,
-                                             g_step, static_cast<int>(first),
-                                             static_cast<int>(least(kColumns, left)), span, found);
+          add_side_by_side<T, kStride, true>(x, x_step, gradient, g_step, inside, span, found);
         }
       }
 #pragma GCC unroll 3

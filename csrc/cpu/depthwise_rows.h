@@ -1,7 +1,7 @@
 // Outputs of a depthwise 3x3 convolution, a row at a time, for whoever takes them.
 #pragma once
 
-#include "loops.h"
+#include "windows.h"
 
 namespace vovnet_fast {
 inline namespace VF_ISA {
@@ -41,38 +41,25 @@ struct Products {
   }
 };
 
-// Outputs that lie side by side: inputs and weights are loaded once for all of them.
-constexpr int kAtOnce = 4;
-
-// Those from `o` on. Every one is summed in the order of its taps, as one alone is. kEdges: some of
-// their columns may lie outside.
+// Those from `o` on that lie side by side. Every one is summed in the order of its taps, as one
+// alone is. kEdges: some of their columns may lie outside.
 template <class T, int kStride, bool kEdges, class Put>
 VF_HD void depthwise_side_by_side(const DepthwiseInput<T>& in, Pixel o, Put put) {
-  constexpr int kColumns = (kAtOnce - 1) * kStride + 3;
   const int64_t h = window_start(o.h, kStride, 1), w = window_start(o.w, kStride, 1);
   const Taps rows = taps_inside(h, in.height);
-  const int first = kEdges ? static_cast<int>(w < 0 ? -w : 0) : 0;
-  const int last = kEdges ? static_cast<int>(least<int64_t>(kColumns, in.width - w)) : kColumns;
-  const T* x = in.at(h + rows.first, w + first);
+  const Taps columns = kEdges ? columns_inside<kStride>(w, in.width) : Taps{};
+  const T* x = in.at(h + rows.first, w + columns.first);
   const T* taps = in.weight + 3 * rows.first * in.tap_step;
   const int count = rows.last - rows.first;
   for_channels<T>(in.c, [&](int64_t c, auto span) VF_LAMBDA {
     Vector<T> sums[kAtOnce] = {};
     const T *row = x + c, *weight = taps + c;
     for (int i = 0; i < count; ++i, row += in.stride_h, weight += 3 * in.tap_step) {
-      const Vector<T> tap[3] = {load(weight, span), load(weight + in.tap_step, span),
-                                load(weight + 2 * in.tap_step, span)};
-#pragma GCC unroll 16
-      for (int column = 0; column < kColumns; ++column) {
-        if (kEdges && (column < first || column >= last)) continue;
-        const auto value = load(row + (column - first) * in.stride_w, span);
-#pragma GCC unroll 3
-        for (int j = 0; j < 3; ++j) {
-          const int output = (column - j) / kStride;
-          if (column < j || (column - j) % kStride != 0 || output >= kAtOnce) continue;
-          sums[output] += value * tap[j];
-        }
-      }
+      const Vector<T> weights[3] = {load(weight, span), load(weight + in.tap_step, span),
+                                    load(weight + 2 * in.tap_step, span)};
+      take_columns<T, kStride, kEdges>(row, in.stride_w, columns, span,
+                                       [&](int output, int tap, auto values)
+                                           VF_LAMBDA { sums[output] += values * weights[tap]; });
     }
 #pragma GCC unroll 4
     for (int i = 0; i < kAtOnce; ++i) put(i, c, sums[i], span);
@@ -98,7 +85,7 @@ VF_HD void depthwise_alone(const DepthwiseInput<T>& in, Pixel o, Put put) {
 // i counts them. Each is put once.
 template <class T, class Put>
 VF_HD void depthwise_row(const DepthwiseInput<T>& in, Pixel o, int64_t count, Put put) {
-  const int64_t columns = (kAtOnce - 1) * in.stride + 3;
+  const int64_t columns = in.stride == 1 ? kColumns<1> : kColumns<2>;
   for (int64_t first = 0; first < count;) {
     const Pixel at{o.h, o.w + first};
     const int64_t w = window_start(at.w, in.stride, 1);

@@ -23,18 +23,21 @@
 namespace vovnet_fast {
 
 using Digests = decltype(cpu::digests);
+using GatedPool = decltype(cpu::gated_pool);
 
 #define VF_DECLARE(name, Params) void name(const Params& params, int threads);
 namespace baseline {
 VF_OPS(VF_DECLARE)
 VF_CPU_OPS(VF_DECLARE)
 Digests digests;
+GatedPool gated_pool;
 }  // namespace baseline
 #ifdef VF_WITH_AVX2
 namespace avx2 {
 VF_OPS(VF_DECLARE)
 VF_CPU_OPS(VF_DECLARE)
 Digests digests;
+GatedPool gated_pool;
 }  // namespace avx2
 #endif
 #ifdef VF_WITH_AVX512
@@ -42,6 +45,7 @@ namespace avx512 {
 VF_OPS(VF_DECLARE)
 VF_CPU_OPS(VF_DECLARE)
 Digests digests;
+GatedPool gated_pool;
 }  // namespace avx512
 #endif
 #undef VF_DECLARE
@@ -58,6 +62,7 @@ struct Table {
   VF_CPU_OPS(VF_FIELD)
 #undef VF_FIELD
   Digests* digests;
+  GatedPool* gated_pool;
 };
 
 bool always() { return true; }
@@ -88,16 +93,18 @@ bool has_avx512() {
 // The best one last.
 constexpr Table kTables[] = {
 #define VF_ENTRY(name, Params) baseline::name,
-    {kBaselineName, always, VF_OPS(VF_ENTRY) VF_CPU_OPS(VF_ENTRY) baseline::digests},
+    {kBaselineName, always, VF_OPS(VF_ENTRY) VF_CPU_OPS(VF_ENTRY) baseline::digests,
+     baseline::gated_pool},
 #undef VF_ENTRY
 #ifdef VF_WITH_AVX2
 #define VF_ENTRY(name, Params) avx2::name,
-    {"avx2", has_avx2, VF_OPS(VF_ENTRY) VF_CPU_OPS(VF_ENTRY) avx2::digests},
+    {"avx2", has_avx2, VF_OPS(VF_ENTRY) VF_CPU_OPS(VF_ENTRY) avx2::digests, avx2::gated_pool},
 #undef VF_ENTRY
 #endif
 #ifdef VF_WITH_AVX512
 #define VF_ENTRY(name, Params) avx512::name,
-    {"avx512", has_avx512, VF_OPS(VF_ENTRY) VF_CPU_OPS(VF_ENTRY) avx512::digests},
+    {"avx512", has_avx512, VF_OPS(VF_ENTRY) VF_CPU_OPS(VF_ENTRY) avx512::digests,
+     avx512::gated_pool},
 #undef VF_ENTRY
 #endif
 };
@@ -164,6 +171,10 @@ VF_CPU_OPS(VF_DEFINE)
 
 void digests(const Piece* chunks, int64_t count, int64_t bytes, int threads, Digest* out) {
   current().digests(chunks, count, bytes, threads, out);
+}
+
+void gated_pool(const ApplyGatesParams& gates, const MaxPoolParams& pool, int threads) {
+  current().gated_pool(gates, pool, threads);
 }
 
 int64_t reduction_parts(int64_t, int64_t height, int64_t width, int64_t) {

@@ -144,7 +144,7 @@ void run_accumulate(const AccumulateParams& p, int threads) {
       work.run(added, unmasked, p.c);
     });
   };
-  for_shares(p.n, p.height * p.width, pass_pixels(p.c), p.c, threads, run);
+  for_pass(p.n, p.height * p.width, p.c, threads, run);
 }
 
 }  // namespace

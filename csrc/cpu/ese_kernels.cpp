@@ -1,6 +1,6 @@
 // Effective Squeeze-Excitation, forward and backward.
 #include "../ops.h"
-#include "loops.h"
+#include "apply_gates.h"
 
 namespace vovnet_fast {
 inline namespace VF_ISA {
@@ -99,34 +99,10 @@ void run_gates_backward(const GatesBackwardParams& p, int threads) {
   parallel(p.c, products, threads, [&](int64_t oc) { weight_gradient<Number>(p, oc); });
 }
 
-template <class T, bool kGated, bool kAdded>
-void apply_share(const ApplyGatesParams& p, const Share& share) {
-  const auto* gates = static_cast<const High<T>*>(p.gates) + (kGated ? share.image * p.c : 0);
-  for_pixels(share, p.width, [&](const Pixel* pixels, auto count) {
-    constexpr int kCount = count.value;
-    const Pointers<const T, kCount> z(p.z, share.image, pixels);
-    const Pointers<const T, kCount> identity(kAdded ? p.identity : p.z, share.image, pixels);
-    const Pointers<T, kCount> out(p.out, share.image, pixels);
-    for_channels<T>(p.c, [&](int64_t c, auto span) VF_LAMBDA {
-      Vector<T> gate{};
-      if (kGated) gate = load(gates + c, span);
-      for (int i = 0; i < kCount; ++i) {
-        auto y = load(z[i] + c, span);
-        if (kGated) y *= gate;
-        if (kAdded) y += load(identity[i] + c, span);
-        store(out[i] + c, y, span);
-      }
-    });
-  });
-}
-
 template <class T>
 void run_apply_gates(const ApplyGatesParams& p, int threads) {
-  const bool gated = p.gates != nullptr, added = p.identity.data != nullptr;
-  const auto apply = gated ? (added ? apply_share<T, true, true> : apply_share<T, true, false>)
-                           : (added ? apply_share<T, false, true> : apply_share<T, false, false>);
-  for_shares(p.n, p.height * p.width, pass_pixels(p.c), p.c, threads,
-             [&](const Share& share) { apply(p, share); });
+  for_pass(p.n, p.height * p.width, p.c, threads,
+           [&](const Share& share) { gating::run<T>(p, share); });
 }
 
 template <class T, bool kGated>
@@ -158,8 +134,7 @@ template <class T>
 void run_apply_gates_backward(const ApplyGatesBackwardParams& p, int threads) {
   const auto apply =
       p.gates != nullptr ? apply_backward_share<T, true> : apply_backward_share<T, false>;
-  for_shares(p.n, p.height * p.width, pass_pixels(p.c), p.c, threads,
-             [&](const Share& share) { apply(p, share); });
+  for_pass(p.n, p.height * p.width, p.c, threads, [&](const Share& share) { apply(p, share); });
 }
 
 template <class T>

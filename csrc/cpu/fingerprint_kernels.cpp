@@ -62,7 +62,8 @@ struct Sums {
 constexpr int64_t kAhead = 2 * kStripes * kStripeBytes;
 
 VF_HD void add_stripe(Sums& sums, const char* stripe, const uint64_t* keys) {
-  __builtin_prefetch(stripe + kAhead);
+  // (An address, since a pointer must not point there.)
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(stripe) + kAhead));
   for (int g = 0; g < kGroups; ++g) {
     const Words data = load_words(stripe + g * kVectorBytes);
     sums.digits[g] += (sums.digits[g] << 1) + data;

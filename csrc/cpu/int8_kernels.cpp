@@ -217,8 +217,8 @@ void int8_depthwise(const Int8DepthwiseParams& p, int threads) {
 }
 
 void int8_max_pool(const Int8MaxPoolParams& p, int threads) {
-  for_shares(p.n, p.out_height * p.out_width, pass_pixels(p.c), p.c, threads,
-             [&](const Share& share) { max_pool_share(p, share); });
+  for_pass(p.n, p.out_height * p.out_width, 4 * p.c, threads,
+           [&](const Share& share) { max_pool_share(p, share); });
 }
 
 void int8_gates(const Int8GatesParams& p, int threads) {
@@ -239,8 +239,8 @@ void int8_gates(const Int8GatesParams& p, int threads) {
 }
 
 void int8_apply_gates(const Int8ApplyGatesParams& p, int threads) {
-  for_shares(p.n, p.height * p.width, pass_pixels(p.c), p.c, threads,
-             [&](const Share& share) { apply_share(p, share); });
+  for_pass(p.n, p.height * p.width, p.c, threads,
+           [&](const Share& share) { apply_share(p, share); });
 }
 
 }  // namespace VF_ISA

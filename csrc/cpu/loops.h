@@ -83,12 +83,6 @@ struct Share {
   int64_t image, index, first, last;
 };
 
-// Pixels of a share, in an op that only passes over them.
-VF_HD int64_t pass_pixels(int64_t c) {
-  const int64_t pixels = kGrain / (c > 0 ? c : 1);
-  return pixels < 16 ? 16 : pixels;
-}
-
 // body(share) for all shares of `size` pixels of n images.
 template <class Body>
 VF_HD void for_shares(int64_t n, int64_t pixels, int64_t size, int64_t c, int threads, Body body) {
@@ -96,6 +90,23 @@ VF_HD void for_shares(int64_t n, int64_t pixels, int64_t size, int64_t c, int th
   parallel(n * shares, n * pixels * c, threads, [&](int64_t i) {
     const int64_t first = i % shares * size;
     body(Share{i / shares, i % shares, first, least(first + size, pixels)});
+  });
+}
+
+// body(share) for all pixels of n images, in an op that only passes over them: as many for every
+// thread, and in ops that follow each other the same part of the images. `each`: numbers that come
+// or go with a pixel.
+template <class Body>
+VF_HD void for_pass(int64_t n, int64_t pixels, int64_t each, int threads, Body body) {
+  const int64_t all = n * pixels, parts = threads < 1 || all * each < kGrain ? 1 : threads;
+  parallel(parts, all * each, threads, [&](int64_t i) {
+    const int64_t end = all * (i + 1) / parts;
+    for (int64_t next = all * i / parts; next < end;) {
+      const int64_t image = next / pixels, first = image * pixels;
+      const int64_t last = least(end, first + pixels);
+      body(Share{image, i, next - first, last - first});
+      next = last;
+    }
   });
 }
 
@@ -137,6 +148,18 @@ VF_HD void for_each_pixel(const Share& share, int64_t width, Body body) {
   for (int64_t i = share.first; i < share.last; ++i) {
     body(next);
     if (++next.w == width) next = {next.h + 1, 0};
+  }
+}
+
+// body(first, count) for the rows of a share, or what it has of them.
+template <class Body>
+VF_HD void for_rows(const Share& share, int64_t width, Body body) {
+  Pixel first{share.first / width, share.first % width};
+  for (int64_t left = share.last - share.first; left > 0;) {
+    const int64_t count = least(left, width - first.w);
+    body(first, count);
+    left -= count;
+    first = {first.h + 1, 0};
   }
 }
 

@@ -1,52 +1,19 @@
 // 3x3 max pool with stride 2, and its backward.
 #include "../ops.h"
-#include "loops.h"
+#include "max_pool.h"
 
 namespace vovnet_fast {
 inline namespace VF_ISA {
 
 namespace {
 
-constexpr int kStride = 2;
+constexpr int kStride = pool::kStride;
 constexpr int kTaps = 9;
-
-template <class T, bool kArgmax>
-void max_pool_share(const MaxPoolParams& p, const Share& share) {
-  for_each_pixel(share, p.out_width, [&](Pixel o) {
-    const int64_t h = window_start(o.h, kStride, p.pad), w = window_start(o.w, kStride, p.pad);
-    const Taps rows = taps_inside(h, p.height), columns = taps_inside(w, p.width);
-    const T* x[kTaps];
-    int taps[kTaps];
-    int count = 0;
-    for (int i = rows.first; i < rows.last; ++i) {
-      for (int j = columns.first; j < columns.last; ++j) {
-        x[count] = at<const T>(p.x, share.image, Pixel{h + i, w + j});
-        taps[count++] = 3 * i + j;
-      }
-    }
-    T* out = at<T>(p.out, share.image, o);
-    const int64_t pixel = (share.image * p.out_height + o.h) * p.out_width + o.w;
-    for_channels<T>(p.c, [&](int64_t c, auto span) VF_LAMBDA {
-      // Where nothing exceeds -inf, the first tap inside the image wins, as in torch.
-      auto best = broadcast<T>(-__builtin_inf());
-      auto winner = Integers<T>{} + taps[0];
-      for (int i = 0; i < count; ++i) {
-        const auto value = load(x[i] + c, span);
-        const auto better = exceeds(value, best);
-        best = better ? value : best;
-        if (kArgmax) winner = better ? Integers<T>{} + taps[i] : winner;
-      }
-      store(out + c, best, span);
-      if (kArgmax) store_bytes<High<T>>(p.argmax + pixel * p.c + c, winner, span);
-    });
-  });
-}
 
 template <class T>
 void run_max_pool(const MaxPoolParams& p, int threads) {
-  const auto pool = p.argmax != nullptr ? max_pool_share<T, true> : max_pool_share<T, false>;
-  for_shares(p.n, p.out_height * p.out_width, pass_pixels(p.c), p.c, threads,
-             [&](const Share& share) { pool(p, share); });
+  for_pass(p.n, p.out_height * p.out_width, kStride * kStride * p.c, threads,
+           [&](const Share& share) { pool::run<T>(p, share); });
 }
 
 template <class T>
@@ -79,8 +46,8 @@ void backward_share(const MaxPoolBackwardParams& p, const Share& share) {
 
 template <class T>
 void run_backward(const MaxPoolBackwardParams& p, int threads) {
-  for_shares(p.n, p.height * p.width, pass_pixels(p.c), p.c, threads,
-             [&](const Share& share) { backward_share<T>(p, share); });
+  for_pass(p.n, p.height * p.width, p.c, threads,
+           [&](const Share& share) { backward_share<T>(p, share); });
 }
 
 }  // namespace

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "../conditions.h"
+#include "../ops.h"
 
 namespace vovnet_fast {
 namespace cpu {
@@ -41,6 +42,9 @@ class Recording {
 
   template <class Params>
   void add(const Params& params, std::function<void(const Params&, int)> op) {
+    if constexpr (std::is_same_v<Params, MaxPoolParams>) {
+      if (add_to_gates(params)) return;
+    }
     calls_.push_back(std::make_unique<CallOf<Params>>(params, std::move(op)));
   }
 
@@ -142,6 +146,62 @@ class Recording {
     Params params;
     std::function<void(const Params&, int)> op;
   };
+
+  // Gates and the pool behind them are one call, which reads what they make while it is near.
+  struct GatedPool final : Call {
+    GatedPool(const ApplyGatesParams& gates, const MaxPoolParams& pool)
+        : gates(gates), pool(pool) {}
+
+    void run(int threads) const override { gated_pool(gates, pool, threads); }
+    void check() override {
+      vovnet_fast::check(gates);
+      vovnet_fast::check(pool);
+    }
+    void each_pointer(const std::function<void(void*)>& each) override {
+      const auto next = [&](auto&... fields) { (pass(each, fields), ...); };
+      Fields<ApplyGatesParams>::visit(gates, next);
+      Fields<MaxPoolParams>::visit(pool, next);
+    }
+
+    ApplyGatesParams gates;
+    MaxPoolParams pool;
+  };
+
+  bool add_to_gates(const MaxPoolParams& pool) {
+    if (calls_.empty()) return false;
+    const auto* last = dynamic_cast<const CallOf<ApplyGatesParams>*>(calls_.back().get());
+    if (last == nullptr || !can_follow(pool, last->params)) return false;
+    calls_.back() = std::make_unique<GatedPool>(last->params, pool);
+    return true;
+  }
+
+  // Whether the pool takes all that the gates make, and may write before they have read all.
+  static bool can_follow(const MaxPoolParams& pool, const ApplyGatesParams& gates) {
+    const auto same = [](const View& a, const View& b) {
+      return a.data == b.data && a.stride_n == b.stride_n && a.stride_h == b.stride_h &&
+             a.stride_w == b.stride_w;
+    };
+    if (!same(pool.x, gates.out) || pool.n != gates.n || pool.height != gates.height ||
+        pool.width != gates.width || pool.c != gates.c || pool.dtype != gates.dtype ||
+        pool.argmax != nullptr || pool.n < 1 || pool.out_height < 1 || pool.out_width < 1) {
+      return false;
+    }
+    const int64_t bytes = checks::bytes_of("dtype", pool.dtype);
+    const auto memory = [&](const View& view, int64_t height, int64_t width) {
+      const int64_t last = (pool.n - 1) * view.stride_n + (height - 1) * view.stride_h +
+                           (width - 1) * view.stride_w + pool.c;
+      return Memory{reinterpret_cast<uintptr_t>(view.data), static_cast<uint64_t>(last * bytes)};
+    };
+    const Memory out = memory(pool.out, pool.out_height, pool.out_width);
+    const auto apart = [&](Memory in) {
+      return in.first == 0 || out.first + out.bytes <= in.first || in.first + in.bytes <= out.first;
+    };
+    constexpr int64_t kMostBytes = 8;  // of a gate
+    return apart(memory(gates.z, gates.height, gates.width)) &&
+           apart(memory(gates.identity, gates.height, gates.width)) &&
+           apart({reinterpret_cast<uintptr_t>(gates.gates),
+                  static_cast<uint64_t>(gates.n * gates.c * kMostBytes)});
+  }
 
   template <class T>
   static void pass(const std::function<void(void*)>& each, T*& field) {

@@ -31,20 +31,38 @@ VF_HD void on_threads(int threads, Body body) {
   cpu::run_on_threads(threads, call_body<Body>, &body);
 }
 
-// Hands out [0, count), one by one, to whichever thread asks next.
+// Hands out [0, count). A thread takes what lies in a part of its own, in order: in ops that follow
+// each other it is the same part of the images, which its caches still have. Who is done with his
+// takes what is left of the others'.
 class Tasks {
  public:
-  explicit VF_HD Tasks(int64_t count) : count_(count) {}
+  VF_HD Tasks(int64_t count, int threads) : parts_(threads < kMostParts ? threads : kMostParts) {
+    if (parts_ < 1) parts_ = 1;
+    for (int i = 0; i < parts_; ++i) {
+      part_[i].next = count * i / parts_;
+      part_[i].last = count * (i + 1) / parts_;
+    }
+  }
 
+  // `part` is where the thread takes from: its index at first, and then what was left here.
   // (std::atomic's functions have one name for all instruction sets.)
-  VF_HD bool next(int64_t* task) {
-    *task = __atomic_fetch_add(&next_, 1, __ATOMIC_RELAXED);
-    return *task < count_;
+  VF_HD bool next(int* part, int64_t* task) {
+    for (int tried = 0; tried < parts_; ++tried) {
+      Part& from = part_[*part % parts_];
+      *task = __atomic_fetch_add(&from.next, 1, __ATOMIC_RELAXED);
+      if (*task < from.last) return true;
+      *part = *part % parts_ + 1;
+    }
+    return false;
   }
 
  private:
-  int64_t next_ = 0;
-  const int64_t count_;
+  static constexpr int kMostParts = 64;
+  struct alignas(64) Part {  // A line each.
+    int64_t next, last;
+  };
+  Part part_[kMostParts];
+  int parts_;
 };
 
 // Something has failed on some thread.

@@ -155,6 +155,32 @@ void check_apply(Report& report, const Shape& s, int32_t dtype) {
   report.compare("apply_gates_backward " + words(s), dz, gradient);
 }
 
+// By one call, and by two: the same numbers.
+void check_gated_pool(Report& report, const Shape& s, int32_t pad, int32_t dtype) {
+  const auto pooled = [&](int64_t size) { return pad == 0 ? size / 2 : (size + 1) / 2; };
+  const Shape o{s.n, pooled(s.h), pooled(s.w), s.c};
+  if (o.count() == 0) return;
+  Tensor z = Tensor::slot(dtype, s).random(), identity = Tensor::slot(dtype, s).random();
+  Tensor gates = Tensor::packed(high(dtype), s.n * s.c).random(0, 1);
+  Tensor out = Tensor::slot(dtype, s), again = Tensor::slot(dtype, s);
+  Tensor max = Tensor::slot(dtype, o), max_again = Tensor::slot(dtype, o);
+  const auto gating = [&](Tensor& to) {
+    return ApplyGatesParams{z.view(), to.view(), identity.view(), gates.data(), s.n, s.h, s.w,
+                            s.c,      dtype};
+  };
+  const auto pool = [&](Tensor& from, Tensor& to) {
+    return MaxPoolParams{from.view(), to.view(), nullptr, s.n, s.h, s.w, o.h, o.w, s.c, pad, dtype};
+  };
+  VF_CALL(apply_gates, gating(out));
+  VF_CALL(max_pool, pool(out, max));
+  vovnet_fast::cpu::gated_pool(gating(again), pool(again, max_again), report.threads);
+  Values y, most;
+  for (int64_t i = 0; i < s.count(); ++i) y.push_back(out.get(i));
+  for (int64_t i = 0; i < o.count(); ++i) most.push_back(max.get(i));
+  report.compare("gated_pool, gated, " + words(s), again, y);
+  report.compare("gated_pool, pooled, " + words(s), max_again, most);
+}
+
 // ---- Batch norm --------------------------------------------------------------------------------
 
 void check_norm(Report& report, const Shape& s, int32_t dtype) {
@@ -273,6 +299,10 @@ void check_accumulate(Report& report) {
 void check_gates(Report& report) {
   for (const int32_t dtype : kAll) {
     for (const Shape& s : kShapes) check_apply(report, s, dtype);
+    for (const Shape& s : kShapes) {
+      for (const int32_t pad : {0, 1}) check_gated_pool(report, s, pad, dtype);
+    }
+    check_gated_pool(report, {3, 17, 31, 40}, 0, dtype);  // Of which each thread has some rows.
     for (const int32_t kind : {kHardSigmoid, kSigmoid}) {
       for (const int64_t c : {1, 21, 48}) check_fc(report, 2, c, kind, dtype, high(dtype));
     }
