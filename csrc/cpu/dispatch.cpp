@@ -19,6 +19,7 @@
 #include "../math.h"
 #include "../ops.h"
 #include "fingerprint.h"
+#include "processor.h"
 
 namespace vovnet_fast {
 
@@ -72,22 +73,6 @@ constexpr const char* kBaseline = "baseline";
 constexpr const char* kBaselineName = "neon";
 #else
 constexpr const char* kBaselineName = kBaseline;
-#endif
-
-#ifdef VF_WITH_AVX2
-bool has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c");
-}
-#endif
-
-#ifdef VF_WITH_AVX512
-bool has_avx512() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("f16c") && __builtin_cpu_supports("avx512f") &&
-         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-         __builtin_cpu_supports("avx512dq");
-}
 #endif
 
 // The best one last.
