@@ -15,7 +15,7 @@ from tests.fused import needs_traces
 from tests.tiny import FIRST, TINY
 from vovnet_fast import VoVNet, backends, freeze
 from vovnet_fast.backends import _extension
-from vovnet_fast.backends.cpu import convolution, packing
+from vovnet_fast.backends.cpu import convolution, packing, winograd
 from vovnet_fast.compat import zip
 
 PUBLISHED = ["V-19-slim-dw-eSE", "V-19-slim-eSE", "ese_vovnet19b_dw", "vovnet-19-slim"]
@@ -67,6 +67,27 @@ def test_the_number_of_threads_does_not_change_a_bit(dtype):
     with threads(3):
         together = run(frozen, x)
     assert all(map(torch.equal, alone, together))
+
+
+def test_engines_chosen_for_a_number_of_threads_are_not_taken_where_bits_count(monkeypatch):
+    """What was measured may differ by the number of threads, and engines by the last bits."""
+    frozen, x = freeze(network("V-19-slim-eSE")), torch.randn(1, 3, 128, 96)
+    if "winograd4" not in winograd.engines(torch.ones(96, 3, 3, 96), 1, x.dtype, "fma"):
+        pytest.skip("no such engine here")
+    monkeypatch.setattr(
+        winograd, "fastest", lambda layer, names, *_: names[0 if layer.threads == 1 else -1]
+    )
+
+    def found(number):
+        with threads(number):
+            return run(frozen, x)
+
+    assert not all(map(torch.equal, found(1), found(3)))
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert all(map(torch.equal, found(1), found(3)))
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_weights_are_packed_once(monkeypatch):
