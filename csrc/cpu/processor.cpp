@@ -48,8 +48,9 @@ Features find() {
   unsigned a, b, c, d;
   if (!__get_cpuid(1, &a, &b, &c, &d)) return found;
   constexpr unsigned kVectors = 0x6, kVectors512 = 0xe6;
-  const unsigned saved = bit(c, 27) ? saved_registers() : 0;
-  const bool avx = bit(c, 28) && bit(c, 12) && bit(c, 29) && (saved & kVectors) == kVectors;
+  const bool fma = bit(c, 12), xgetbv = bit(c, 27), f16c = bit(c, 29);
+  const unsigned saved = xgetbv ? saved_registers() : 0;
+  const bool avx = bit(c, 28) && fma && f16c && (saved & kVectors) == kVectors;
 #ifdef __APPLE__  // It saves the larger ones of whoever has used them.
   const bool wide = avx;
 #else

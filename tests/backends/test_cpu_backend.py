@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import os
+import platform
 import subprocess
 import sys
 
@@ -122,6 +123,19 @@ def run_python(code, **environment):
         text=True,
         check=False,
     )
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="x86-64's")
+@pytest.mark.skipif(not os.path.exists("/proc/cpuinfo"), reason="asks Linux")
+def test_the_instruction_sets_are_those_that_the_system_knows(extension):
+    """All that were built, and that Linux lets processes use."""
+    with open("/proc/cpuinfo", encoding="utf-8") as text:
+        flags = set(next(line for line in text if line.startswith("flags")).split())
+    avx2 = {"avx2", "fma", "f16c"}
+    needed = {"avx2": avx2, "avx512": avx2 | {"avx512f", "avx512dq", "avx512bw", "avx512vl"}}
+    built = _extension.build_info()["isas"].split()
+    there = [isa for isa, flags_of in needed.items() if isa in built and flags_of <= flags]
+    assert extension.isas() == ["baseline", *there]
 
 
 def test_the_environment_chooses_an_instruction_set():
