@@ -106,7 +106,7 @@ void check_fc(Report& report, int64_t n, int64_t c, int32_t kind, int32_t weight
                                                weight.array(), dpixel.data(), dweight.data(),
                                                dbias.data(), n, c, num_pixels, kind, dtype}));
   Values pixel(n * c), by_weight(c * c), by_bias(c);
-  double largest = 0;
+  double largest = 0, largest_product = 0;
   for (int64_t i = 0; i < n * c; ++i) {
     const double gate = stored[i];
     const bool flat = gate <= 0 || gate >= 1;
@@ -115,7 +115,9 @@ void check_fc(Report& report, int64_t n, int64_t c, int32_t kind, int32_t weight
     by_bias[i % c] += gradient;
     largest = std::max(largest, std::fabs(gradient));
     for (int64_t k = 0; k < c; ++k) {
-      by_weight[i % c * c + k] += gradient * stored_mean[i / c * c + k];
+      const double product = gradient * stored_mean[i / c * c + k];
+      by_weight[i % c * c + k] += product;
+      largest_product = std::max(largest_product, std::fabs(product));
       pixel[i / c * c + k] += gradient * weight.get(i % c * c + k) / num_pixels;
     }
   }
@@ -123,7 +125,7 @@ void check_fc(Report& report, int64_t n, int64_t c, int32_t kind, int32_t weight
   report.compare("gates " + what, out, y);
   report.compare("gates, their means, " + what, mean, means);
   report.compare("gates_backward, dpixel, " + what, dpixel, pixel);
-  report.compare("gates_backward, dfc_weight, " + what, dweight, by_weight);
+  report.compare("gates_backward, dfc_weight, " + what, dweight, by_weight, largest_product);
   report.compare("gates_backward, dfc_bias, " + what, dbias, by_bias, largest);
 }
 
