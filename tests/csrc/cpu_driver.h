@@ -113,8 +113,15 @@ inline void encode(int32_t dtype, double y, unsigned char* to) {
 
 // ---- Tensors -----------------------------------------------------------------------------------
 
-inline double uniform() {
+// Where random numbers are. Each kind of check sets it to 1: how many a kind draws depends on the
+// engines that a processor has.
+inline uint64_t& random_state() {
   static uint64_t state = 1;
+  return state;
+}
+
+inline double uniform() {
+  uint64_t& state = random_state();
   state = state * 6364136223846793005u + 1442695040888963407u;
   return static_cast<double>(state >> 11) * 0x1p-53;
 }
