@@ -8,7 +8,7 @@ inline namespace VF_ISA {
 namespace {
 
 constexpr int kStride = pool::kStride;
-constexpr int kTaps = 9;
+constexpr int kTaps = pool::kTaps;
 
 template <class T>
 void run_max_pool(const MaxPoolParams& p, int threads) {
