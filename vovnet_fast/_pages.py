@@ -45,7 +45,7 @@ def _madvise() -> Callable[[int, int, int], int] | None:
 
 
 def advise(tensor: Tensor) -> Tensor:
-    """Ask for huge pages where a contiguous CPU tensor is, if it is large; returns the tensor.
+    """Ask for huge pages where a dense CPU tensor is, if it is large; returns the tensor.
 
     What is in it stays. What has been written to already gets them when the system has time.
     """

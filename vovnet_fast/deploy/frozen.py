@@ -24,6 +24,7 @@ from ..ops.features import check_size, needs, plan, rebuild, run
 from ..ops.flattening import unflatten
 from ..ops.memory import Arena, Memory
 from ..replay.caches import Caches, Captured, Workspace
+from ..replay.cpu import stamp
 from .folded import folded_forward
 
 _WARM_UP = 3
@@ -284,8 +285,7 @@ class FrozenVoVNet(AllOrNothing):
             work = functools.partial(
                 run, cpu, params=params, out_features=self.out_features, memory=workspace.arena
             )
-            views = workspace.replay(work, image, self._caches.tensors)
-            found = [_checks.nchw(feature) for feature in views]
+            found = workspace.replay(work, image, stamp(image, self._caches.tensors))
         else:
             found = self._compute(x, workspace.arena)
         self._caches.workspaces.give(key, workspace)

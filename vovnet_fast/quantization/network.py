@@ -24,6 +24,7 @@ from ..ops import _checks
 from ..ops.features import check_size
 from ..ops.memory import Arena
 from ..replay.caches import Workspace, Workspaces
+from ..replay.cpu import stamp
 from . import layout, rehearsing
 from .formats import Format
 from .layout import Architecture
@@ -158,10 +159,10 @@ class QuantizedVoVNet(AllOrNothing):
             if ops is not None:
                 found = self._run_fast(ops, pixels)
             else:
-                found = run(self.architecture.form.ops, pixels, self.network)
+                views = run(self.architecture.form.ops, pixels, self.network)
+                found = list(map(_checks.nchw, views))
             return tuple(
-                feature.permute(0, 3, 1, 2).to(self.out_dtype, memory_format=self.memory_format)
-                for feature in found
+                feature.to(self.out_dtype, memory_format=self.memory_format) for feature in found
             )
 
     def _fast_ops(self, x: Tensor) -> ModuleType | None:
@@ -187,11 +188,11 @@ class QuantizedVoVNet(AllOrNothing):
 
     def _run_fast(self, ops: ModuleType, pixels: Tensor) -> list[Tensor]:
         """On a backend, in memory that is planned once for a shape; on ``cpu`` from the second call
-        on by recorded calls."""
+        on by recorded calls. From ``[N, H, W, C]`` to ``[N, C, H, W]``."""
         made = self._made()
         if pixels.is_cuda and torch.cuda.is_current_stream_capturing():
             # Someone else's graph: memory is that graph's, and no arena of later calls.
-            return run(ops, pixels, made.network)
+            return list(map(_checks.nchw, run(ops, pixels, made.network)))
         # What a stream is given it does in order: only there can memory be used again before the
         # work on it is done.
         key: Hashable = pixels.shape
@@ -203,7 +204,10 @@ class QuantizedVoVNet(AllOrNothing):
             sizes = plan((n, c, h, w), made.network, self.architecture.form.ops)
             workspace = Workspace(Arena(sizes, ops.ACTIVATION, pixels.device))
         work = functools.partial(run, ops, network=made.network, memory=workspace.arena)
-        found = workspace.replay(work, pixels, made.tensors) if ops is cpu else work(pixels)
+        if ops is cpu:
+            found = workspace.replay(work, pixels, stamp(pixels, made.tensors))
+        else:
+            found = list(map(_checks.nchw, work(pixels)))
         made.workspaces.give(key, workspace)
         return found
 

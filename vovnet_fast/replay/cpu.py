@@ -20,6 +20,9 @@ from .. import _pages as pages
 from ..backends import _extension
 from ..backends._extension.fields import pointer
 from ..backends.cpu import convolution, recording, winograd
+from ..ops._checks import nchw
+
+Stamp = tuple[Any, ...]
 
 
 class Replay:
@@ -39,40 +42,46 @@ class Replay:
 
     def __init__(self, *, at_once: bool = False) -> None:
         self.calls, self._at_once = 0, at_once
-        self._stamp: _Stamp | None = None
+        self._stamp: Stamp | None = None
         self._recording: _Recording | None = None
 
     def __call__(
-        self, work: Callable[[Tensor], list[Tensor]], image: Tensor, weights: Sequence[Tensor]
+        self, work: Callable[[Tensor], list[Tensor]], image: Tensor, stamp: Stamp | None
     ) -> list[Tensor]:
-        """Features of an image, each in new memory.
+        """Features of an image, ``[N, C, H, W]`` in ``channels_last``, each in new memory.
 
         Args:
-            work: makes them, always in the same memory but for the features.
+            work: makes them, always in the same memory but for the features; all are
+                ``[N, H, W, C]`` views.
             image: ``[N, H, W, C]`` view.
-            weights: all tensors that ``work`` reads beside the image.
+            stamp: what a recording of ``work`` depends on (:func:`stamp`), None if not known.
         """
-        stamp = _stamp(image, weights)
         if stamp is None or stamp != self._stamp:
             self.calls, self._stamp, self._recording = 0, stamp, None
             if stamp is None or not self._at_once:
-                return work(image)
+                return list(map(nchw, work(image)))
         if self._recording is None:
             features, self._recording = _record(work, image)
             self.calls = len(self._recording.calls or ())
-            return features
-        return work(image) if self._recording.calls is None else self._recording.repeat(image)
+        elif self._recording.calls is None:
+            features = work(image)
+        else:
+            return self._recording.repeat(image)
+        return list(map(nchw, features))
 
 
-_Stamp = tuple[Any, ...]
 _version = operator.attrgetter("_version")
 
 
-def _stamp(image: Tensor, weights: Sequence[Tensor]) -> _Stamp | None:
+def stamp(image: Tensor, weights: Sequence[Tensor]) -> Stamp | None:
     """What a recording depends on: it holds for as long as this is the same.
 
     None where it cannot be known, because tensors made in inference mode do not count what is
     written to them, or where there is nothing to compute.
+
+    Args:
+        image: ``[N, H, W, C]`` view.
+        weights: all tensors that the calls read beside it.
     """
     if image.numel() == 0:
         return None
@@ -95,18 +104,18 @@ class _Recording(NamedTuple):
         calls: the extension's ``Recording``, which takes the addresses of image and features.
             None where not all of the work was the extension's: ATen's convolutions, for
             dtypes or processors without an engine, cannot be repeated so.
-        features: shape and dtype of each.
+        features: shape, strides and dtype of each, ``[N, C, H, W]``.
         kept: memory that the calls write and read.
     """
 
     calls: Any
-    features: list[tuple[torch.Size, torch.dtype]]
+    features: list[tuple[torch.Size, tuple[int, ...], torch.dtype]]
     kept: list[Tensor]
 
     def repeat(self, image: Tensor) -> list[Tensor]:
         features = [
-            pages.advise(torch.empty(shape, dtype=dtype, device=image.device))
-            for shape, dtype in self.features
+            pages.advise(torch.empty_strided(shape, strides, dtype=dtype, device=image.device))
+            for shape, strides, dtype in self.features
         ]
         addresses = [pointer("image", image), *(pointer("feature", each) for each in features)]
         self.calls.run(torch.get_num_threads(), addresses)
@@ -122,5 +131,5 @@ def _record(
     own = {feature.untyped_storage().data_ptr() for feature in features}
     kept = [t for t in found.allocated if t.untyped_storage().data_ptr() not in own]
     found.calls.move([recording.extent(tensor) for tensor in (image, *features)])
-    shapes = [(feature.shape, feature.dtype) for feature in features]
-    return features, _Recording(found.calls, shapes, kept)
+    forms = [(view.shape, view.stride(), view.dtype) for view in map(nchw, features)]
+    return features, _Recording(found.calls, forms, kept)
