@@ -3,10 +3,12 @@
 A large copy is the ceiling of what moves memory, a large matrix multiplication in the dtype
 of the activations that of arithmetic. Rows of ops say which fraction of both they reach. The
 copy is far larger than any cache: what fits into one, as small ops on a CPU do, can move more.
+On a CPU the multiplication is made by two libraries, and the faster one counts.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -99,23 +101,34 @@ class Ceilings:
     def _measure(self) -> None:
         device = self._watch.device
         with torch.inference_mode():
-            made = {name: self._make(name, device) for name in self.names(device)}
+            made = [(name, way) for name in self.names(device) for way in self._make(name, device)]
             times = interleaved(
-                {name: ceiling.work for name, ceiling in made.items()},
+                {way.name: way.work for _, way in made},
                 _ROUNDS, watch=self._watch, seconds=_SECONDS,
             )  # fmt: skip
-        self._found = {n: ceiling._replace(times=times[n]) for n, ceiling in made.items()}
+        for name, way in made:
+            found = way._replace(times=times[way.name])
+            if name not in self._found or found.seconds < self._found[name].seconds:
+                self._found[name] = found
 
-    def _make(self, name: str, device: torch.device) -> Ceiling:
+    def _make(self, name: str, device: torch.device) -> list[Ceiling]:
+        """Ways to come near one, of which the fastest is it."""
         if name == COPY:
             source = torch.zeros(self._copied, dtype=torch.uint8, device=device)
             target = torch.zeros_like(source)
             text = f"copy of {self._copied / 2**20:.0f} MiB"
-            return Ceiling(text, lambda: target.copy_(source), 0, 2 * self._copied, [])
+            return [Ceiling(text, lambda: target.copy_(source), 0, 2 * self._copied, [])]
         n, dtype = self._side, getattr(torch, name)
         # Zeros would need less power, and so run at higher clocks.
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         out = torch.empty_like(a)
         text = f"{n}x{n} times {n}x{n} in {name}"
-        moved = 3 * n * n * out.itemsize
-        return Ceiling(text, lambda: torch.mm(a, b, out=out), 2 * n**3, moved, [])
+        flop, moved = 2 * n**3, 3 * n * n * out.itemsize
+        found = [Ceiling(text, lambda: torch.mm(a, b, out=out), flop, moved, [])]
+        if device.type == "cpu":
+            # The same by oneDNN: MKL's in fp32 was half as fast on a Zen 5.
+            image = a.view(1, 1, n, n).permute(0, 3, 1, 2)
+            weight = b.view(n, 1, 1, n).permute(0, 3, 1, 2)
+            convolution = functools.partial(torch.nn.functional.conv2d, image, weight)
+            found.append(Ceiling(f"{text}, a 1x1 convolution", convolution, flop, moved, []))
+        return found
