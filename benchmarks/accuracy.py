@@ -40,6 +40,7 @@ import vovnet_fast
 from vovnet_fast import _provenance as provenance
 from vovnet_fast import use_backend
 from vovnet_fast._files import replacing
+from vovnet_fast.tools.bench import heap
 from vovnet_fast.tools.bench.stopwatch import (
     Interval,
     Stopwatch,
@@ -122,7 +123,8 @@ def main() -> None:
     parser = _parser()
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    about = {**provenance.collect(CPU), "threads": options.threads, "rounds": options.rounds}
+    about = {**provenance.collect(CPU), "heap": heap.keep()}
+    about |= {"threads": options.threads, "rounds": options.rounds}
     rows = _rows_there(parser, options.out, about) if options.only_speed else []
     with torch.no_grad(), warnings.catch_warnings(), Progress(console=Console(stderr=True)) as bar:
         warnings.simplefilter("ignore")

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vovnet_fast import _provenance as provenance
+from vovnet_fast.tools.bench import heap
 
 from .ceilings import Ceilings
 from .op_rows import ALL, ENGINES
@@ -39,7 +40,10 @@ _SEEN, _LEFT_OUT = pytest.StashKey(), pytest.StashKey()
 def clocks(device, request):
     """Notes machine and sources before the first row, and clocks from then on."""
     clocks = provenance.Clocks(device)
-    request.config.stash[_SEEN] = (provenance.collect(device), clocks)
+    found = provenance.collect(device)
+    if device.type == "cpu":
+        found["heap"] = heap.keep()
+    request.config.stash[_SEEN] = (found, clocks)
     return clocks
 
 

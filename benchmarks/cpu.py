@@ -24,6 +24,7 @@ from torch import Tensor
 
 from vovnet_fast import _provenance as provenance
 from vovnet_fast import backends, use_backend
+from vovnet_fast.tools.bench import heap
 from vovnet_fast.tools.bench.stopwatch import (
     Interval,
     Stopwatch,
@@ -50,7 +51,8 @@ def main() -> None:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     torch.set_num_threads(options.threads)
     sizes = options.sizes or ([64, 224] if options.not_frozen or options.train else [320])
-    about = {**provenance.collect(CPU), "threads": options.threads, "rounds": options.rounds}
+    about = {**provenance.collect(CPU), "heap": heap.keep()}
+    about |= {"threads": options.threads, "rounds": options.rounds}
     if options.not_frozen or options.train:
         about["processes"] = options.processes
     rows: list[Row] = []

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from vovnet_fast import _provenance as provenance
 from vovnet_fast import use_backend
+from vovnet_fast.tools.bench import heap
 from vovnet_fast.tools.bench.stopwatch import (
     Interval,
     Stopwatch,
@@ -47,7 +48,8 @@ Row = dict[str, Any]
 def main() -> None:
     options = _parser().parse_args()
     torch.set_num_threads(options.threads)
-    about = {**provenance.collect(CPU), "threads": options.threads, "rounds": options.rounds}
+    about = {**provenance.collect(CPU), "heap": heap.keep()}
+    about |= {"threads": options.threads, "rounds": options.rounds}
     ending = ["", "## Where and with what", "", *(f"* {k}: {v}" for k, v in about.items())]
     rows: list[Row] = []
     text: list[str] = []

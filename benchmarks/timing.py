@@ -10,6 +10,8 @@ pytest-benchmark's own table shows what a caller who waits sees, launches and wa
 ``extra_info["device_ms"]`` is the median between two events around the call: without the wait,
 but with whatever gaps the host leaves between launches. On a CPU there are no events and no
 flush, and both are the same time; cold is then what the baseline's run leaves of the caches.
+Whole networks are timed warm there, each call after one of itself: where a runtime with threads of
+its own ran last, the system takes milliseconds to find a core for those of the other.
 """
 
 from __future__ import annotations
@@ -64,22 +66,24 @@ class _Turns:
 
     Args:
         watch: of the device.
+        work: the other.
         baseline: the call, or None.
+        warm: each call that is timed follows one of itself.
     """
 
-    def __init__(self, watch: Stopwatch, baseline: Work | None) -> None:
-        self._watch, self._baseline = watch, baseline
+    def __init__(self, watch: Stopwatch, work: Work, baseline: Work | None, *, warm: bool) -> None:
+        self._watch, self._work, self._baseline, self._warm = watch, work, baseline, warm
         self._round, self._owed = 0, False
         self.times: list[float] = []
 
     def before(self) -> None:
-        """What comes ahead of a round of the other; leaves the device idle, and cold."""
+        """What comes ahead of a round of the other; leaves the device idle, and cold or warm."""
         self.settle()
         self._owed = self._round % 2 == 1
         if not self._owed:
             self._run()
         self._round += 1
-        self._watch.chill()
+        self._prepare(self._work)
 
     def settle(self) -> None:
         """Run what the last round still owes."""
@@ -89,8 +93,16 @@ class _Turns:
 
     def _run(self) -> None:
         if self._baseline is not None:
-            self._watch.chill()
+            self._prepare(self._baseline)
             self.times.append(self._watch.time(self._baseline))
+
+    def _prepare(self, work: Work) -> None:
+        if self._warm:
+            self._watch.rest()
+            work()
+            self._watch.settle()
+        else:
+            self._watch.chill()
 
 
 def measure(
@@ -101,6 +113,7 @@ def measure(
     *,
     seconds: float = SECONDS,
     fewest: int = FEWEST,
+    warm: bool = False,
 ) -> Measured:
     """Give ``work`` to pytest-benchmark, and its row the times.
 
@@ -112,8 +125,9 @@ def measure(
         baseline: what it is compared with, in turn.
         seconds: for the rounds, as a goal.
         fewest: rounds that are done however long they take.
+        warm: each call that is timed follows one of itself, not the other's or a cold cache.
     """
-    turns, times = _Turns(watch, baseline), []
+    turns, times = _Turns(watch, work, baseline, warm=warm), []
     for _ in range(WARM_UP):
         turns.before()
         begin = time.perf_counter()
@@ -122,6 +136,7 @@ def measure(
         once = time.perf_counter() - begin
     turns.settle()
     once += turns.times[-1] if turns.times else 0.0
+    once *= 2 if warm else 1
     rounds = max(fewest, min(ROUNDS, int(seconds / max(once, 1e-9))))
     del turns.times[:]
     benchmark.pedantic(lambda: times.append(watch.time(work)), setup=turns.before, rounds=rounds)

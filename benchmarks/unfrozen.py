@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from vovnet_fast import use_backend
+from vovnet_fast.tools.bench import heap
 from vovnet_fast.tools.bench.stopwatch import (
     Interval,
     Stopwatch,
@@ -105,6 +106,7 @@ def times(kind: Kind, rounds: int, seconds: float, threads: int, order: int) -> 
         threads: PyTorch's.
         order: in which they are built: another for every number.
     """
+    heap.keep()
     torch.set_num_threads(threads)
     who = [("plain", "reference"), ("auto", "auto"), (CONTROL, "reference")]
     wanted = [(*each, layout) for each, layout in itertools.product(who, LAYOUTS)]

@@ -86,6 +86,18 @@ def test_a_round_has_both_in_changing_order():
     assert row["device_ms_min"] < row["device_ms_p10"] < row["device_ms"] < row["device_ms_p90"]
 
 
+def test_warm_calls_follow_one_of_themselves():
+    """Whichever comes first in a round."""
+    log = []
+
+    def noting(name):
+        return lambda: log.append(name) or (name, 1.0)
+
+    measure(Benchmark(), Clock(), noting("new"), noting("eager"), seconds=0, warm=True)
+    rounds = ["".join(each[0] for each in log[i : i + 4]) for i in range(0, len(log), 4)]
+    assert set(rounds[-FEWEST:]) == {"nnee", "eenn"}
+
+
 def test_slow_calls_get_fewer_rounds():
     benchmark = Benchmark()
     measure(benchmark, Clock(), lambda: ("new", 1.0), lambda: ("eager", 2.0), seconds=0)

@@ -18,7 +18,7 @@ from rich.table import Table
 from ... import backends
 from ..memory import TrainingMemory, training_memory
 from ..plan import DTYPES, H200_TBS, H200_TFLOPS, Plan, Rates, Row, plan_forward
-from . import quick, report
+from . import heap, quick, report
 from .rows import EAGER, device_name
 from .stopwatch import Interval
 
@@ -198,6 +198,7 @@ def _bench_here(args: argparse.Namespace) -> None:
         backend=args.backend or "auto",
         train=args.train is not False,
     )
+    kept = heap.keep() if options.device.type == "cpu" else None
     columns = TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=1.0)
@@ -205,6 +206,8 @@ def _bench_here(args: argparse.Namespace) -> None:
             options,
             lambda what, done: bar.update(task, description=escape(what), completed=done),
         )
+    if kept is not None:
+        found.provenance["heap"] = kept
     if args.json:
         found.write(Path(args.json))
     _print_found(found)
