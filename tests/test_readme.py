@@ -118,6 +118,35 @@ def test_the_readme_has_what_was_measured_last(name):
     assert f"{last.parent.name}/{name}.md" in README
 
 
+def test_the_picture_is_of_the_last_run():
+    def drawn(picture):
+        report = (picture.parent / "report.md").read_text(encoding="utf-8")
+        return re.search(r"\| measured \| (\S+) \|", report)[1]
+
+    last = max(RESULTS.glob("*/models.png"), key=drawn)
+    assert f"{last.parent.name}/models.png" in README
+    assert f"{last.parent.name}/report.md" in README
+
+
+def test_the_summary():
+    """What a reader sees first is what the tables say."""
+    rows = newest("frozen-fp32.json")["rows"]
+    frozen = {row["peer"]: row for row in rows if (row["spec"], row["size"]) == ("V-39-eSE", 320)}
+    ratios = [frozen[peer]["ratio_to_eager"] for peer in ("fused-cpu", "onnxruntime", "openvino")]
+    words = (
+        "{:.2f} times as fast as eager on a 320x320 image (ONNX Runtime {:.2f}, OpenVINO {:.2f})"
+    )
+    assert words.format(*ratios) in README
+    steps = [
+        row["ratio_to_eager"]
+        for row in newest("not-frozen.json")["rows"]
+        if re.fullmatch(r"V-39-eSE, .*, training, float32", row["what"])
+        and row["who"].startswith("auto")
+    ]
+    assert len(steps) == 4
+    assert f"its training step {min(steps):.2f} to {max(steps):.2f} times" in README
+
+
 @pytest.mark.parametrize("path", committed("not-frozen*.json"))
 def test_ratios_of_what_is_not_frozen(path):
     """Every cell of a table has both layouts as they were measured; what is behind is in bold."""
