@@ -108,6 +108,11 @@ def test_times_of_a_frozen_network_on_avx2(path):
     times = {row["dtype"]: row["ms"] for row in found["rows"] if row["peer"] == "fused-cpu"}
     bf16, fp32 = f"{times['bf16']:.0f} ms in bf16", f"{times['fp32']:.0f} in fp32"
     assert re.search(rf"V-39-eSE (takes|took) {bf16} (there )?and {fp32}", " ".join(page.split()))
+    if page is README:
+        plain = {row["dtype"]: row["ms"] for row in found["rows"] if row["peer"] == "eager"}
+        assert f"plain PyTorch {plain['bf16']:.0f} and {plain['fp32']:.0f}" in " ".join(
+            page.split()
+        )
 
 
 @pytest.mark.parametrize(
