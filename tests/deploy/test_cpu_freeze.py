@@ -6,6 +6,7 @@ import io
 
 import pytest
 import torch
+from torch import nn
 
 from tests import straight_line
 from tests.backends.test_cpu_backend import threads
@@ -88,6 +89,29 @@ def test_engines_chosen_for_a_number_of_threads_are_not_taken_where_bits_count(m
         assert all(map(torch.equal, found(1), found(3)))
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("prepare", [freeze, nn.Module.eval], ids=["frozen", "kept"])
+def test_what_is_recorded_follows_a_switch_to_deterministic_algorithms(prepare, monkeypatch):
+    """As what runs from the beginning under it: by rules, which say something else here."""
+    net, x = network("V-19-slim-eSE"), torch.randn(1, 3, 128, 96)
+    if "winograd4" not in winograd.engines(torch.ones(96, 3, 3, 96), 1, x.dtype, "fma"):
+        pytest.skip("no such engine here")
+    monkeypatch.setattr(winograd, "fastest", lambda layer, names, *_: names[-1])
+
+    def settled(module):
+        return [run(module, x) for _ in range(5)][-1]
+
+    module = prepare(net)
+    measured = settled(module)
+    torch.use_deterministic_algorithms(True)
+    try:
+        found, expected = settled(module), settled(prepare(copy.deepcopy(net)))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(map(torch.equal, found, expected))
+    assert not all(map(torch.equal, found, measured))
+    assert all(map(torch.equal, settled(module), measured))
 
 
 def test_weights_are_packed_once(monkeypatch):

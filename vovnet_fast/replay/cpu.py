@@ -87,14 +87,23 @@ def stamp(image: Tensor, weights: Sequence[Tensor]) -> Stamp | None:
         return None
     if _environment.flag("CHECK"):  # It looks at weights when they are used.
         return None
-    dtype, isa = image.dtype, _extension.load("cpu").isa()
-    engine = convolution.choose_engine(dtype), isa, winograd.largest_side()
     addresses = list(map(Tensor.data_ptr, weights))
     try:
         versions = list(map(_version, weights))
     except RuntimeError:  # One was made in inference mode, which is cheaper not to ask.
         return None
-    return image.shape, image.stride(), dtype, engine, addresses, versions
+    dtype = image.dtype
+    return image.shape, image.stride(), dtype, engines(dtype), addresses, versions
+
+
+def engines(dtype: torch.dtype) -> tuple[Any, ...]:
+    """What decides, beside shapes, by which engines activations of a dtype are computed now."""
+    return (
+        convolution.choose_engine(dtype),
+        _extension.load("cpu").isa(),
+        winograd.largest_side(),
+        torch.are_deterministic_algorithms_enabled(),  # Then by rules, not by measurement.
+    )
 
 
 class _Recording(NamedTuple):

@@ -18,14 +18,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..backends import _extension, cpu
-from ..backends.cpu import convolution, winograd
+from ..backends import cpu
+from ..backends.cpu import convolution
 from ..ops import NetworkParams, _checks
 from ..ops.features import check_params, plan, rebuild, run
 from ..ops.memory import Arena
 from . import fingerprint
 from .caches import Workspace, Workspaces
-from .cpu import Replay
+from .cpu import Replay, engines
 
 KEPT_ARENAS = 4
 """How many arenas a network keeps: one a shape of images that has come more than once."""
@@ -133,9 +133,7 @@ class Kept:
         places = fingerprint.places(tensors)
         if places is None:
             return None
-        extension = _extension.load("cpu")
-        engine = convolution.choose_engine(dtype), extension.isa(), winograd.largest_side()
-        cause = (dtype, out_features, *engine, *state)
+        cause = (dtype, out_features, engines(dtype), *state)
         with self._lock:
             again = x.shape in self._shapes
             if not again:
