@@ -37,10 +37,8 @@ from rich.progress import Progress
 from torch import Tensor, nn
 
 import vovnet_fast
-from vovnet_fast import _provenance as provenance
 from vovnet_fast import use_backend
 from vovnet_fast._files import replacing
-from vovnet_fast.tools.bench import heap
 from vovnet_fast.tools.bench.stopwatch import (
     Interval,
     Stopwatch,
@@ -48,6 +46,8 @@ from vovnet_fast.tools.bench.stopwatch import (
     ratio_interval,
     spread,
 )
+
+from .writing import begin
 
 CPU = torch.device("cpu")
 CALIBRATION = 4
@@ -122,9 +122,7 @@ CHOICES = (
 def main() -> None:
     parser = _parser()
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    about = {**provenance.collect(CPU), "heap": heap.keep()}
-    about |= {"threads": options.threads, "rounds": options.rounds}
+    about = begin(options)
     rows = _rows_there(parser, options.out, about) if options.only_speed else []
     with torch.no_grad(), warnings.catch_warnings(), Progress(console=Console(stderr=True)) as bar:
         warnings.simplefilter("ignore")

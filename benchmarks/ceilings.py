@@ -126,7 +126,7 @@ class Ceilings:
         flop, moved = 2 * n**3, 3 * n * n * out.itemsize
         found = [Ceiling(text, lambda: torch.mm(a, b, out=out), flop, moved, [])]
         if device.type == "cpu":
-            # The same by oneDNN: MKL's in fp32 was half as fast on a Zen 5.
+            # As large a one by oneDNN: MKL's in fp32 was half as fast on a Zen 5.
             image = a.view(1, 1, n, n).permute(0, 3, 1, 2)
             weight = b.view(n, 1, 1, n).permute(0, 3, 1, 2)
             convolution = functools.partial(torch.nn.functional.conv2d, image, weight)

@@ -22,9 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor
 
-from vovnet_fast import _provenance as provenance
 from vovnet_fast import backends, use_backend
-from vovnet_fast.tools.bench import heap
 from vovnet_fast.tools.bench.stopwatch import (
     Interval,
     Stopwatch,
@@ -35,7 +33,7 @@ from vovnet_fast.tools.bench.stopwatch import (
 
 from . import unfrozen
 from .peers import EAGER, PEERS, Case, Missing, Peer
-from .writing import write
+from .writing import begin, write
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -49,10 +47,8 @@ def main() -> None:
     for name in ("processes", "rounds", "threads"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
-    torch.set_num_threads(options.threads)
     sizes = options.sizes or ([64, 224] if options.not_frozen or options.train else [320])
-    about = {**provenance.collect(CPU), "heap": heap.keep()}
-    about |= {"threads": options.threads, "rounds": options.rounds}
+    about = begin(options)
     if options.not_frozen or options.train:
         about["processes"] = options.processes
     rows: list[Row] = []

@@ -22,9 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import Tensor, nn
 
-from vovnet_fast import _provenance as provenance
 from vovnet_fast import use_backend
-from vovnet_fast.tools.bench import heap
 from vovnet_fast.tools.bench.stopwatch import (
     Interval,
     Stopwatch,
@@ -36,7 +34,7 @@ from vovnet_fast.tools.bench.stopwatch import (
 from .int8_peers import PEERS, Int8Peer
 from .networks import build
 from .peer import Missing
-from .writing import write
+from .writing import begin, write
 
 CPU = torch.device("cpu")
 CALIBRATION = 8
@@ -47,9 +45,7 @@ Row = dict[str, Any]
 
 def main() -> None:
     options = _parser().parse_args()
-    torch.set_num_threads(options.threads)
-    about = {**provenance.collect(CPU), "heap": heap.keep()}
-    about |= {"threads": options.threads, "rounds": options.rounds}
+    about = begin(options)
     ending = ["", "## Where and with what", "", *(f"* {k}: {v}" for k, v in about.items())]
     rows: list[Row] = []
     text: list[str] = []

@@ -1,11 +1,33 @@
-"""Files of rows, written as they are found: hours of rounds may yet be interrupted."""
+"""How runs on a CPU begin, and their files of rows, written as these are found: hours of rounds may
+yet be interrupted."""
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
+
+from vovnet_fast import _provenance as provenance
+from vovnet_fast.tools.bench import heap
+
+
+def begin(options: argparse.Namespace) -> dict[str, Any]:
+    """Set the threads of a run on a CPU, and its heap; returns where and with what it is made.
+
+    Args:
+        options: with ``threads`` and ``rounds``.
+    """
+    torch.set_num_threads(options.threads)
+    return {
+        **provenance.collect(torch.device("cpu")),
+        "heap": heap.keep(),
+        "threads": options.threads,
+        "rounds": options.rounds,
+    }
 
 
 def write(

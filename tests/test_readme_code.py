@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import vovnet_fast
+from vovnet_fast.compat import zip
 from vovnet_fast.tools import cli
 
 ROOT = Path(__file__).parent.parent
@@ -47,7 +48,7 @@ def test_the_first_program_runs(tmp_path, monkeypatch):
     names = ("stage3", "stage4", "stage5")
     assert [str(list(lasting[name].shape)) for name in names] == shapes
     expected = lasting["model"](lasting["images"])
-    for name, feature in zip(names, expected):
+    for name, feature in zip(names, expected, strict=True):
         torch.testing.assert_close(lasting[name], feature.detach(), rtol=1e-3, atol=1e-3)
 
 

@@ -159,6 +159,28 @@ def test_ceilings(watch):
     assert "of_matmul" not in ceilings.fractions(1, 1, 1.0, torch.float16)
 
 
+@pytest.mark.parametrize(
+    ("seconds", "words"), [((2.0, 1.0), "a 1x1 convolution"), ((1.0, 2.0), "")]
+)
+def test_the_faster_of_two_libraries_is_the_ceiling(seconds, words, monkeypatch):
+    ceilings = Ceilings(Clock(), side=32, copied=2**10)
+    make = ceilings._make
+
+    def timed(name, device):
+        found = make(name, device)
+        assert len(found) == 1 if name == COPY else len(found) == 2
+        for way in found:
+            way.work()  # It runs.
+        return [
+            way._replace(work=lambda t=t: ("it", t)) for way, t in zip(found, seconds, strict=False)
+        ]
+
+    monkeypatch.setattr(ceilings, "_make", timed)
+    assert ceilings["float32"].name == ", ".join(
+        filter(None, ["32x32 times 32x32 in float32", words])
+    )
+
+
 # --------------------------------------------------------------------------------------
 # Ops
 # --------------------------------------------------------------------------------------

@@ -19,7 +19,8 @@ _NEVER = -1  # As an unsigned number, the largest.
 def keep() -> str:
     """Let this process keep what it frees, from now on; says in words what was done.
 
-    Where the C library is not glibc, or another allocator is in its place, nothing changes.
+    Where the C library is not glibc nothing changes. An allocator in its place (``LD_PRELOAD``) is
+    not told, and does as it does.
     """
     mallopt = None
     if sys.platform.startswith("linux"):
@@ -29,4 +30,4 @@ def keep() -> str:
     # Without blocks of their own in the system's memory, large ones lie on the heap as well.
     if mallopt(_M_MMAP_MAX, 0) != 1 or mallopt(_M_TRIM_THRESHOLD, _NEVER) != 1:
         return "the system's"
-    return "keeps what is freed (mallopt)"
+    return "told to keep what is freed (mallopt)"
